@@ -1,0 +1,313 @@
+"""`ModelConfig`: what a decoder-only transformer looks like, whoever wrote it down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torchchat_core.errors import TorchchatError, did_you_mean
+
+MAXIMUM_LAYERS = 1024
+MAXIMUM_SIZE = 1 << 24  # of any dimension: larger ones are a damaged or hostile file
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary position embedding is stretched beyond the context that a model was trained with.
+
+    `kind` is `linear`, `llama3`, `yarn` or `longrope`. The fields have the meaning and the names of
+    `rope_scaling` in Hugging Face's config.json; those that a kind does not use keep their defaults.
+    """
+
+    kind: str
+    factor: float = 1.0
+    original_context: int | None = None  # positions the model saw before it was stretched
+    low_frequency_factor: float = 1.0  # llama3
+    high_frequency_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn: correction range rounded to whole dimensions
+    attention_factor: float | None = None  # yarn, longrope: multiplies cos and sin
+    mscale: float | None = None  # yarn, as DeepSeek uses it
+    mscale_all_dim: float | None = None  # yarn, likewise
+    short_factor: tuple[float, ...] = ()  # longrope, one per frequency
+    long_factor: tuple[float, ...] = ()  # longrope, likewise
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One decoder-only transformer: sizes, and which of the known variations it has.
+
+    Everything a runtime needs to build the model without knowing where its files came from.
+    """
+
+    architecture: str  # model_type of config.json; "llama" for Meta and llama2.c files
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_context: int  # positions, prompt and answer together
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rope_interleaved: bool = False  # True: dimensions 2i and 2i+1 are a pair (Meta); False: i and i+half (Hugging Face)
+    tied_embeddings: bool = False
+    attention_bias: bool = False  # on the query, key and value projections
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over head_dim on queries and keys
+    sliding_window: int | None = None  # positions that a token sees, itself included
+    sliding_layers: tuple[bool, ...] | None = None  # which layers have the window; None: all of them
+    embedding_multiplier: float = 1.0  # Granite, as are the next three
+    attention_multiplier: float | None = None  # softmax scale; None: 1/sqrt(head_dim)
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim",
+                     "max_context"):
+            _check_size(name, getattr(self, name), MAXIMUM_SIZE)
+        _check_size("num_layers", self.num_layers, MAXIMUM_LAYERS)
+        if self.num_heads % self.num_kv_heads:
+            raise TorchchatError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
+                "the config file is damaged or of a model that torchchat does not know",
+            )
+        if self.head_dim % 2:
+            raise TorchchatError(f"head_dim {self.head_dim} is odd; rotary position embedding needs an even one")
+        if self.sliding_window is not None:
+            _check_size("sliding_window", self.sliding_window, MAXIMUM_SIZE)
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise TorchchatError(f"{name} is {value!r}; it has to be a positive number")
+
+    @property
+    def attention_scale(self) -> float:
+        """What query-key products are multiplied by before softmax."""
+        return self.attention_multiplier if self.attention_multiplier is not None else self.head_dim**-0.5
+
+    def layer_window(self, layer: int) -> int | None:
+        """Positions that a token of this layer sees, itself included; None where it sees all before it."""
+        if self.sliding_layers is not None and not self.sliding_layers[layer]:
+            return None
+        return self.sliding_window
+
+
+def _check_size(name: str, value: object, maximum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= maximum:
+        raise TorchchatError(f"{name} is {value!r}; it has to be a whole number from 1 to {maximum}",
+                             "the config file is damaged or of a model that torchchat does not know")
+
+
+# ---- Hugging Face config.json -------------------------------------------------------------------------------------
+
+
+def config_from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
+    """`ModelConfig` from the dictionary in a Hugging Face config.json.
+
+    Raises `TorchchatError` for an architecture that torchchat does not know, or a field that is missing or wrong.
+    """
+    model_type = raw.get("model_type")
+    adapt = ARCHITECTURES.get(str(model_type))
+    if adapt is None:
+        known = ", ".join(ARCHITECTURES)
+        hint = did_you_mean(str(model_type), ARCHITECTURES)
+        raise TorchchatError(f"unknown architecture {model_type!r}; known are {known}", hint)
+    activation = raw.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise TorchchatError(f"hidden_act is {activation!r}; torchchat's transformer has silu alone")
+    heads = _required(raw, "num_attention_heads")
+    hidden = _required(raw, "hidden_size")
+    if not raw.get("head_dim") and isinstance(heads, int) and heads and hidden % heads:
+        raise TorchchatError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and no head_dim "
+                             "is given")
+    common: dict[str, Any] = {
+        "architecture": model_type,
+        "vocab_size": _required(raw, "vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": _required(raw, "intermediate_size"),
+        "num_layers": _required(raw, "num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": raw.get("num_key_value_heads") or heads,
+        "head_dim": raw.get("head_dim") or hidden // max(heads, 1),
+        "max_context": _required(raw, "max_position_embeddings"),
+        "norm_eps": _number(raw, "rms_norm_eps", 1e-6),
+        "rope_theta": _number(_rope_fields(raw), "rope_theta", 10000.0),
+        "rope_scaling": _rope_scaling(raw),
+        "tied_embeddings": bool(raw.get("tie_word_embeddings", False)),
+    }
+    return ModelConfig(**{**common, **adapt(raw)})
+
+
+def _llama(raw: Mapping[str, Any]) -> dict[str, Any]:
+    bias = bool(raw.get("attention_bias", False))
+    return {"attention_bias": bias, "attention_output_bias": bias, "mlp_bias": bool(raw.get("mlp_bias", False))}
+
+
+def _mistral(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {"sliding_window": raw.get("sliding_window")}
+
+
+def _qwen2(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {"attention_bias": True, **_qwen_window(raw)}
+
+
+def _qwen3(raw: Mapping[str, Any]) -> dict[str, Any]:
+    bias = bool(raw.get("attention_bias", False))
+    return {"attention_bias": bias, "attention_output_bias": bias, "qk_norm": True, **_qwen_window(raw)}
+
+
+def _qwen_window(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Qwen's sliding window holds for the layers from `max_window_layers` on, and only when it is switched on."""
+    if not raw.get("use_sliding_window") or not raw.get("sliding_window"):
+        return {}
+    layers = _required(raw, "num_hidden_layers")
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        first = raw.get("max_window_layers", 28)
+        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
+    if len(kinds) != layers:
+        raise TorchchatError(f"layer_types has {len(kinds)} entries for {layers} layers")
+    return {"sliding_window": raw["sliding_window"],
+            "sliding_layers": tuple(kind == "sliding_attention" for kind in kinds)}
+
+
+def _granite(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **_llama(raw),
+        "embedding_multiplier": _number(raw, "embedding_multiplier", 1.0),
+        "attention_multiplier": _number(raw, "attention_multiplier", 1.0),
+        "residual_multiplier": _number(raw, "residual_multiplier", 1.0),
+        "logits_divisor": _number(raw, "logits_scaling", 1.0),
+    }
+
+
+ARCHITECTURES = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3, "granite": _granite}
+
+
+def _rope_fields(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`rope_theta` stands at the top of config.json, or in `rope_parameters` since transformers 5."""
+    return {**raw, **(raw.get("rope_parameters") or {})}
+
+
+def _rope_scaling(raw: Mapping[str, Any]) -> RopeScaling | None:
+    fields = raw.get("rope_parameters") or raw.get("rope_scaling")
+    if not fields:
+        return None
+    if not isinstance(fields, Mapping):
+        raise TorchchatError(f"rope_scaling is {fields!r}; it has to be an object")
+    kind = fields.get("rope_type") or fields.get("type") or "default"
+    if kind == "default":
+        return None
+    context = raw.get("max_position_embeddings")
+    original = fields.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
+    if kind == "linear":
+        return RopeScaling(kind=kind, factor=_number(fields, "factor"))
+    if kind == "llama3":
+        return RopeScaling(
+            kind=kind, factor=_number(fields, "factor"),
+            low_frequency_factor=_number(fields, "low_freq_factor"),
+            high_frequency_factor=_number(fields, "high_freq_factor"),
+            original_context=_required(fields, "original_max_position_embeddings"),
+        )
+    if kind == "yarn":
+        return RopeScaling(
+            kind=kind, factor=_number(fields, "factor"), original_context=original or context,
+            beta_fast=_number(fields, "beta_fast", 32.0), beta_slow=_number(fields, "beta_slow", 1.0),
+            truncate=bool(fields.get("truncate", True)),
+            attention_factor=_optional_number(fields, "attention_factor"),
+            mscale=_optional_number(fields, "mscale"), mscale_all_dim=_optional_number(fields, "mscale_all_dim"),
+        )
+    if kind == "longrope":
+        original = original or context
+        factor = _optional_number(fields, "factor")
+        if factor is None:
+            factor = context / original if context and original else 1.0
+        return RopeScaling(
+            kind=kind, factor=factor, original_context=original,
+            attention_factor=_optional_number(fields, "attention_factor"),
+            short_factor=_numbers(fields, "short_factor"), long_factor=_numbers(fields, "long_factor"),
+        )
+    raise TorchchatError(f"unknown rope scaling {kind!r}; known are linear, llama3, yarn and longrope")
+
+
+def _required(raw: Mapping[str, Any], name: str) -> Any:
+    value = raw.get(name)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TorchchatError(f"{name} is {value!r} in the config; it has to be a whole number")
+    return value
+
+
+def _number(raw: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    value = raw.get(name, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise TorchchatError(f"{name} is {value!r} in the config; it has to be a number")
+    return float(value)
+
+
+def _optional_number(raw: Mapping[str, Any], name: str) -> float | None:
+    return None if raw.get(name) is None else _number(raw, name)
+
+
+def _numbers(raw: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    values = raw.get(name)
+    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+        raise TorchchatError(f"{name} is not a list of numbers in the config's rope_scaling")
+    return tuple(float(value) for value in values)
+
+
+# ---- Meta's params.json and llama2.c's model_args -----------------------------------------------------------------
+
+
+def config_from_meta(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
+    """`ModelConfig` from Meta's params.json or the `model_args` inside a llama2.c .pt file.
+
+    `shapes` are the shapes of the checkpoint's tensors by canonical name: the vocabulary and the hidden layer of
+    the feed-forward are read there, since params.json gives neither (vocab_size is -1 for Llama 2).
+    """
+    embedding = _shape(shapes, "model.embed_tokens.weight")
+    gate = _shape(shapes, "model.layers.0.mlp.gate_proj.weight")
+    dim = _required(params, "dim")
+    heads = _required(params, "n_heads")
+    scaled = bool(params.get("use_scaled_rope"))
+    return ModelConfig(
+        architecture="llama",
+        vocab_size=embedding[0],
+        hidden_size=dim,
+        intermediate_size=gate[0],
+        num_layers=_required(params, "n_layers"),
+        num_heads=heads,
+        num_kv_heads=params.get("n_kv_heads") or heads,
+        head_dim=params.get("head_dim") or dim // max(heads, 1),
+        max_context=params.get("max_seq_len") or (131072 if scaled else _meta_context(embedding[0])),
+        norm_eps=_number(params, "norm_eps", 1e-5),
+        rope_theta=_number(params, "rope_theta", 10000.0),
+        rope_scaling=_meta_rope_scaling(params) if scaled else None,
+        rope_interleaved=True,
+        tied_embeddings="lm_head.weight" not in shapes,
+    )
+
+
+def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
+    shape = shapes.get(name)
+    if shape is None or len(shape) != 2:
+        raise TorchchatError(f"the checkpoint has no matrix {name!r}, from which its sizes are read")
+    return shape
+
+
+def _meta_context(vocab_size: int) -> int:
+    """Meta's files do not state the context: Llama 3 (128 256 tokens) has 8192 positions, Llama 2 has 4096."""
+    return 8192 if vocab_size >= 128_000 else 4096
+
+
+def _meta_rope_scaling(params: Mapping[str, Any]) -> RopeScaling:
+    """params.json only says that RoPE is scaled. Llama 3.1 has factor 8; 3.2's 1B and 3B (dim below 4096) have 32."""
+    factor = _number(params, "rope_scaling_factor", 8.0 if params["dim"] >= 4096 else 32.0)
+    return RopeScaling(kind="llama3", factor=factor, original_context=8192,
+                       low_frequency_factor=1.0, high_frequency_factor=4.0)

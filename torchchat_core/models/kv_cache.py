@@ -1,0 +1,70 @@
+"""The keys and values of one sequence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.models.config import ModelConfig
+
+FIRST_CAPACITY = 256  # positions
+
+
+class KVCache:
+    """Keys and values of all layers for one sequence of at most `limit` positions.
+
+    Memory is taken as the sequence grows, by doubling, and attention sees the used part alone: neither depends on
+    `limit`. One layer's keys are [kv_heads, capacity, head_dim].
+    """
+
+    def __init__(self, config: ModelConfig, limit: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.limit = limit
+        self.length = 0
+        empty = (config.num_kv_heads, 0, config.head_dim)
+        self._keys = [torch.empty(empty, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self._values = [torch.empty(empty, dtype=dtype, device=device) for _ in range(config.num_layers)]
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts key and value [n, kv_heads, head_dim] behind what is held, and returns views of all that is used.
+
+        The views are [kv_heads, length + n, head_dim]. `length` itself stays: `advance` moves it.
+        Raises `TorchchatError` where `limit` would be passed.
+        """
+        end = self.length + key.shape[0]
+        if end > self._keys[layer].shape[1]:
+            self._grow(layer, end)
+        keys, values = self._keys[layer], self._values[layer]
+        keys[:, self.length : end] = key.transpose(0, 1)
+        values[:, self.length : end] = value.transpose(0, 1)
+        return keys[:, :end], values[:, :end]
+
+    def advance(self, count: int) -> None:
+        """Counts the `count` positions last written to every layer as held."""
+        self.length += count
+
+    def truncate(self, length: int) -> None:
+        """Forgets all but the first `length` positions; their memory is kept for what comes next."""
+        if not 0 <= length <= self.length:
+            raise TorchchatError(f"cannot cut a sequence of {self.length} tokens to {length}")
+        self.length = length
+
+    def bytes_held(self) -> int:
+        """Memory that the cache has taken, in bytes."""
+        return sum(x.numel() * x.element_size() for x in (*self._keys, *self._values))
+
+    def _grow(self, layer: int, needed: int) -> None:
+        if needed > self.limit:
+            raise TorchchatError(f"the sequence would have {needed} tokens; the limit is {self.limit}",
+                                 "start a new conversation, or ask for a larger --max-seq-length")
+        capacity = max(FIRST_CAPACITY, self._keys[layer].shape[1])
+        while capacity < needed:
+            capacity *= 2
+        capacity = min(capacity, self.limit)
+        self._keys[layer] = self._grown(self._keys[layer], capacity)
+        self._values[layer] = self._grown(self._values[layer], capacity)
+
+    def _grown(self, old: Tensor, capacity: int) -> Tensor:
+        new = old.new_empty((old.shape[0], capacity, old.shape[2]))
+        new[:, : self.length] = old[:, : self.length]
+        return new

@@ -1,0 +1,72 @@
+"""From a checkpoint to a module: built without memory, weights assigned one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.models.transformer import Transformer
+from torchchat_core.specs import Checkpoint
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu") -> Transformer:
+    """The transformer with the checkpoint's weights.
+
+    A tensor that already has `dtype` on the CPU stays mapped to its file; another is converted once, alone, so
+    that the memory beyond the model's own never exceeds one tensor.
+    Raises `TorchchatError` for a tensor that is missing, has the wrong shape, or that the model has no place for.
+    """
+    with torch.device("meta"):
+        model = Transformer(checkpoint.config)
+    model.requires_grad_(False)
+    wanted = {name: parameter for name, parameter in model.named_parameters()}
+    _refuse_unknown(checkpoint, wanted.keys())
+    for name, parameter in wanted.items():
+        tensor = _fetch(checkpoint, name, tuple(parameter.shape))
+        _assign(model, name, tensor.to(device=device, dtype=dtype))
+    if checkpoint.config.tied_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.rotary.to(device)
+    return model.eval()
+
+
+def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of the checkpoint's embedding, which stands for all of its matrices."""
+    return checkpoint.tensor("model.embed_tokens.weight").dtype
+
+
+def _fetch(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Tensor:
+    try:
+        tensor = checkpoint.tensor(name)
+    except KeyError:
+        raise TorchchatError(f"the checkpoint has no tensor {name!r}, which a {checkpoint.config.architecture} model "
+                             f"with {checkpoint.config.num_layers} layers needs",
+                             "the checkpoint is incomplete, or the config file belongs to another model") from None
+    if tuple(tensor.shape) != shape:
+        raise TorchchatError(f"tensor {name!r} has the shape {list(tensor.shape)}; the config asks for {list(shape)}",
+                             "the config file belongs to another model, or the checkpoint is damaged")
+    if not tensor.is_floating_point():
+        raise TorchchatError(f"tensor {name!r} is of {str(tensor.dtype).removeprefix('torch.')}; floating point is "
+                             "needed", "a quantised checkpoint needs the quantizer that wrote it")
+    return tensor
+
+
+def _refuse_unknown(checkpoint: Checkpoint, wanted: Iterable[str]) -> None:
+    """A tensor without a place means that the model would not be the one in the file."""
+    tied = {"lm_head.weight"} if checkpoint.config.tied_embeddings else set()
+    unknown = sorted(set(checkpoint.names()) - set(wanted) - tied)
+    if unknown:
+        raise TorchchatError(
+            f"the checkpoint has {len(unknown)} tensors that a {checkpoint.config.architecture} model with "
+            f"{checkpoint.config.num_layers} layers has no place for, such as {unknown[0]!r}",
+            "the config file belongs to another model, or the model is of a kind that torchchat does not know")
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))

@@ -1,0 +1,235 @@
+"""The registry: finds plugins through entry points, keeps the broken ones out, and answers by name.
+
+pluggy's own `load_setuptools_entrypoints` stops at the first plugin that cannot be imported and forgets
+duplicates in silence; this loader turns each such case into one line and a row that can be listed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+from typing import Any, TypeVar
+
+import pluggy
+
+from torchchat_core import hookspecs
+from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.specs import (
+    CommandInfo,
+    Description,
+    ExecutorInfo,
+    ExporterInfo,
+    ModelSourceInfo,
+    QuantizerInfo,
+    TokenizerInfo,
+)
+
+HOOKS: Mapping[str, type[Description]] = {
+    "torchchat_model_sources": ModelSourceInfo,
+    "torchchat_tokenizers": TokenizerInfo,
+    "torchchat_quantizers": QuantizerInfo,
+    "torchchat_executors": ExecutorInfo,
+    "torchchat_exporters": ExporterInfo,
+    "torchchat_commands": CommandInfo,
+}
+STRICT = "TORCHCHAT_STRICT_PLUGINS"
+NO_AUTOLOAD = "TORCHCHAT_DISABLE_PLUGIN_AUTOLOAD"
+CORE = "torchchat-core"
+
+Info = TypeVar("Info", bound=Description)
+
+
+@dataclass
+class Plugin:
+    """One plugin as `torchchat plugins` lists it."""
+
+    name: str  # of the entry point
+    distribution: str
+    version: str
+    state: str = "loaded"  # "loaded", "failed" or "disabled"
+    reason: str | None = None  # why it failed
+    offers: list[Description] = field(default_factory=list)
+
+    @property
+    def qualified_name(self) -> str:
+        return f"{self.distribution}:{self.name}"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A description and who made it; identity is `distribution:name`."""
+
+    distribution: str
+    info: Description
+
+    @property
+    def qualified_name(self) -> str:
+        return f"{self.distribution}:{self.info.name}"
+
+
+class Registry:
+    """All that is installed. Build it with `load_registry`."""
+
+    def __init__(self, prefer: Mapping[str, str] | None = None) -> None:
+        self.plugins: list[Plugin] = []
+        self.warnings: list[str] = []
+        self._prefer = dict(prefer or {})  # bare name -> qualified name
+        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self._offers: list[Offer] = []
+
+    def add(self, module: object, name: str, distribution: str, version: str = "") -> Plugin:
+        """Registers a plugin; where it is faulty, it is kept out and the reason is noted."""
+        plugin = Plugin(name=name, distribution=distribution, version=version)
+        self.plugins.append(plugin)
+        try:
+            self._register(module, plugin)
+        except Exception as error:
+            self._reject(plugin, error)
+        return plugin
+
+    def add_entry_point(self, entry: EntryPoint) -> Plugin:
+        """Imports the plugin that the entry point names and registers it, or notes why that failed."""
+        name, version = (entry.dist.name, entry.dist.version) if entry.dist else ("unknown", "")
+        try:
+            module = entry.load()
+        except (Exception, SystemExit) as error:
+            plugin = Plugin(name=entry.name, distribution=name, version=version)
+            self.plugins.append(plugin)
+            self._reject(plugin, error)
+            return plugin
+        return self.add(module, entry.name, name, version)
+
+    def offers(self, kind: type[Info]) -> list[tuple[str, Info]]:
+        """(qualified name, description) of everything of that kind, in order of name."""
+        found = [(offer.qualified_name, offer.info) for offer in self._offers if isinstance(offer.info, kind)]
+        return sorted(found, key=lambda pair: pair[0])
+
+    def infos(self, kind: type[Info]) -> list[Info]:
+        """The descriptions of that kind, in order of qualified name."""
+        return [info for _, info in self.offers(kind)]
+
+    def find(self, kind: type[Info], name: str) -> Info:
+        """The one description of that kind called `name`, bare or as `distribution:name`.
+
+        Raises `TorchchatError` where there is none (with near matches), or where several have the bare name.
+        """
+        owners = self._owners(kind)
+        by_qualified_name = dict(self.offers(kind))
+        if name in by_qualified_name:
+            return by_qualified_name[name]
+        matches = owners.get(name, [])
+        if len(matches) == 1:
+            return by_qualified_name[matches[0]]
+        if matches:
+            raise TorchchatError(f"{kind.kind} {name!r} is ambiguous: {' and '.join(matches)} have that name",
+                                 f"give the full name, such as {matches[0]}")
+        known = sorted(owners)
+        message = f"there is no {kind.kind} {name!r}; installed: {', '.join(known) or 'none'}"
+        raise TorchchatError(message, did_you_mean(name, known))
+
+    def _register(self, module: object, plugin: Plugin) -> None:
+        _check_hooks(module)
+        self._manager.register(module, name=f"{plugin.qualified_name}#{len(self.plugins)}")
+        try:
+            plugin.offers = list(self._describe(module))
+        except Exception:
+            self._manager.unregister(module)
+            raise
+        self._offers += [Offer(plugin.distribution, info) for info in plugin.offers]
+
+    def _describe(self, module: object) -> Iterable[Description]:
+        """The descriptions that one plugin's hooks return, checked for their type and for repeated names."""
+        others = [other for other in self._manager.get_plugins() if other is not module]
+        seen = set()
+        for hook, kind in HOOKS.items():
+            caller = self._manager.subset_hook_caller(hook, others)
+            for returned in caller():
+                if not isinstance(returned, list | tuple) or not all(isinstance(info, kind) for info in returned):
+                    raise TorchchatError(f"{hook} has to return a list of {kind.__name__}, not {returned!r:.80}")
+                for info in returned:
+                    if (kind, info.name) in seen:
+                        raise TorchchatError(f"it offers two {kind.kind}s called {info.name!r}")
+                    seen.add((kind, info.name))
+                    yield info
+
+    def _reject(self, plugin: Plugin, error: BaseException) -> None:
+        if os.environ.get(STRICT) == "1":
+            raise error
+        plugin.state = "failed"
+        plugin.reason = str(error) if isinstance(error, TorchchatError) else f"{type(error).__name__}: {error}"
+        plugin.reason = " ".join(plugin.reason.split())
+        self.warnings.append(f"plugin {plugin.qualified_name} is left out: {plugin.reason}")
+
+    def _owners(self, kind: type[Description]) -> dict[str, list[str]]:
+        """Bare name -> the qualified names that it may mean: one, unless there is a clash that nothing settles."""
+        offers = self.offers(kind)
+        replaced = {qualified for _, info in offers for qualified in info.replaces}
+        owners: dict[str, list[str]] = {}
+        for qualified, info in offers:
+            if qualified not in replaced:
+                owners.setdefault(info.name, []).append(qualified)
+        preferred = {name: [self._prefer[name]] for name in owners if self._prefer.get(name) in owners[name]}
+        return {**owners, **preferred}
+
+    def warn_of_clashes(self) -> None:
+        """Adds a warning for every bare name that several plugins offer."""
+        for kind in HOOKS.values():
+            for name, qualified_names in self._owners(kind).items():
+                if len(qualified_names) > 1:
+                    self.warnings.append(f"{kind.kind} {name!r} is offered by {' and by '.join(qualified_names)}; "
+                                         "use the full name")
+
+
+def _check_hooks(module: object) -> None:
+    """Raises `TorchchatError` for a hook that does not exist or is not marked: pluggy would overlook either."""
+    for name in dir(module):
+        if not name.startswith("torchchat_"):
+            continue
+        function = getattr(module, name)
+        if not callable(function) or isinstance(function, ModuleType):
+            continue
+        marked = hasattr(function, f"{hookspecs.PROJECT}_impl")
+        if name not in HOOKS:
+            hint = did_you_mean(name, HOOKS)
+            raise TorchchatError(f"there is no hook {name!r}", hint or f"the hooks are {', '.join(HOOKS)}")
+        if not marked:
+            raise TorchchatError(f"{name} lacks the @hookimpl decorator", "import it from torchchat_core.hookspecs")
+
+
+def load_registry(disabled: Sequence[str] = (), prefer: Mapping[str, str] | None = None) -> Registry:
+    """The built-ins and every installed plugin but the `disabled` ones (by entry point or distribution name).
+
+    `TORCHCHAT_DISABLE_PLUGIN_AUTOLOAD=1` leaves only the built-ins; `TORCHCHAT_STRICT_PLUGINS=1` lets the first
+    fault of a plugin through as the exception that it is.
+    """
+    from torchchat_core import __version__, builtins
+
+    registry = Registry(prefer)
+    registry.add(builtins, "builtins", CORE, __version__)
+    if os.environ.get(NO_AUTOLOAD) != "1":
+        for entry in _unique_entry_points():
+            if _names(entry) & set(disabled):
+                distribution = entry.dist.name if entry.dist else "unknown"
+                version = entry.dist.version if entry.dist else ""
+                registry.plugins.append(Plugin(entry.name, distribution, version, state="disabled"))
+            else:
+                registry.add_entry_point(entry)
+    registry.warn_of_clashes()
+    return registry
+
+
+def _names(entry: EntryPoint) -> set[str]:
+    distribution = entry.dist.name if entry.dist else "unknown"
+    return {entry.name, distribution, f"{distribution}:{entry.name}"}
+
+
+def _unique_entry_points() -> list[EntryPoint]:
+    """The group's entry points, each once (an editable install can be found by two paths), in order of name."""
+    found: dict[Any, EntryPoint] = {}
+    for entry in entry_points(group=hookspecs.ENTRY_POINT_GROUP):
+        found.setdefault((entry.dist.name if entry.dist else "", entry.name, entry.value), entry)
+    return [found[key] for key in sorted(found)]

@@ -1,0 +1,241 @@
+"""Reading checkpoints: any of the containers, any of the naming schemes, one `Checkpoint` behind them.
+
+A container is how tensors lie in a file (safetensors, or torch's pickled zip, read with `weights_only`). A naming
+scheme is what they are called (Hugging Face's or Meta's). The two are independent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.models.config import ModelConfig, config_from_hugging_face, config_from_meta
+from torchchat_core.specs import ModelFiles
+
+MAXIMUM_JSON_BYTES = 64 << 20
+DAMAGED = "the file is damaged or incomplete; fetch it again"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that has not been read yet: its shape, and how to get it."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+class StoredCheckpoint:
+    """Implements `specs.Checkpoint` over stored tensors by canonical name."""
+
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> None:
+        self.config = config
+        self._tensors = tensors
+
+    def names(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name].read()
+
+
+@dataclass(frozen=True)
+class Container:
+    """The tensors of one file by the names that it uses, and the parameters that llama2.c keeps beside them."""
+
+    tensors: Mapping[str, StoredTensor]
+    model_args: Mapping[str, Any] | None = None
+
+
+def open_checkpoint(files: ModelFiles) -> StoredCheckpoint:
+    """The checkpoint in `files`, of format "safetensors" or "pytorch". Weights are mapped, not read.
+
+    Raises `TorchchatError` for a file that is missing, truncated, not of its format, or that holds code.
+    """
+    read = _read_safetensors if files.format == "safetensors" else _read_torch
+    containers = [read(path) for path in _shards(files.weights)]
+    model_args = containers[0].model_args
+    shards = [_without_wrappers(container.tensors) for container in containers]
+    if any("tok_embeddings.weight" in shard for shard in shards):
+        tensors = {_meta_name(name): stored for name, stored in _merge_parallel(shards).items()
+                   if not name.endswith("rope.freqs")}
+        shapes = {name: stored.shape for name, stored in tensors.items()}
+        return StoredCheckpoint(config_from_meta(model_args or _params(files), shapes), tensors)
+    tensors = {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": stored
+               for shard in shards for name, stored in shard.items()
+               if not name.endswith("rotary_emb.inv_freq")}
+    if "model.embed_tokens.weight" not in tensors:
+        raise TorchchatError(f"{files.weights[0].name} holds no language model that torchchat knows: its tensors are "
+                             f"called {', '.join(sorted(tensors)[:3]) or 'nothing at all'}")
+    if files.config is None or files.config.name == "params.json":
+        raise TorchchatError(f"there is no config.json beside {files.weights[0].name}",
+                             "put the model's config.json there, or name it with --params-path")
+    return StoredCheckpoint(config_from_hugging_face(read_json(files.config)), tensors)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `TorchchatError` where it is missing, too large, or not an object."""
+    try:
+        if path.stat().st_size > MAXIMUM_JSON_BYTES:
+            raise TorchchatError(f"{path.name} has {path.stat().st_size} bytes, too many for a configuration")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TorchchatError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise TorchchatError(f"{str(path)!r} is not JSON: {error}", DAMAGED) from None
+    if not isinstance(found, dict):
+        raise TorchchatError(f"{str(path)!r} holds a {type(found).__name__}; a JSON object is needed")
+    return found
+
+
+def _params(files: ModelFiles) -> Mapping[str, Any]:
+    if files.config is None:
+        raise TorchchatError(f"there is no params.json beside {files.weights[0].name}",
+                             "name the file that states the model's sizes with --params-path")
+    return read_json(files.config)
+
+
+def _shards(weights: tuple[Path, ...]) -> list[Path]:
+    """The weight files; an index is replaced by the files that it names, which have to lie beside it."""
+    if len(weights) != 1 or not weights[0].name.endswith(".index.json"):
+        return list(weights)
+    index = weights[0]
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise TorchchatError(f"{index.name} has no weight_map", DAMAGED)
+    names = sorted({str(name) for name in places.values()})
+    for name in names:
+        if Path(name).name != name:
+            raise TorchchatError(f"{index.name} points to {name!r}, outside its own folder")
+        if not (index.parent / name).is_file():
+            raise TorchchatError(f"{index.name} names {name!r}, which is not in {str(index.parent)!r}", DAMAGED)
+    return [index.parent / name for name in names]
+
+
+# ---- containers ---------------------------------------------------------------------------------------------------
+
+
+def _read_safetensors(path: Path) -> Container:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        opened = safe_open(str(path), framework="pt")
+        names = list(opened.keys())
+        shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise TorchchatError(f"cannot read {str(path)!r} as safetensors: {error}", DAMAGED) from None
+
+    def reader(name: str) -> Callable[[], Tensor]:
+        return lambda: opened.get_tensor(name)  # type: ignore[no-any-return]
+
+    return Container({name: StoredTensor(shapes[name], reader(name)) for name in names})
+
+
+def _read_torch(path: Path) -> Container:
+    found = _load_torch(path)
+    model_args = None
+    if isinstance(found, dict) and isinstance(found.get("model"), dict):
+        model_args = found.get("model_args") if isinstance(found.get("model_args"), dict) else None
+        found = found["model"]
+    if not isinstance(found, dict):
+        raise TorchchatError(f"{path.name} holds a {type(found).__name__}; a dictionary of tensors is needed")
+    tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def reader(tensor: Tensor) -> Callable[[], Tensor]:
+        return lambda: tensor
+
+    return Container({name: StoredTensor(tuple(tensor.shape), reader(tensor)) for name, tensor in tensors.items()},
+                     model_args)
+
+
+def _load_torch(path: Path) -> Any:
+    """torch.load that maps the file and unpickles tensors and plain values alone."""
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # the format of torch before 1.6
+    except OSError as error:
+        raise TorchchatError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
+    except Exception as error:
+        if "weights only load failed" in str(error).lower() and "Unsupported" in str(error):
+            raise TorchchatError(
+                f"{path.name} holds more than tensors: loading it would run code from the file, so it was refused",
+                "ask its author for safetensors, or for a file with tensors alone") from None
+        raise TorchchatError(f"cannot read {str(path)!r} as a PyTorch checkpoint: {_first_line(error)}",
+                             DAMAGED) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+
+
+# ---- names --------------------------------------------------------------------------------------------------------
+
+
+def _without_wrappers(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """torch.compile and data parallelism put a prefix before every name."""
+    return {name.removeprefix("_orig_mod.").removeprefix("module."): stored for name, stored in tensors.items()}
+
+
+_META_LAYER = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+_META_TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+
+
+def _meta_name(name: str) -> str:
+    """The canonical name of a tensor that Meta's files call `name`; an unknown name stays as it is."""
+    stem, _, kind = name.rpartition(".")
+    if stem in _META_TOP:
+        return f"{_META_TOP[stem]}.{kind}"
+    parts = stem.split(".", 2)
+    if len(parts) == 3 and parts[0] == "layers" and parts[2] in _META_LAYER:
+        return f"model.layers.{parts[1]}.{_META_LAYER[parts[2]]}.{kind}"
+    return name
+
+
+# Meta splits a model over files by rows (the output side) or by columns (the input side) of each matrix.
+_SPLIT_BY_COLUMN = ("attention.wo.weight", "feed_forward.w2.weight")
+_NOT_SPLIT = ("norm.weight", "rope.freqs")
+
+
+def _merge_parallel(shards: list[dict[str, StoredTensor]]) -> Mapping[str, StoredTensor]:
+    """Meta's model-parallel files as one: every file holds a part of every matrix."""
+    first = shards[0]
+    if len(shards) == 1:
+        return first
+    for shard in shards[1:]:
+        if shard.keys() != first.keys():
+            odd = min(shard.keys() ^ first.keys())
+            raise TorchchatError(f"the checkpoint's files do not belong together: {odd!r} is not in all of them")
+    return {name: _merged(name, [shard[name] for shard in shards], first) for name in first}
+
+
+def _merged(name: str, parts: list[StoredTensor], first: Mapping[str, StoredTensor]) -> StoredTensor:
+    shape = parts[0].shape
+    if name.endswith(_NOT_SPLIT) or len(shape) < 2:
+        return parts[0]
+    if name == "tok_embeddings.weight":  # Llama 2 splits its columns, Llama 3 its rows
+        dimension = 1 if shape[1] != first["norm.weight"].shape[0] else 0
+    else:
+        dimension = 1 if name.endswith(_SPLIT_BY_COLUMN) else 0
+    whole = tuple(sum(part.shape[axis] for part in parts) if axis == dimension else size
+                  for axis, size in enumerate(shape))
+    return StoredTensor(whole, lambda: torch.cat([part.read() for part in parts], dimension))

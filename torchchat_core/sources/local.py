@@ -1,0 +1,127 @@
+"""Models in folders and files of this machine, and the one that comes with torchchat."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.sources.reference import missing_file
+from torchchat_core.specs import Checkpoint, ModelFiles, ModelRef
+
+EMBEDDED = Path(__file__).parent.parent / "data" / "embedded"
+TOKENIZER_PATTERNS = ("tokenizer.json", "tokenizer.model*", "tok*.model", "*.tiktoken")
+SINGLE_FILE_FORMATS = {".safetensors": "safetensors", ".bin": "pytorch", ".pt": "pytorch", ".pth": "pytorch"}
+
+
+class LocalSource:
+    """Finds and opens Hugging Face folders, Meta and torchtune folders, and single checkpoint files."""
+
+    def fetch(self, ref: ModelRef) -> ModelFiles:
+        path = Path(ref.location).expanduser()
+        if path.is_dir():
+            return files_of_folder(ref, path)
+        if path.is_file():
+            return files_of_single_file(ref, path)
+        raise missing_file(path)
+
+    def open(self, files: ModelFiles) -> Checkpoint:
+        from torchchat_core.sources.checkpoints import open_checkpoint
+
+        return open_checkpoint(files)
+
+
+class EmbeddedSource:
+    """The small model that comes with torchchat."""
+
+    def fetch(self, ref: ModelRef) -> ModelFiles:
+        return files_of_folder(ref, EMBEDDED)
+
+
+def files_of_folder(ref: ModelRef, folder: Path) -> ModelFiles:
+    """The model in a folder. Raises `TorchchatError` where it holds none, or checkpoints of several kinds."""
+    found = {kind: weights for kind, find in _LAYOUTS.items() if (weights := find(folder))}
+    if not found:
+        raise TorchchatError(f"the folder {str(folder)!r} holds no checkpoint",
+                             "it should have *.safetensors, pytorch_model*.bin, consolidated.*.pth, a torchtune "
+                             "checkpoint or a single .pt file")
+    if "Hugging Face .bin" in found and "safetensors" in found:
+        del found["Hugging Face .bin"]  # hubs keep the same weights twice
+    if len(found) > 1:
+        listed = " and ".join(f"{weights[0].name} ({kind})" for kind, weights in found.items())
+        raise TorchchatError(f"the folder {str(folder)!r} holds several checkpoints: {listed}", "name one of the files")
+    kind, weights = found.popitem()
+    return _with_companions(ref, folder, "safetensors" if kind == "safetensors" else "pytorch", weights)
+
+
+def files_of_single_file(ref: ModelRef, path: Path) -> ModelFiles:
+    """The model in one checkpoint file, with the configuration and tokenizer that lie beside it."""
+    kind = SINGLE_FILE_FORMATS.get(path.suffix)
+    if kind is None:
+        raise TorchchatError(f"{path.name!r} is no kind of checkpoint that is known here",
+                             f"known endings are {', '.join(SINGLE_FILE_FORMATS)}")
+    return _with_companions(ref, path.parent, kind, (path,))
+
+
+def _with_companions(ref: ModelRef, folder: Path, kind: str, weights: tuple[Path, ...]) -> ModelFiles:
+    places = (folder, folder / "original")  # hubs keep Meta's own files in "original"
+    tokenizers = [path for place in places for pattern in TOKENIZER_PATTERNS for path in sorted(place.glob(pattern))]
+    return ModelFiles(
+        ref=ref, format=kind, root=folder, weights=weights,
+        config=_first(place / name for name in ("config.json", "params.json") for place in places),
+        tokenizer=tuple(dict.fromkeys(tokenizers)),
+        tokenizer_config=_first([folder / "tokenizer_config.json"]),
+        generation_config=_first([folder / "generation_config.json"]),
+        chat_template=_first([folder / "chat_template.jinja"]),
+    )
+
+
+def _first(paths: Iterable[Path]) -> Path | None:
+    return next((path for path in paths if path.is_file()), None)
+
+
+# ---- which files of a folder are the weights ----------------------------------------------------------------------
+
+
+def _safetensors(folder: Path) -> tuple[Path, ...]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return (index,)
+    files = sorted(folder.glob("*.safetensors"))
+    return tuple(path for path in files if not path.name.startswith("consolidated")) or tuple(files)
+
+
+def _bin(folder: Path) -> tuple[Path, ...]:
+    index = folder / "pytorch_model.bin.index.json"
+    return (index,) if index.is_file() else tuple(sorted(folder.glob("pytorch_model*.bin")))
+
+
+def _meta(folder: Path) -> tuple[Path, ...]:
+    return tuple(sorted(folder.glob("consolidated.*.pth")))
+
+
+def _torchtune(folder: Path) -> tuple[Path, ...]:
+    """torchtune writes meta_model_EPOCH.pt or hf_model_SHARD_EPOCH.pt: the files of the last epoch."""
+    by_epoch: dict[int, list[Path]] = {}
+    for path in sorted(folder.glob("*_model_*.pt")):
+        match = re.fullmatch(r"(?:meta_model|hf_model_\d+)_(\d+)\.pt", path.name)
+        if match:
+            by_epoch.setdefault(int(match[1]), []).append(path)
+    return tuple(by_epoch[max(by_epoch)]) if by_epoch else ()
+
+
+def _single(folder: Path) -> tuple[Path, ...]:
+    if _meta(folder) or _torchtune(folder):
+        return ()
+    files = sorted([*folder.glob("*.pt"), *folder.glob("*.pth")])
+    return tuple(files) if len(files) == 1 else ()
+
+
+_LAYOUTS: dict[str, Callable[[Path], tuple[Path, ...]]] = {
+    "safetensors": _safetensors,
+    "Hugging Face .bin": _bin,
+    "Meta": _meta,
+    "torchtune": _torchtune,
+    "single .pt file": _single,
+}

@@ -1,0 +1,70 @@
+"""What the word that a user typed for a model means."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.plugins import Registry
+from torchchat_core.specs import ModelRef, ModelSourceInfo
+
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+MODEL_SUFFIXES = {".gguf", ".safetensors", ".pt", ".pth", ".bin", ".pt2", ".so", ".pte", ".json"}
+
+
+def resolve(text: str, registry: Registry) -> ModelRef:
+    """The reference that `text` stands for: a path that exists, an alias, `scheme:rest`, a URL, or owner/name.
+
+    Raises `TorchchatError` for a path that does not exist, an unknown name (with near matches), or a scheme that
+    no installed source fetches.
+    """
+    sources = registry.infos(ModelSourceInfo)
+    schemes = {scheme for source in sources for scheme in source.schemes}
+    aliases = {alias: target for source in sources for alias, target in source.aliases.items()}
+    if not text.strip():
+        raise TorchchatError("the name of the model is empty", f"known names: {', '.join(sorted(aliases))}")
+    path = Path(text).expanduser()
+    if _exists(path):
+        return ModelRef(text=text, scheme="file", location=str(path))
+    if text in aliases:
+        target = resolve(aliases[text], registry)
+        return ModelRef(text=text, scheme=target.scheme, location=target.location)
+    scheme, colon, rest = text.partition(":")
+    if colon and scheme in schemes:
+        return ModelRef(text=text, scheme=scheme, location=rest)
+    if text.startswith((".", "/", "~")) or path.suffix in MODEL_SUFFIXES:
+        raise missing_file(path)
+    if REPOSITORY.fullmatch(text):
+        if "hf" in schemes:
+            return ModelRef(text=text, scheme="hf", location=text)
+        raise TorchchatError(f"there is no folder {text!r}, and no installed source fetches models of a hub")
+    if colon and re.fullmatch(r"[a-z][a-z0-9+]*", scheme):
+        raise TorchchatError(f"no installed source fetches {scheme!r} references such as {text!r}",
+                             f"sources here fetch: {', '.join(sorted(schemes))}")
+    raise TorchchatError(f"there is no model {text!r}; known names: {', '.join(sorted(aliases))}",
+                         did_you_mean(text, [*aliases, *_neighbours(path)])
+                         or "give a folder, a file, or one of the names")
+
+
+def missing_file(path: Path) -> TorchchatError:
+    """The error for a file or folder that is not there, with what looks like it in the same folder."""
+    if path.parent != path and not _exists(path.parent):
+        return TorchchatError(f"there is no file or folder {str(path)!r}: {str(path.parent)!r} does not exist")
+    return TorchchatError(f"there is no file or folder {str(path)!r}",
+                          did_you_mean(path.name, (Path(name).name for name in _neighbours(path))))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long, or with a NUL
+        return False
+
+
+def _neighbours(path: Path) -> list[str]:
+    """Names beside `path`, as the user would have to type them."""
+    try:
+        return [str(path.parent / entry.name) for entry in path.parent.iterdir() if not entry.name.startswith(".")]
+    except (OSError, ValueError):
+        return []

@@ -1,0 +1,332 @@
+"""The types that stages and plugins share: descriptions, what is passed between stages, and the protocols.
+
+Standard library alone, so that describing a plugin costs nothing. Heavy types appear in annotations only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from torchchat_core.errors import TorchchatError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from torchchat_core.models.config import ModelConfig
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+DTYPES = ("fp32", "bf16", "fp16")
+ABILITIES = {
+    "score": "logits at every position: perplexity, evaluation, speculation",
+    "batch": "one decoding step for many sessions: the server",
+    "fused_sampling": "sampling inside the graph",
+}
+
+
+# ---- descriptions: what a plugin offers, as data ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What every offer of a plugin states about itself.
+
+    `factory` is a dotted `module:attribute`, imported when the thing is first used and called without arguments.
+    `options` is a dataclass made with `torchchat_core.options.option`; it is the one source for command-line
+    flags, validation and documentation. `replaces` are qualified names (`distribution:name`) of the same kind
+    whose bare name this one takes over. Raises `TorchchatError` where a field is malformed.
+    """
+
+    kind: ClassVar[str] = "plugin"
+    name: str
+    summary: str
+    factory: str
+    options: type | None = None
+    replaces: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise TorchchatError(f"{self.kind} name {self.name!r} is not of lower-case letters, digits, '_', '.', '-'")
+        if not self.summary.strip() or "\n" in self.summary:
+            raise TorchchatError(f"the summary of {self.kind} {self.name!r} has to be one line")
+        if not FACTORY.fullmatch(self.factory):
+            raise TorchchatError(f"the factory of {self.kind} {self.name!r} is {self.factory!r}; it has to be "
+                                 "'package.module:attribute'")
+        if self.options is not None and not is_dataclass(self.options):
+            raise TorchchatError(f"the options of {self.kind} {self.name!r} are not a dataclass")
+
+    def make(self) -> Any:
+        """Imports the factory and calls it. Raises `TorchchatError` where it cannot be imported."""
+        module, _, attribute = self.factory.partition(":")
+        try:
+            found: Any = importlib.import_module(module)
+            for part in attribute.split("."):
+                found = getattr(found, part)
+        except (ImportError, AttributeError) as error:
+            raise TorchchatError(f"{self.kind} {self.name!r} cannot be used: {error}",
+                                 "a package that it needs is missing or broken; reinstall the plugin") from error
+        return found()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSourceInfo(Description):
+    """Where models come from (`schemes`), and which layouts of files are read (`formats`); either may be empty."""
+
+    kind: ClassVar[str] = "model source"
+    schemes: frozenset[str] = frozenset()  # "file", "hf", "https", ...: references of this kind are fetched
+    formats: frozenset[str] = frozenset()  # "huggingface", "meta", ...: files of this layout are opened
+    suffixes: Mapping[str, str] = field(default_factory=dict)  # ".gguf" -> the format of such a single file
+    aliases: Mapping[str, str] = field(default_factory=dict)  # short name -> full reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerInfo(Description):
+    """A reader of tokenizer files. `order` decides when one folder holds files of several readers: lowest first."""
+
+    kind: ClassVar[str] = "tokenizer"
+    files: tuple[str, ...] = ()  # file-name patterns such as "tokenizer.json"
+    order: int = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerInfo(Description):
+    """Replaces the linear or embedding layers of a model by smaller ones."""
+
+    kind: ClassVar[str] = "quantizer"
+    schemes: frozenset[str] = frozenset()  # "linear:int4", "embedding:int8", ...
+    devices: frozenset[str] = frozenset()
+    dtypes: frozenset[str] = frozenset()  # of activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutorInfo(Description):
+    """Runs a model. `reads` names what it loads: "module" (a model in memory) or formats of exported files."""
+
+    kind: ClassVar[str] = "executor"
+    reads: frozenset[str] = frozenset()
+    devices: frozenset[str] = frozenset()
+    dtypes: frozenset[str] = frozenset()
+    schemes: frozenset[str] = frozenset()  # quantisation schemes accepted
+    abilities: frozenset[str] = frozenset()
+    platforms: frozenset[str] = frozenset()  # values of sys.platform; empty: everywhere
+    order: int = 50  # among the executors that fit, `auto` takes the lowest
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = self.abilities - ABILITIES.keys()
+        if unknown:
+            raise TorchchatError(f"executor {self.name!r} declares the unknown ability {min(unknown)!r}; known are "
+                                 f"{', '.join(ABILITIES)}")
+
+    def require(self, ability: str) -> None:
+        """Raises `TorchchatError` where the executor does not declare `ability`."""
+        if ability not in self.abilities:
+            raise TorchchatError(f"executor {self.name!r} has no ability {ability!r} ({ABILITIES[ability]})",
+                                 "choose another one with --executor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExporterInfo(Description):
+    """Writes a model to a file that an executor loads later."""
+
+    kind: ClassVar[str] = "exporter"
+    writes: str = ""  # the format, which is also an executor's `reads`
+    suffix: str = ""  # ".pte"
+    devices: frozenset[str] = frozenset()
+    dtypes: frozenset[str] = frozenset()
+    schemes: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandInfo(Description):
+    """A verb of the command line. `factory` names a click command, which is returned rather than called."""
+
+    kind: ClassVar[str] = "command"
+    order: int = 50  # place in the list of `torchchat --help`, lowest first
+
+    def make(self) -> Any:
+        module, _, attribute = self.factory.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+# ---- what goes from stage to stage --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRef:
+    """What the user called a model, and what that means."""
+
+    text: str  # as typed
+    scheme: str  # "file", "embedded", "hf", "https"
+    location: str  # a path, a repository id or a URL, without the scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """The files of one model on this machine. No tensors."""
+
+    ref: ModelRef
+    format: str
+    root: Path  # the folder that holds them
+    weights: tuple[Path, ...]
+    config: Path | None = None  # config.json or params.json
+    tokenizer: tuple[Path, ...] = ()  # candidates, in no order
+    tokenizer_config: Path | None = None
+    generation_config: Path | None = None
+    chat_template: Path | None = None
+    revision: str | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)  # file name -> sha256 or etag
+
+
+class Checkpoint(Protocol):
+    """Configuration and weights by canonical name, mapped and read when asked for."""
+
+    config: ModelConfig
+
+    def names(self) -> Iterable[str]:
+        """Canonical names of the tensors, Hugging Face's Llama names."""
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of that name, mapped where the format allows; `KeyError` where there is none."""
+
+
+class ModelSource(Protocol):
+    """Finds the files of a reference, or opens them. A source implements what its description declares."""
+
+    def fetch(self, ref: ModelRef) -> ModelFiles: ...
+
+    def open(self, files: ModelFiles) -> Checkpoint: ...
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. Ids are whole numbers from 0 to `vocab_size` - 1."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    special_tokens: Mapping[str, int]  # text -> id of the control tokens, which ordinary text never encodes to
+    adds_bos: bool  # whether a prompt of plain text starts with bos_id
+    adds_prefix_space: bool  # whether encoding puts a space before text, which decoding from the start takes off
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of `text`, without BOS or EOS. With `special`, the texts of control tokens become their ids."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a whole sequence; control tokens are left out, bytes that are no UTF-8 become U+FFFD."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one token adds to a text; for control tokens the UTF-8 of their name."""
+
+
+class TokenizerReader(Protocol):
+    """What a `TokenizerInfo.factory` makes."""
+
+    def accepts(self, path: Path) -> bool:
+        """Whether the file, whose name matched, is one of this reader's."""
+
+    def read(self, path: Path, settings: Mapping[str, Any]) -> Tokenizer:
+        """The tokenizer of the file; `settings` is tokenizer_config.json's content, or empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What became of one layer under quantisation."""
+
+    name: str
+    scheme: str | None  # None: left alone, for `reason`
+    bytes_before: int
+    bytes_after: int
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantReport:
+    """Every layer that a recipe could have touched: done, or left alone and why."""
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(layer.bytes_before for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(layer.bytes_after for layer in self.layers)
+
+
+class Quantizer(Protocol):
+    def apply(self, model: nn.Module, options: Any) -> QuantReport:
+        """Replaces layers of `model` in place, as `options` (of the description's class) ask."""
+
+
+class Session(Protocol):
+    """One sequence. Not thread-safe."""
+
+    length: int  # tokens held in the KV cache
+    limit: int  # tokens that it can hold
+
+    def prefill(self, tokens: Sequence[int]) -> Tensor:
+        """Appends the tokens; logits [vocab], float32 on the CPU, at the last position."""
+
+    def decode(self, token: int) -> Tensor:
+        """Appends one token; logits [vocab], float32 on the CPU."""
+
+    def truncate(self, length: int) -> None:
+        """Forgets all but the first `length` tokens."""
+
+    def close(self) -> None:
+        """Gives the memory back. The session is of no use afterwards."""
+
+
+class ScoringSession(Session, Protocol):
+    """Of an executor with ability `score`."""
+
+    def score(self, tokens: Sequence[int]) -> Tensor:
+        """Appends the tokens; logits [n, vocab], float32 on the CPU, at every position."""
+
+
+class LoadedModel(Protocol):
+    """A model that is ready to run."""
+
+    vocab_size: int
+    max_context: int  # positions that a session can be asked to hold
+    device: str
+    dtype: str
+
+    def session(self, limit: int | None = None) -> Session:
+        """A new, empty sequence of at most `limit` tokens; None: `max_context`."""
+
+    def close(self) -> None:
+        """Gives the memory of the weights back."""
+
+
+class BatchedModel(LoadedModel, Protocol):
+    """Of an executor with ability `batch`."""
+
+    def decode_batch(self, sessions: Sequence[Session], tokens: Sequence[int]) -> Tensor:
+        """Appends one token to each of the sessions; logits [sessions, vocab], float32 on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadRequest:
+    """What an executor is given: a module in memory, or an exported file."""
+
+    device: str
+    dtype: str  # one of DTYPES, which the module's weights already have
+    module: Any = None  # models.transformer.Transformer
+    artifact: Path | None = None
+    options: Any = None  # of the description's class
+
+
+class Executor(Protocol):
+    def load(self, request: LoadRequest) -> LoadedModel: ...
+
+
+class Exporter(Protocol):
+    def export(self, module: nn.Module, path: Path, options: Any) -> None:
+        """Writes the model to `path`, whole or not at all."""
