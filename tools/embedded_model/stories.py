@@ -52,17 +52,19 @@ class StoryMaker:
     frames: Mapping[str, Sequence[str]]
     plots: Sequence[Mapping[str, Any]]
 
-    def story(self, chance: random.Random) -> Story:
-        """One story, told from `chance`."""
+    def story(self, chance: random.Random, invented: str | None = None) -> Story:
+        """One story, told from `chance`; `invented` is a word for its hero's kind that is not in the list."""
         plot = chance.choice(self.plots)
-        slots, topics = self._cast(chance, plot)
+        slots, topics = self._cast(chance, plot, invented)
         beats = [self.frames["openings"], self.frames["habits"], *plot["beats"], self.frames["closings"]]
         sentences = [chance.choice(beat).format_map(slots) for beat in beats]
         return Story(text=_paragraphs(sentences, chance), topics=(*topics, chance.choice(plot["themes"])))
 
-    def _cast(self, chance: random.Random, plot: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+    def _cast(
+        self, chance: random.Random, plot: Mapping[str, Any], invented: str | None
+    ) -> tuple[dict[str, str], list[str]]:
         """What fills the slots of one story, and the subjects that follow from it."""
-        hero = self._hero(chance)
+        hero = self._hero(chance, invented)
         friend = self._friend(chance, hero["name"])
         adjective, plain = chance.choice(self.words["object_adjectives"]), chance.choice(self.words[plot["objects"]])
         thing = plain if chance.random() < 0.3 else f"{adjective} {plain}"
@@ -81,12 +83,12 @@ class StoryMaker:
                   f"{kind} named {hero['name']}", hero["name"], f"{hero['name']} and {friend}", hero["a_hero"]]
         return slots, topics
 
-    def _hero(self, chance: random.Random) -> dict[str, str]:
+    def _hero(self, chance: random.Random, invented: str | None) -> dict[str, str]:
         gender = chance.choice(("girl", "boy"))
-        if chance.random() < 0.25:
+        if invented is None and chance.random() < 0.25:
             kind, name = gender, chance.choice(self.words[f"{gender}s"])
         else:
-            kind = chance.choice(self.words["heroes"])
+            kind = invented or chance.choice(self.words["heroes"])
             gender = "girl" if kind in QUEENLY else "boy" if kind in KINGLY else gender
             name = chance.choice(self.words["female_names" if gender == "girl" else "male_names"])
         described = kind if chance.random() < 0.2 else f"{chance.choice(self.words['hero_adjectives'])} {kind}"

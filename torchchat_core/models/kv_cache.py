@@ -49,6 +49,12 @@ class KVCache:
             raise TorchchatError(f"cannot cut a sequence of {self.length} tokens to {length}")
         self.length = length
 
+    def release(self) -> None:
+        """Gives the memory back and forgets everything."""
+        self.length = 0
+        self._keys = [keys[:, :0].clone() for keys in self._keys]
+        self._values = [values[:, :0].clone() for values in self._values]
+
     def bytes_held(self) -> int:
         """Memory that the cache has taken, in bytes."""
         return sum(x.numel() * x.element_size() for x in (*self._keys, *self._values))

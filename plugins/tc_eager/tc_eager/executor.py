@@ -1,0 +1,132 @@
+"""Sessions over a transformer in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tc_eager.linear import use_fastest_linear
+from torchchat_core.errors import TorchchatError
+from torchchat_core.models.attention import CachedAttention, Segment
+from torchchat_core.models.kv_cache import KVCache
+from torchchat_core.models.transformer import Transformer
+from torchchat_core.specs import LoadRequest
+
+
+class EagerExecutor:
+    """Implements `specs.Executor` with abilities `score` and `batch`."""
+
+    def load(self, request: LoadRequest) -> EagerModel:
+        use_fastest_linear(request.module)
+        return EagerModel(request.module, request.device, request.dtype)
+
+
+class EagerModel:
+    """Implements `specs.BatchedModel`."""
+
+    def __init__(self, module: Transformer, device: str, dtype: str) -> None:
+        self.vocab_size = module.config.vocab_size
+        self.max_context = module.config.max_context
+        self.device = device
+        self.dtype = dtype
+        self._module: Transformer | None = module
+
+    def session(self, limit: int | None = None) -> EagerSession:
+        limit = self.max_context if limit is None else limit
+        if not 1 <= limit <= self.max_context:
+            raise TorchchatError(f"a sequence of {limit} tokens was asked for; the model takes 1 to "
+                                 f"{self.max_context}", "set --max-seq-length within that")
+        return EagerSession(self, limit)
+
+    @torch.inference_mode()
+    def decode_batch(self, sessions: Sequence[EagerSession], tokens: Sequence[int]) -> Tensor:
+        if len({id(session) for session in sessions}) != len(sessions) or len(sessions) != len(tokens):
+            raise TorchchatError(f"a batch of {len(sessions)} sessions and {len(tokens)} tokens: it takes one token "
+                                 "for each of several different sessions")
+        for session in sessions:
+            session.check_room(1)
+        positions = [session.length for session in sessions]
+        segments = [Segment(session.cache, 1) for session in sessions]
+        groups = {session.extended for session in sessions}
+        if len(groups) > 1:  # longrope: sequences on both sides of the original context have other angles
+            return torch.stack([session.decode(token) for session, token in zip(sessions, tokens, strict=True)])
+        logits = self.forward(tokens, positions, segments, rows=None, extended=groups == {True})
+        for session in sessions:
+            session.cache.advance(1)
+        return logits
+
+    def forward(self, tokens: Sequence[int], positions: Sequence[int], segments: Sequence[Segment],
+                rows: list[int] | None, extended: bool) -> Tensor:
+        """One pass of the transformer; logits [rows, vocab], float32 on the CPU."""
+        module = self._module
+        if module is None:
+            raise TorchchatError("the model was closed")
+        outside = [token for token in tokens if not 0 <= token < self.vocab_size]
+        if outside:
+            raise TorchchatError(f"token {outside[0]} is outside the model's vocabulary of {self.vocab_size}",
+                                 "the tokenizer belongs to another model")
+        logits = module(
+            torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device),
+            CachedAttention(module.config, segments),
+            rows=None if rows is None else torch.tensor(rows, device=self.device), extended=extended,
+        )
+        return logits.float().cpu()
+
+    @property
+    def module(self) -> Transformer:
+        if self._module is None:
+            raise TorchchatError("the model was closed")
+        return self._module
+
+    def close(self) -> None:
+        self._module = None
+
+
+class EagerSession:
+    """Implements `specs.ScoringSession`."""
+
+    def __init__(self, model: EagerModel, limit: int) -> None:
+        module = model.module
+        dtype = module.model.embed_tokens.weight.dtype
+        self.limit = limit
+        self.cache = KVCache(module.config, limit, dtype, torch.device(model.device))
+        self.extended = module.model.rotary.extends(limit)
+        self._model = model
+
+    @property
+    def length(self) -> int:
+        return self.cache.length
+
+    def prefill(self, tokens: Sequence[int]) -> Tensor:
+        return self._append(tokens, [len(tokens) - 1])[0]
+
+    def decode(self, token: int) -> Tensor:
+        return self._append([token], None)[0]
+
+    def score(self, tokens: Sequence[int]) -> Tensor:
+        return self._append(tokens, None)
+
+    def truncate(self, length: int) -> None:
+        self.cache.truncate(length)
+
+    def close(self) -> None:
+        self.cache.release()
+
+    def check_room(self, count: int) -> None:
+        """Raises `TorchchatError` where `count` more tokens do not fit."""
+        if count < 1:
+            raise TorchchatError("there are no tokens to append")
+        if self.length + count > self.limit:
+            raise TorchchatError(f"the sequence would have {self.length + count} tokens; its limit is {self.limit}",
+                                 "shorten the prompt, or allow more with --max-seq-length where the model can")
+
+    @torch.inference_mode()
+    def _append(self, tokens: Sequence[int], rows: list[int] | None) -> Tensor:
+        self.check_room(len(tokens))
+        positions = range(self.length, self.length + len(tokens))
+        segment = Segment(self.cache, len(tokens))
+        logits = self._model.forward(tokens, positions, [segment], rows, self.extended)
+        self.cache.advance(len(tokens))
+        return logits

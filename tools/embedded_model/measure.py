@@ -1,0 +1,132 @@
+"""Measures the embedded model on phrasings that training never saw, decoded greedily through the real chat template.
+
+    python -m tools.embedded_model.measure
+
+An answer is right when it holds every keyword of the question's intent. Prints the share of right answers to the
+questions as they are written, with one typing error in each, and as a second turn after a story; and the share of
+requested stories that speak of what was asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from tools.embedded_model.conversations import Message
+from tools.embedded_model.questions import Question, load_questions
+from tools.embedded_model.stories import load_story_maker
+from tools.embedded_model.train import DEFAULT_OUTPUT
+from tools.embedded_model.variations import with_typing_error
+from tools.embedded_model.vocabulary import END, render
+from torchchat_core.models.attention import CachedAttention, Segment
+from torchchat_core.models.config import config_from_hugging_face
+from torchchat_core.models.kv_cache import KVCache
+from torchchat_core.models.transformer import Transformer
+
+MEASURE_SEED = 1234
+STORY_REQUESTS = 100
+LONGEST_ANSWER = 320  # tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedModel:
+    """The model of a folder, with all that a conversation needs."""
+
+    transformer: Transformer
+    tokenizer: Tokenizer
+    chat_template: str
+
+    @torch.inference_mode()
+    def answer(self, messages: Sequence[Message]) -> str:
+        """What it says next, always taking the likeliest token."""
+        config = self.transformer.config
+        cache = KVCache(config, config.max_context, torch.float32, torch.device("cpu"))
+        step = self.tokenizer.encode(render(messages, self.chat_template), add_special_tokens=False).ids
+        end, answer = self.tokenizer.token_to_id(END), list[int]()
+        while len(answer) < LONGEST_ANSWER:
+            positions = torch.arange(cache.length, cache.length + len(step))
+            attend = CachedAttention(config, [Segment(cache, len(step))])
+            logits = self.transformer(torch.tensor(step), positions, attend, rows=torch.tensor([len(step) - 1]))
+            cache.advance(len(step))
+            step = [int(logits[0].argmax())]
+            if step[0] == end:
+                break
+            answer += step
+        return self.tokenizer.decode(answer)
+
+
+def load_model(folder: Path) -> EmbeddedModel:
+    """The model in `folder`, in float32."""
+    transformer = Transformer(config_from_hugging_face(json.loads((folder / "config.json").read_text("utf-8"))))
+    tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    transformer.load_state_dict(tensors)
+    template = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
+    return EmbeddedModel(transformer=transformer, tokenizer=Tokenizer.from_file(str(folder / "tokenizer.json")),
+                         chat_template=template)
+
+
+def measure_questions(
+    model: EmbeddedModel, questions: Sequence[Question], ask: Callable[[Question], list[Message]], show_wrong: bool
+) -> float:
+    """The share of questions answered rightly, each asked as `ask` says."""
+    right = 0
+    for question in questions:
+        answer = model.answer(ask(question))
+        right += question.is_answered_by(answer)
+        if show_wrong and not question.is_answered_by(answer):
+            print(f"  wrong [{question.intent}] {question.text}\n      -> {answer}")
+    return right / len(questions)
+
+
+def measure_stories(model: EmbeddedModel, chance: random.Random) -> float:
+    """The share of stories that name the hero or the thing that was asked for."""
+    words = load_story_maker().words
+    right = 0
+    for _ in range(STORY_REQUESTS):
+        noun = chance.choice([*words["heroes"], *words["toys"], *words["small"], *words["useful"]])
+        article = "an" if noun[0] in "aeio" else "a"
+        request = Message(role="user", content=f"Tell me a story about {article} {noun}.")
+        right += noun in model.answer([request])
+    return right / STORY_REQUESTS
+
+
+def main() -> None:
+    """Prints the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=DEFAULT_OUTPUT)
+    parser.add_argument("--show-wrong", action="store_true", help="print the wrong answers to questions as written")
+    parser.add_argument("--quick", action="store_true", help="the first figure alone")
+    arguments = parser.parse_args()
+    chance = random.Random(MEASURE_SEED)
+    model = load_model(arguments.folder)
+    questions = load_questions().held_out_questions(chance)
+    story = Message(role="assistant", content=load_story_maker().story(chance).text)
+
+    def plainly(question: Question) -> list[Message]:
+        return [Message(role="user", content=question.text)]
+
+    def with_error(question: Question) -> list[Message]:
+        return [Message(role="user", content=with_typing_error(question.text, chance))]
+
+    def after_story(question: Question) -> list[Message]:
+        return [Message(role="user", content="Tell me a story."), story, *plainly(question)]
+
+    print(f"{len(questions)} held-out phrasings, greedy")
+    print(f"as written:            {measure_questions(model, questions, plainly, arguments.show_wrong):.1%}")
+    if not arguments.quick:
+        print(f"with a typing error:   {measure_questions(model, questions, with_error, False):.1%}")
+        print(f"as a second turn:      {measure_questions(model, questions, after_story, False):.1%}")
+        print(f"stories on what was asked for: {measure_stories(model, chance):.1%} of {STORY_REQUESTS}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Trains the embedded model and writes it as a Hugging Face folder.
+
+    python -m tools.embedded_model.train --minutes 40
+
+The schedule ends after --steps steps or --minutes minutes, whichever comes first: the learning rate falls to zero
+by then. The folder is written anew at every --save-every steps, so an early stop leaves a usable model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from tools.embedded_model.conversations import DocumentMaker
+from tools.embedded_model.vocabulary import (
+    BEGIN,
+    CONTEXT,
+    END,
+    VOCABULARY_SIZE,
+    encode_document,
+    make_tokenizer,
+    write_json,
+    write_tokenizer,
+)
+from torchchat_core.models.attention import RowAttention
+from torchchat_core.models.config import ModelConfig, config_from_hugging_face
+from torchchat_core.models.transformer import Transformer
+
+DEFAULT_OUTPUT = Path(__file__).parents[2] / "torchchat_core" / "data" / "embedded"
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "dtype": "bfloat16",
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "initializer_range": 0.02,
+    "intermediate_size": 512,
+    "max_position_embeddings": CONTEXT,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 8,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "vocab_size": VOCABULARY_SIZE,
+}
+GROUP = 4096  # documents sorted by length together, so that a batch has little padding
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of equal length: tokens and targets [rows * length]; a target of -100 is not learned."""
+
+    tokens: Tensor
+    targets: Tensor
+    rows: int
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder to write")
+    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--minutes", type=float, default=45.0, help="wall time of the training steps")
+    parser.add_argument("--batch-tokens", type=int, default=6144, help="tokens of a step, padding included")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=250, help="steps")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Makes the tokenizer, trains, and writes the folder."""
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(arguments.seed)
+    write_tokenizer(tokenizer, arguments.output)
+    model = new_model(config_from_hugging_face(MODEL))
+    print(f"{sum(parameter.numel() for parameter in model.parameters())} parameters", flush=True)
+    train(model, tokenizer, arguments)
+    write_model(model, tokenizer, arguments.output)
+
+
+def new_model(config: ModelConfig) -> Transformer:
+    """A model with fresh weights; what is added to the residual stream starts smaller with depth."""
+    model = Transformer(config)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.num_layers) if into_residual else 0.02)
+    return model
+
+
+def train(model: Transformer, tokenizer: Tokenizer, arguments: argparse.Namespace) -> None:
+    """Next-token prediction on what the assistant says, in bfloat16 with weights in float32."""
+    optimizer = make_optimizer(model, arguments.learning_rate, arguments.weight_decay)
+    batches = make_batches(tokenizer, arguments.seed, arguments.batch_tokens)
+    start, tokens_seen, mean_loss = time.monotonic(), 0, 0.0
+    for step, batch in enumerate(itertools.islice(batches, arguments.steps), start=1):
+        elapsed = (time.monotonic() - start) / 60
+        progress = max(step / arguments.steps, elapsed / arguments.minutes)
+        if progress > 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = arguments.learning_rate * learning_rate_share(step, progress)
+        loss = learn(model, batch, optimizer)
+        tokens_seen += batch.tokens.numel()
+        mean_loss = loss if step == 1 else 0.98 * mean_loss + 0.02 * loss
+        if step % 25 == 0:
+            print(f"step {step}  loss {mean_loss:.4f}  {elapsed:.1f} min  {tokens_seen / 1e6:.2f} M tokens", flush=True)
+        if step % arguments.save_every == 0:
+            write_model(model, tokenizer, arguments.output)
+
+
+def make_optimizer(model: Transformer, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW; the norms' weights do not decay."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
+
+
+def learning_rate_share(step: int, progress: float, warm_up_steps: int = 100) -> float:
+    """A linear warm-up, then half a cosine down to zero where `progress` is 1."""
+    return min(1.0, step / warm_up_steps) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def learn(model: Transformer, batch: Batch, optimizer: torch.optim.Optimizer) -> float:
+    """One step; the loss in nats per learned token."""
+    length = batch.tokens.numel() // batch.rows
+    positions = torch.arange(length).repeat(batch.rows)
+    learned = (batch.targets >= 0).nonzero()[:, 0]
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(batch.tokens, positions, RowAttention(model.config, batch.rows), learned)  # [learned, vocab]
+    loss = F.cross_entropy(logits.float(), batch.targets[learned])
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+def make_batches(tokenizer: Tokenizer, seed: int, batch_tokens: int) -> Iterator[Batch]:
+    """Batches without end, of documents of similar length, in random order."""
+    documents = (encode_document(tokenizer, document) for document in DocumentMaker(seed).documents())
+    order = torch.Generator().manual_seed(seed)
+    while True:
+        group = sorted(itertools.islice(documents, GROUP), key=lambda pair: len(pair[0]))
+        batches = list(cut(group, batch_tokens))
+        for index in torch.randperm(len(batches), generator=order).tolist():
+            yield pad(batches[index])
+
+
+def cut(
+    documents: list[tuple[list[int], list[bool]]], batch_tokens: int
+) -> Iterator[list[tuple[list[int], list[bool]]]]:
+    """Documents sorted by length, in runs of at most `batch_tokens` tokens with padding."""
+    run: list[tuple[list[int], list[bool]]] = []
+    for ids, learned in documents:
+        ids, learned = ids[:CONTEXT], learned[:CONTEXT]
+        if run and len(ids) * (len(run) + 1) > batch_tokens:
+            yield run
+            run = []
+        run.append((ids, learned))
+    yield run
+
+
+def pad(run: list[tuple[list[int], list[bool]]]) -> Batch:
+    """Rows of the longest document's length; token t is input, token t + 1 the target where it is learned."""
+    length = len(run[-1][0]) - 1
+    tokens = torch.zeros(len(run), length, dtype=torch.long)
+    targets = torch.full((len(run), length), -100)
+    for row, (ids, learned) in enumerate(run):
+        count = len(ids) - 1
+        values = torch.tensor(ids)
+        tokens[row, :count] = values[:-1]
+        targets[row, :count] = torch.where(torch.tensor(learned[1:]), values[1:], -100)
+    return Batch(tokens.flatten(), targets.flatten(), len(run))
+
+
+def write_model(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
+    """config.json, generation_config.json and model.safetensors in bfloat16; each is replaced when it is whole."""
+    begin, end = tokenizer.token_to_id(BEGIN), tokenizer.token_to_id(END)
+    write_json(folder / "config.json", {**MODEL, "bos_token_id": begin, "eos_token_id": end, "pad_token_id": end})
+    write_json(folder / "generation_config.json", {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": end})
+    tensors = {name: parameter.detach().to(torch.bfloat16) for name, parameter in model.named_parameters()}
+    partial = folder / "model.safetensors.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(folder / "model.safetensors")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What core itself offers, through the same hooks as everyone else."""
+
+from __future__ import annotations
+
+from torchchat_core.hookspecs import hookimpl
+from torchchat_core.specs import CommandInfo, ModelSourceInfo, TokenizerInfo
+
+
+@hookimpl
+def torchchat_model_sources() -> list[ModelSourceInfo]:
+    return [
+        ModelSourceInfo(
+            name="local",
+            summary="folders and checkpoint files of this machine",
+            factory="torchchat_core.sources.local:LocalSource",
+            schemes=frozenset({"file"}),
+            formats=frozenset({"safetensors", "pytorch"}),
+        ),
+        ModelSourceInfo(
+            name="embedded",
+            summary="the small model that comes with torchchat",
+            factory="torchchat_core.sources.local:EmbeddedSource",
+            schemes=frozenset({"embedded"}),
+            aliases={"embedded": "embedded:guide"},
+        ),
+    ]
+
+
+@hookimpl
+def torchchat_tokenizers() -> list[TokenizerInfo]:
+    return [
+        TokenizerInfo(
+            name="huggingface",
+            summary="tokenizer.json of the tokenizers library",
+            factory="torchchat_core.tokenizers.hugging_face:HuggingFaceReader",
+            files=("tokenizer.json",),
+            order=10,
+        ),
+        TokenizerInfo(
+            name="sentencepiece",
+            summary="SentencePiece models: Llama 2, Mistral, llama2.c",
+            factory="torchchat_core.tokenizers.sentencepiece_file:SentencePieceReader",
+            files=("tokenizer.model*", "tok*.model"),
+            order=20,
+        ),
+        TokenizerInfo(
+            name="tiktoken",
+            summary="Meta's Llama 3 tokenizer.model",
+            factory="torchchat_core.tokenizers.tiktoken_file:TiktokenReader",
+            files=("tokenizer.model", "*.tiktoken"),
+            order=30,
+        ),
+    ]
+
+
+@hookimpl
+def torchchat_commands() -> list[CommandInfo]:
+    return [
+        CommandInfo(
+            name="chat",
+            summary="Talk with a model; without MODEL, with the one that comes with torchchat.",
+            factory="torchchat_core.cli.chat:chat",
+            order=10,
+        ),
+        CommandInfo(
+            name="generate",
+            summary="Answer one prompt, or continue one text.",
+            factory="torchchat_core.cli.generate:generate",
+            order=20,
+        ),
+    ]

@@ -1,0 +1,79 @@
+"""Flags that several verbs share, made from the dataclasses that declare the options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import click
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.generation_options import GenerationOptions, SamplingOptions
+from torchchat_core.options import OptionDetail, detail_of, value_type
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+CLICK_TYPES: Mapping[type, click.ParamType[Any]] = {int: click.INT, float: click.FLOAT, str: click.STRING}
+
+
+def model_flags(function: Function) -> Function:
+    """MODEL, where its files are, and how it runs."""
+    for decorate in reversed([
+        click.argument("model", required=False),
+        click.option("--checkpoint-path", metavar="FILE", help="The weights, a file or folder; MODEL then only names "
+                                                               "them."),
+        click.option("--params-path", metavar="FILE", help="The model's config.json or params.json."),
+        click.option("--tokenizer-path", metavar="FILE", help="The model's tokenizer.json or tokenizer.model."),
+        click.option("--executor", default="auto", show_default=True, metavar="NAME", help="What runs the model."),
+        click.option("--device", default="fast", show_default=True, metavar="NAME", help="cpu, cuda, mps, or fast: a "
+                                                                                         "GPU where there is one."),
+        click.option("-d", "--dtype", metavar="NAME", help="fp32, bf16, fp16, or fast; without it, the checkpoint's."),
+        click.option("--max-seq-length", type=int, metavar="N", help="Tokens of prompt and answer together; without "
+                                                                     "it, as many as the model takes."),
+    ]):
+        function = decorate(function)
+    return function
+
+
+def sampling_flags(function: Function) -> Function:
+    """One flag for each field of `SamplingOptions`, and those that bound an answer."""
+    declared = [field for field in fields(SamplingOptions) if field.name != "logit_bias"]
+    for field in reversed(declared):
+        detail = detail_of(field)
+        function = click.option(
+            f"--{field.name.replace('_', '-')}", type=CLICK_TYPES[value_type(SamplingOptions, field.name)],
+            metavar="N", default=None, help=_help(detail, field.default),
+        )(function)
+    for decorate in reversed([
+        click.option("--logit-bias", metavar="TOKEN=BIAS", multiple=True, help="Add BIAS to the logit of a token id; "
+                                                                               "may be repeated."),
+        click.option("--stop", metavar="TEXT", multiple=True, help="End the answer before TEXT; may be repeated."),
+    ]):
+        function = decorate(function)
+    return function
+
+
+def _help(detail: OptionDetail, default: object) -> str:
+    sentence = detail.help[0].upper() + detail.help[1:]
+    known = [detail.range] if detail.range else []
+    known += [f"default {default:g}"] if isinstance(default, int | float) else []
+    return f"{sentence} [{'; '.join(known)}]" if known else f"{sentence}."
+
+
+def generation_options(flags: Mapping[str, Any], defaults: Mapping[str, Any]) -> GenerationOptions:
+    """The options that the flags ask for; what they leave open is taken from the model's own `defaults`."""
+    names = [field.name for field in fields(SamplingOptions) if field.name != "logit_bias"]
+    chosen = {name: flags[name] for name in names if flags.get(name) is not None}
+    bias = dict(_parsed_bias(text) for text in flags.get("logit_bias", ()))
+    sampling = SamplingOptions(**{**defaults, **chosen}, logit_bias=bias)
+    return GenerationOptions(sampling=sampling, max_new_tokens=flags.get("max_new_tokens"),
+                             stop=tuple(flags.get("stop", ())))
+
+
+def _parsed_bias(text: str) -> tuple[int, float]:
+    token, equals, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise TorchchatError(f"--logit-bias is {text!r}; it has to be TOKEN=BIAS, such as 42=-5") from None

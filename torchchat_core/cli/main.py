@@ -1,0 +1,108 @@
+"""The command `torchchat`: finds the verbs that are installed, and turns errors into two lines."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from torchchat_core import __version__
+from torchchat_core.errors import TorchchatError
+from torchchat_core.plugins import Registry, load_registry
+from torchchat_core.specs import CommandInfo
+
+DISABLED = "torchchat.disabled"
+
+
+class Verbs(click.Group):
+    """A click group whose commands are those of the registry, imported when they are used."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return [info.name for info in sorted(_registry(context).infos(CommandInfo), key=lambda info: info.order)]
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        try:
+            info = _registry(context).find(CommandInfo, name)
+        except TorchchatError as error:
+            raise click.UsageError(str(error)) from None
+        command: click.Command = info.make()
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """As click writes it, but from the descriptions: no command is imported for its help line."""
+        registry = _registry(context)
+        rows = [(info.name, info.summary) for info in sorted(registry.infos(CommandInfo), key=lambda info: info.order)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def _registry(context: click.Context) -> Registry:
+    root = context.find_root()
+    if root.obj is None:
+        root.obj = load_registry(disabled=root.meta.get(DISABLED, ()))
+        for warning in root.obj.warnings:
+            click.echo(f"warning: {warning}", err=True)
+    found: Registry = root.obj
+    return found
+
+
+def _switch_off(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> None:
+    for value in values:
+        if not value.startswith("no:"):
+            raise click.BadParameter(f"{value!r} has to be no:NAME, the plugin that is to be left out")
+    context.meta[DISABLED] = tuple(value.removeprefix("no:") for value in values)
+
+
+@click.command(
+    cls=Verbs, name="torchchat", context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="MODEL is a name, a folder or a checkpoint file. 'torchchat VERB --help' says more of a verb.",
+)
+@click.version_option(__version__, prog_name="torchchat")
+@click.option("-p", "plugins", metavar="no:NAME", multiple=True, is_eager=True, expose_value=False,
+              callback=_switch_off, help="Leave the plugin NAME out; may be repeated.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+def torchchat() -> None:
+    """Chat with large language models, and quantise, measure and export them, with PyTorch."""
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs the command line and exits: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    debug = "--debug" in given
+    given = [word for word in given if word != "--debug"]
+    try:
+        sys.exit(_run(given))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read our output went away; do not complain to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except TorchchatError as error:
+        if debug:
+            raise
+        _report(error.message, error.fix)
+    except Exception as error:
+        if debug:
+            raise
+        _report(f"{type(error).__name__}: {error}", "this is a fault of torchchat or of a plugin; --debug shows where")
+    sys.exit(1)
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        result: Any = torchchat.main(args=arguments, prog_name="torchchat", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.Abort:
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+
+
+def _report(message: str, fix: str | None) -> None:
+    click.echo(f"error: {message}", err=True)
+    if fix:
+        click.echo(f"try: {fix}", err=True)

@@ -1,0 +1,30 @@
+"""How the statistics of an answer are shown to a person."""
+
+from __future__ import annotations
+
+from torchchat_core.generation import Statistics
+
+
+def statistics_line(statistics: Statistics) -> str:
+    """One line such as "42 tokens · 120 tokens/s · first after 0.03 s"."""
+    parts = [f"{statistics.new_tokens} tokens"]
+    if statistics.decode_tps is not None:
+        parts.append(f"{statistics.decode_tps:.1f} tokens/s")
+    parts.append(f"first after {statistics.ttft_s:.2f} s")
+    return " · ".join(parts)
+
+
+def statistics_table(statistics: Statistics) -> list[tuple[str, str]]:
+    """Every figure with its unit, as (name, value)."""
+
+    def rate(value: float | None) -> str:
+        return "too few tokens to say" if value is None else f"{value:.1f} tokens/s"
+
+    return [
+        ("prompt", f"{statistics.prompt_tokens} tokens, {statistics.prefilled_tokens} of them not in the cache before"),
+        ("prefill", rate(statistics.prefill_tps)),
+        ("first token", f"after {statistics.ttft_s:.3f} s"),
+        ("answer", f"{statistics.new_tokens} tokens"),
+        ("decode", rate(statistics.decode_tps)),
+        ("peak memory", f"{statistics.peak_rss_bytes / 2**20:.0f} MiB"),
+    ]

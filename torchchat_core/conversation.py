@@ -1,0 +1,215 @@
+"""A conversation: messages, the prompt that they make, and the cache that is kept from turn to turn."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.generation import (
+    Event,
+    FinishedEvent,
+    NoticeEvent,
+    TextEvent,
+    TokenSequence,
+    check_prompt,
+    generate,
+)
+from torchchat_core.generation_options import GenerationOptions
+from torchchat_core.specs import Tokenizer
+from torchchat_core.text_format import TextFormat
+
+ROLES = ("system", "user", "assistant")
+MARK = "\ue0ff"  # of the private use area; stands inside control-token texts that a user typed
+TRANSCRIPT_STOP = "\nUser:"
+
+Message = dict[str, Any]
+
+
+class Conversation:
+    """Messages between a user and a model, with at most one system message before them.
+
+    A model without a chat template is given a plain transcript ("User: ... Assistant: ...").
+    """
+
+    def __init__(self, sequence: TokenSequence, text_format: TextFormat, system: str | None = None) -> None:
+        self.messages: list[Message] = []
+        self._sequence = sequence
+        self._format = text_format
+        self._settled = ("", [])  # type: tuple[str, list[int]]  # text and ids up to the end of the last answer
+        self.system = system
+
+    @property
+    def system(self) -> str | None:
+        """The system message, or None."""
+        first = self.messages[0] if self.messages else None
+        return str(first["content"]) if first and first["role"] == "system" else None
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        without = [message for message in self.messages if message["role"] != "system"]
+        self.messages = ([{"role": "system", "content": text}] if text else []) + without
+
+    def reset(self) -> None:
+        """Forgets all but the system message."""
+        self.messages = [message for message in self.messages if message["role"] == "system"]
+
+    def ask(self, text: str, options: GenerationOptions, *, stream: int = 0,
+            cancelled: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+        """Adds the user's message and yields the events of the answer, which is added when it is complete.
+
+        Where the context is full, the oldest turns are dropped, and a `NoticeEvent` says so. Raises
+        `TorchchatError` where the message alone is too long; the conversation is then as it was before.
+        """
+        before = list(self.messages)
+        self.messages.append({"role": "user", "content": text})
+        try:
+            prompt_text, prompt, dropped = self._fitting_prompt(options)
+        except TorchchatError:
+            self.messages = before
+            raise
+        if dropped:
+            yield NoticeEvent(text=f"the context of {self._sequence.limit} tokens is full: the oldest {dropped} "
+                                   "messages were left out")
+        if self._format.template is None:
+            options = _with_stop(options, TRANSCRIPT_STOP)
+        answer: list[str] = []
+        ids: Sequence[int] = ()
+        try:
+            for event in generate(self._sequence, prompt, self._format, options, stream=stream,
+                                  cancelled=cancelled):
+                if isinstance(event, TextEvent):
+                    answer.append(event.text)
+                elif isinstance(event, FinishedEvent):
+                    ids = event.token_ids
+                yield event
+        finally:  # also where the reader went away: what was said stays said
+            content = "".join(answer)
+            self.messages.append({"role": "assistant", "content": content})
+            if ids and self._format.tokenizer.decode(ids).endswith(content):
+                self._settled = (prompt_text + content, [*prompt, *ids])
+
+    def save(self, path: Path) -> None:
+        """Writes the messages as JSON. Raises `TorchchatError` where that fails."""
+        try:
+            path.expanduser().write_text(json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2) + "\n",
+                                         encoding="utf-8")
+        except OSError as error:
+            raise TorchchatError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
+
+    def load(self, path: Path) -> None:
+        """Replaces the messages by those of a file that `save` wrote. Raises `TorchchatError` where it is none."""
+        try:
+            found = json.loads(path.expanduser().read_text(encoding="utf-8"))
+        except OSError as error:
+            raise TorchchatError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
+        except (ValueError, RecursionError):
+            raise TorchchatError(f"{str(path)!r} is no conversation: it is not JSON") from None
+        self.messages = checked_messages(found.get("messages") if isinstance(found, dict) else found)
+
+    def _fitting_prompt(self, options: GenerationOptions) -> tuple[str, list[int], int]:
+        """The prompt as text and ids, and how many of the oldest messages had to go to make room."""
+        limit = self._sequence.limit
+        room = min(options.max_new_tokens or limit, limit // 4)
+        dropped = 0
+        while True:
+            text, ids = self._prompt()
+            turns = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
+            if len(ids) + room <= limit or len(turns) < 2:
+                check_prompt(ids, limit)
+                return text, ids, dropped
+            dropped += turns[1] - turns[0]
+            del self.messages[turns[0] : turns[1]]
+
+    def _prompt(self) -> tuple[str, list[int]]:
+        """What is held of the last turn is taken as it was generated, and only what follows is encoded.
+
+        Encoding the whole text again could cut the answer into other tokens than the model chose, and the cache
+        would be of no use from there on.
+        """
+        text, encode = render(self._format, self.messages)
+        settled_text, settled_ids = self._settled
+        if settled_text and text.startswith(settled_text):
+            rest = text[len(settled_text) :]
+            if starts_with_control_token(rest, self._format.tokenizer) and MARK not in rest:
+                return text, [*settled_ids, *encode(rest)]
+        return text, encode(text)
+
+
+def checked_messages(found: object) -> list[Message]:
+    """Messages from a stranger's JSON. Raises `TorchchatError` where they are not such."""
+    if not isinstance(found, list):
+        raise TorchchatError("a conversation is a list of messages")
+    for index, message in enumerate(found):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise TorchchatError(f"message {index} has no role of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise TorchchatError(f"message {index} has no text as its content")
+        if message["role"] == "system" and index:
+            raise TorchchatError(f"message {index} is a system message; only the first one can be")
+    return found
+
+
+def render(text_format: TextFormat, messages: Sequence[Message]) -> tuple[str, Callable[[str], list[int]]]:
+    """The prompt's text, and the function that encodes it or an end of it.
+
+    Control tokens come from the template alone: such a text inside a message is encoded as ordinary text.
+    """
+    tokenizer = text_format.tokenizer
+    if text_format.template is None:
+        return transcript(messages), lambda text: encode_plain(text, tokenizer)
+    disarmed = [{key: _disarm(value, tokenizer) for key, value in message.items()} for message in messages]
+    text = text_format.template.render(disarmed, add_generation_prompt=True)
+    return text, lambda part: encode_disarmed(part, tokenizer)
+
+
+def encode_plain(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of text that is no chat: with BOS where the tokenizer has it so, and without control tokens."""
+    start = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    return [*start, *tokenizer.encode(text)]
+
+
+def encode_disarmed(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of a rendered template: its control tokens are such, those with a mark in them are not."""
+    if MARK not in text:
+        return tokenizer.encode(text, special=True)
+    ids: list[int] = []
+    for part in _control_tokens(tokenizer).split(text):
+        if part in tokenizer.special_tokens:
+            ids.append(tokenizer.special_tokens[part])
+        elif part:
+            ids += tokenizer.encode(part.replace(MARK, ""))
+    return ids
+
+
+def transcript(messages: Iterable[Mapping[str, str]]) -> str:
+    """A conversation for a model that knows no chat template."""
+    names = {"user": "User", "assistant": "Assistant"}
+    lines = [f"{names[message['role']]}: {message['content'].strip()}" if message["role"] in names
+             else message["content"].strip() for message in messages]
+    return "\n".join([*lines, "Assistant:"])
+
+
+def starts_with_control_token(text: str, tokenizer: Tokenizer) -> bool:
+    """Whether a text can be encoded apart from what stands before it."""
+    return bool(tokenizer.special_tokens) and _control_tokens(tokenizer).match(text) is not None
+
+
+def _control_tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
+    longest_first = sorted(tokenizer.special_tokens, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+
+def _disarm(value: Any, tokenizer: Tokenizer) -> Any:
+    """Puts a mark into every control-token text of a message's content, so that it cannot be taken for one."""
+    if not isinstance(value, str) or not tokenizer.special_tokens:
+        return value
+    return _control_tokens(tokenizer).sub(lambda found: found[0][0] + MARK + found[0][1:], value.replace(MARK, ""))
+
+
+def _with_stop(options: GenerationOptions, stop: str) -> GenerationOptions:
+    return replace(options, stop=(*options.stop, stop))

@@ -1,0 +1,262 @@
+"""The one loop over tokens: a prompt goes in, events come out.
+
+Every frontend, and every measurement that generates, stands on `generate`; nothing else feeds a session token by
+token.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.generation_options import GenerationOptions
+from torchchat_core.sampling import Sampler
+from torchchat_core.specs import Session
+from torchchat_core.text_format import TextFormat
+from torchchat_core.tokenizers.stream import TextStream
+
+PREFILL_CHUNK = 512  # tokens: bounds the memory of a prefill, and how long an interruption waits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Counts, seconds and tokens per second of one answer."""
+
+    prompt_tokens: int
+    prefilled_tokens: int  # of the prompt, those that were not in the KV cache yet
+    new_tokens: int
+    ttft_s: float  # from the call to the first token
+    prefill_tps: float | None  # None: too few tokens to say
+    decode_tps: float | None
+    peak_rss_bytes: int  # of the whole process since it started
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenEvent:
+    """A token was chosen."""
+
+    token: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEvent:
+    """Text is certain: it will not become part of a stop string, and it ends with a whole character."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoticeEvent:
+    """Something that the user should know of, beside the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedEvent:
+    """The answer is complete. `reason` is "stop", "length" or "cancelled"."""
+
+    reason: str
+    text: str
+    token_ids: tuple[int, ...]
+    statistics: Statistics
+
+
+Event = TokenEvent | TextEvent | NoticeEvent | FinishedEvent
+
+
+class TokenSequence:
+    """A session and the ids that it holds, so that what two prompts have in common is computed once."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._tokens: list[int] = []
+
+    @property
+    def limit(self) -> int:
+        return self.session.limit
+
+    def reuse(self, tokens: Sequence[int]) -> int:
+        """Cuts the session to what it shares with `tokens`, their last one excepted; the length that remains."""
+        held = self._tokens[: self.session.length]  # an interruption can leave one of the two behind
+        shared = 0
+        for old, new in zip(held, tokens[:-1], strict=False):
+            if old != new:
+                break
+            shared += 1
+        self.session.truncate(shared)
+        del self._tokens[shared:]
+        return shared
+
+    def prefill(self, tokens: Sequence[int]) -> Tensor:
+        """Appends tokens; logits [vocab] at the last."""
+        logits = self.session.prefill(tokens)
+        self._tokens.extend(tokens)
+        return logits
+
+    def decode(self, token: int) -> Tensor:
+        """Appends one token; logits [vocab]."""
+        logits = self.session.decode(token)
+        self._tokens.append(token)
+        return logits
+
+
+def generate(
+    sequence: TokenSequence,
+    prompt: Sequence[int],
+    text_format: TextFormat,
+    options: GenerationOptions,
+    *,
+    at_start: bool = False,
+    stream: int = 0,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
+    """Answers `prompt` (token ids): yields `TokenEvent` and `TextEvent` as they come, `FinishedEvent` at the end.
+
+    `at_start` says that the text begins with the answer, so that a tokenizer's prefix space is taken off; `stream`
+    tells several answers with one seed apart; `cancelled` is asked before every step.
+    Raises `TorchchatError` for an empty prompt, or one that leaves no room for an answer.
+    """
+    check_prompt(prompt, sequence.limit)
+    sampler = Sampler(options.sampling, prompt, stream)
+    decoder = TextStream(text_format.tokenizer, at_start=at_start)
+    stops = StopMatcher(options.stop)
+    clock = _Clock(len(prompt))
+    produced: list[int] = []
+    pieces: list[str] = []
+
+    def certain(text: str) -> Iterator[TextEvent]:
+        if text:
+            pieces.append(text)
+            yield TextEvent(text=text)
+
+    logits = _prefill(sequence, prompt, clock, cancelled)
+    reason = "cancelled"
+    while logits is not None:
+        token = sampler.choose(logits)
+        clock.count_token()
+        if token in text_format.end_ids:
+            reason = "stop"
+            break
+        produced.append(token)
+        yield TokenEvent(token=token)
+        yield from certain(stops.push(decoder.push(token)))
+        if stops.found:
+            reason = "stop"
+            break
+        if len(produced) == options.max_new_tokens or len(prompt) + len(produced) >= sequence.limit:
+            reason = "length"
+            break
+        if cancelled():
+            break
+        logits = sequence.decode(token)
+    if not stops.found:
+        yield from certain(stops.push(decoder.finish()))
+        yield from certain(stops.finish())
+    yield FinishedEvent(reason=reason, text="".join(pieces), token_ids=tuple(produced),
+                        statistics=clock.statistics(len(produced)))
+
+
+def check_prompt(prompt: Sequence[int], limit: int) -> None:
+    """Raises `TorchchatError` for an empty prompt, or one that leaves no room for an answer."""
+    if not prompt:
+        raise TorchchatError("the prompt is empty, and the tokenizer has no token to begin a text with",
+                             "give a --prompt")
+    if len(prompt) >= limit:
+        raise TorchchatError(f"the prompt has {len(prompt)} tokens; with an answer it has to fit into {limit}",
+                             "shorten it, or allow more with --max-seq-length where the model can")
+
+
+def _prefill(sequence: TokenSequence, prompt: Sequence[int], clock: _Clock,
+             cancelled: Callable[[], bool]) -> Tensor | None:
+    """Logits at the prompt's last token, or None where it was cancelled before."""
+    logits = None
+    done = clock.reused = sequence.reuse(prompt)
+    while done < len(prompt) and not cancelled():
+        chunk = prompt[done : done + PREFILL_CHUNK]
+        logits = sequence.prefill(chunk)
+        done += len(chunk)
+    clock.prefilled = time.perf_counter()
+    return logits if done == len(prompt) else None
+
+
+class StopMatcher:
+    """Holds text back while it may be the beginning of a stop string; the stop string itself never comes out."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.found = False
+        self._stops = stops
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """Takes text, gives what is certain of all that was taken."""
+        self._held += text
+        first = min((at for stop in self._stops if (at := self._held.find(stop)) >= 0), default=-1)
+        if first >= 0:
+            self.found = True
+            return self._held[:first]
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return certain
+
+    def finish(self) -> str:
+        """What was held back, now that nothing follows."""
+        return self._held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that is a beginning of `stop`."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0
+
+
+class _Clock:
+    """When things happened in one call of `generate`."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.reused = 0
+        self.started = time.perf_counter()
+        self.prefilled = self.started
+        self._first: float | None = None
+        self._last = self.started
+        self._steps = 0
+
+    def count_token(self) -> None:
+        self._last = time.perf_counter()
+        self._first = self._first or self._last
+        self._steps += 1
+
+    def statistics(self, new_tokens: int) -> Statistics:
+        first = self._first or self._last
+        computed = self.prompt_tokens - self.reused
+        return Statistics(
+            prompt_tokens=self.prompt_tokens,
+            prefilled_tokens=computed,
+            new_tokens=new_tokens,
+            ttft_s=first - self.started,
+            prefill_tps=_rate(computed, self.prefilled - self.started),
+            decode_tps=_rate(self._steps - 1, self._last - first),
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+
+
+def _rate(count: int, seconds: float) -> float | None:
+    return count / seconds if count > 0 and seconds > 0 else None
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held, in bytes; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,55 @@
+"""What can be asked of an answer. Standard library alone: `--help` is written from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.options import option, validate
+
+MAXIMUM_SEED = (1 << 64) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are chosen. Raises `TorchchatError` for a value out of range."""
+
+    temperature: float = option(0.8, "randomness; 0 always takes the likeliest token", minimum=0.0, maximum=100.0)
+    top_k: int = option(0, "only the k likeliest tokens; 0: all", minimum=0)
+    top_p: float = option(1.0, "only the likeliest tokens that together have this probability; 1: all",
+                          above=0.0, maximum=1.0)
+    min_p: float = option(0.0, "only tokens with at least this share of the likeliest one's probability; 0: all",
+                          minimum=0.0, maximum=1.0)
+    repetition_penalty: float = option(1.0, "above 1 makes every token that already occurred less likely; 1: off",
+                                       above=0.0, maximum=100.0)
+    presence_penalty: float = option(0.0, "taken off the logit of every token that the answer already has",
+                                     minimum=-100.0, maximum=100.0)
+    frequency_penalty: float = option(0.0, "taken off for each time that the answer already has the token",
+                                      minimum=-100.0, maximum=100.0)
+    seed: int | None = option(None, "the same seed gives the same text; 0 is a seed; without one, chance decides",
+                              minimum=0, maximum=MAXIMUM_SEED)
+    logit_bias: Mapping[int, float] = field(
+        default_factory=dict, metadata=option({}, "token id -> what is added to its logit").metadata)
+
+    def __post_init__(self) -> None:
+        validate(self)
+        for token, bias in self.logit_bias.items():
+            if not isinstance(token, int) or token < 0 or not -1e4 <= bias <= 1e4:
+                raise TorchchatError(f"logit_bias has {token!r}: {bias!r}; it maps token ids to numbers from -10000 "
+                                     "to 10000")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How long an answer may be, what ends it, and how its tokens are chosen."""
+
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    max_new_tokens: int | None = None  # None: until the model ends it or the context is full
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise TorchchatError(f"max_new_tokens is {self.max_new_tokens}; it has to be 1 or more")
+        if any(not text for text in self.stop):
+            raise TorchchatError("a stop string is empty; it would end every answer at once")

@@ -1,0 +1,186 @@
+"""From the name of a model to one that runs: the stages of torchchat in their order, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.models.weights import TORCH_DTYPES, build_model, checkpoint_dtype
+from torchchat_core.plugins import Registry
+from torchchat_core.sources.reference import missing_file, resolve
+from torchchat_core.specs import (
+    Checkpoint,
+    ExecutorInfo,
+    LoadedModel,
+    LoadRequest,
+    ModelFiles,
+    ModelSourceInfo,
+)
+from torchchat_core.text_format import TextFormat, read_text_format
+
+DEFAULT_MODEL = "embedded"
+DTYPE_NAMES = {"fp32": "fp32", "float32": "fp32", "float": "fp32", "fp16": "fp16", "float16": "fp16", "half": "fp16",
+               "bf16": "bf16", "bfloat16": "bf16"}
+DEVICES = ("cpu", "cuda", "mps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRequest:
+    """What was asked for: a model, perhaps with files of its own choice, and how to run it."""
+
+    model: str | None = None
+    checkpoint_path: str | None = None
+    params_path: str | None = None
+    tokenizer_path: str | None = None
+    executor: str = "auto"
+    device: str = "fast"
+    dtype: str | None = None  # None: the checkpoint's own, where the device is good at it
+    max_seq_length: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """A model ready to run, and the text side of it."""
+
+    name: str
+    model: LoadedModel
+    text_format: TextFormat
+    executor: ExecutorInfo
+    max_seq_length: int  # tokens that a sequence may have: the model's own, or fewer where asked for
+
+
+@contextmanager
+def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedModel]:
+    """Fetches, opens, builds and loads the model; gives its memory back at the end.
+
+    Raises `TorchchatError` for whatever is missing, damaged, unknown or impossible on this machine.
+    """
+    device = choose_device(request.device)
+    files = fetch_files(request, registry)
+    checkpoint = open_files(files, registry)
+    limit = _checked_limit(request.max_seq_length, checkpoint.config.max_context)
+    text_format = read_text_format(files, registry, checkpoint.config.vocab_size)
+    dtype = choose_dtype(request.dtype, device, checkpoint_dtype(checkpoint))
+    executor = choose_executor(request.executor, registry, device, dtype)
+    module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
+    model: LoadedModel = executor.make().load(LoadRequest(device=device, dtype=dtype, module=module))
+    try:
+        yield OpenedModel(name=files.ref.text, model=model, text_format=text_format, executor=executor,
+                          max_seq_length=limit)
+    finally:
+        model.close()
+
+
+def fetch_files(request: ModelRequest, registry: Registry) -> ModelFiles:
+    """The files of the model that was asked for, with the user's own choices in place of those found."""
+    reference = resolve(request.checkpoint_path or request.model or DEFAULT_MODEL, registry)
+    source = next(info for info in registry.infos(ModelSourceInfo) if reference.scheme in info.schemes)
+    files: ModelFiles = source.make().fetch(reference)
+    if request.params_path:
+        files = dataclasses.replace(files, config=_existing(request.params_path))
+    if request.tokenizer_path:
+        files = dataclasses.replace(files, tokenizer=(_existing(request.tokenizer_path),))
+    return files
+
+
+def open_files(files: ModelFiles, registry: Registry) -> Checkpoint:
+    """The checkpoint in the files, by the source that knows their format."""
+    for info in registry.infos(ModelSourceInfo):
+        if files.format in info.formats:
+            checkpoint: Checkpoint = info.make().open(files)
+            return checkpoint
+    raise TorchchatError(f"nothing installed opens files of the format {files.format!r}")
+
+
+def choose_device(name: str) -> str:
+    """ "fast" is the GPU where there is one. Raises `TorchchatError` for one that this machine lacks."""
+    available = [device for device in ("cuda", "mps", "cpu") if _has_device(device)]
+    if name in ("fast", "auto"):
+        return available[0]
+    if name not in DEVICES:
+        raise TorchchatError(f"unknown device {name!r}; known are fast, {', '.join(DEVICES)}",
+                             did_you_mean(name, DEVICES))
+    if name not in available:
+        raise TorchchatError(f"this machine, or this build of PyTorch, has no {name} device",
+                             f"use --device {available[0]}")
+    return name
+
+
+def _has_device(device: str) -> bool:
+    if device == "cuda":
+        return torch.cuda.is_available()
+    return device == "cpu" or torch.backends.mps.is_available()
+
+
+def choose_dtype(name: str | None, device: str, stored: torch.dtype) -> str:
+    """The name in `specs.DTYPES` for what was asked for: without a wish, what the checkpoint has.
+
+    Half precision that the device computes slowly becomes bfloat16 (float16 on a CPU) or, with "fast", whatever the
+    device is fastest with.
+    """
+    if name == "fast":
+        return _fastest_dtype(device)
+    if name is not None:
+        if name not in DTYPE_NAMES:
+            raise TorchchatError(f"unknown dtype {name!r}; known are fast, {', '.join(DTYPE_NAMES)}",
+                                 did_you_mean(name, DTYPE_NAMES))
+        return DTYPE_NAMES[name]
+    own = next((known for known, dtype in TORCH_DTYPES.items() if dtype == stored), "fp32")
+    return "bf16" if own == "fp16" and device == "cpu" else own
+
+
+def _fastest_dtype(device: str) -> str:
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if device == "mps":
+        return "fp16"
+    return "bf16" if torch.backends.mkldnn.is_available() else "fp32"
+
+
+def choose_executor(name: str, registry: Registry, device: str, dtype: str) -> ExecutorInfo:
+    """The executor of that name, or with "auto" the first in order that runs a module on the device in the dtype."""
+    if name != "auto":
+        chosen = registry.find(ExecutorInfo, name)
+        reason = _misfit(chosen, device, dtype)
+        if reason:
+            raise TorchchatError(f"executor {name!r} {reason}", "choose another one with --executor")
+        return chosen
+    fitting = [info for info in registry.infos(ExecutorInfo) if _misfit(info, device, dtype) is None]
+    if not fitting:
+        raise TorchchatError(f"no executor is installed that runs a model on {device} in {dtype}",
+                             "pip install tc-eager")
+    return min(fitting, key=lambda info: info.order)
+
+
+def _misfit(info: ExecutorInfo, device: str, dtype: str) -> str | None:
+    if "module" not in info.reads:
+        return f"runs exported files alone ({', '.join(sorted(info.reads))})"
+    if device not in info.devices:
+        return f"does not run on {device}; it runs on {', '.join(sorted(info.devices))}"
+    if dtype not in info.dtypes:
+        return f"does not compute in {dtype}; it computes in {', '.join(sorted(info.dtypes))}"
+    if info.platforms and sys.platform not in info.platforms:
+        return f"does not run on {sys.platform}; it runs on {', '.join(sorted(info.platforms))}"
+    return None
+
+
+def _checked_limit(asked: int | None, maximum: int) -> int:
+    if asked is None:
+        return maximum
+    if not 1 <= asked <= maximum:
+        raise TorchchatError(f"--max-seq-length is {asked}; the model takes 1 to {maximum}")
+    return asked
+
+
+def _existing(path: str) -> Path:
+    found = Path(path).expanduser()
+    if not found.is_file():
+        raise missing_file(found)
+    return found
