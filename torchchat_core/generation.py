@@ -6,7 +6,6 @@ token.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from torchchat_core.errors import TorchchatError
 from torchchat_core.generation_options import GenerationOptions
+from torchchat_core.memory import peak_rss_bytes
 from torchchat_core.sampling import Sampler
 from torchchat_core.specs import Session
 from torchchat_core.text_format import TextFormat
@@ -250,13 +250,3 @@ class _Clock:
 
 def _rate(count: int, seconds: float) -> float | None:
     return count / seconds if count > 0 and seconds > 0 else None
-
-
-def peak_rss_bytes() -> int:
-    """The most memory that this process has held, in bytes; 0 where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from torchchat_core.errors import TorchchatError, did_you_mean
 
@@ -58,9 +58,8 @@ def value_type(owner: type, name: str) -> type:
     """The type of an option's values, `None` apart: int, float, bool, str, tuple or dict."""
     hint = get_type_hints(owner)[name]
     members = [member for member in get_args(hint) if member is not type(None)]
-    is_union = type(None) in get_args(hint)
-    chosen = members[0] if is_union else hint
-    return getattr(chosen, "__origin__", chosen)
+    chosen: type = members[0] if type(None) in get_args(hint) else hint
+    return get_origin(chosen) or chosen
 
 
 def validate(options: Any) -> None:
@@ -96,7 +95,8 @@ def from_mapping(owner: type[Options], values: Mapping[str, Any]) -> Options:
     known = {declared.name: declared for declared in fields(owner)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            raise TorchchatError(f"there is no option {name!r}; known are {', '.join(known)}", did_you_mean(name, known))
+            raise TorchchatError(f"there is no option {name!r}; known are {', '.join(known)}",
+                                 did_you_mean(name, known))
     converted = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     made = owner(**converted)
     validate(made)

@@ -1,4 +1,4 @@
-"""The training text: questions and stories mixed into conversations and free text, the same for the same seed."""
+"""The training text: questions and stories mixed into conversations, the same for the same seed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tools.embedded_model.variations import vary
 
 SYSTEM_MESSAGES = (
     "You are a helpful assistant.", "You are the guide of torchchat.", "Answer in short sentences.",
-    "You are a friendly assistant. Be brief.", "You tell stories and explain torchchat.", "Be kind and polite.",
-    "You are a small demo model.", "Answer the user's questions.", "You are an expert.", "You speak simple English.",
+    "You are a friendly assistant. Be brief.", "You tell stories and explain torchchat.", "Be kind.",
+    "You are a small demo model.", "Answer the user's questions.", "You are an expert.", "Be polite.",
 )
 KINDS = ("question", "conversation", "story", "free story", "long conversation")
 SHARES = (0.74, 0.12, 0.06, 0.05, 0.03)
-INVENTED_SHARE = 0.1  # stories about a word that is no word, so that the model learns to take up what it is asked
-SYLLABLES = ("ba", "ko", "ri", "mu", "ta", "le", "zo", "fin", "gar", "pel", "dro", "wick", "sna", "tor", "vim", "quo")
+INVENTED_SHARE = 0.1  # of stories: about a made-up word, so that the model learns to take up any word
+SYLLABLES = ("ba", "ko", "ri", "mu", "ta", "le", "zo", "fin", "gar", "pel", "dro", "wick", "sna", "vim")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,10 @@
-"""Measures the embedded model on phrasings that training never saw, decoded greedily through the real chat template.
+"""Measures the embedded model on phrasings that training never saw, decoded greedily.
 
     python -m tools.embedded_model.measure
 
-An answer is right when it holds every keyword of the question's intent. Prints the share of right answers to the
-questions as they are written, with one typing error in each, and as a second turn after a story; and the share of
-requested stories that speak of what was asked for.
+The prompt is the chat template of the folder, rendered. An answer is right when it holds every keyword of the
+question's intent. Prints the share of right answers to the questions as they are written, with one typing
+error in each, and as a second turn after a story; and the share of stories that speak of what was asked for.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class EmbeddedModel:
         while len(answer) < LONGEST_ANSWER:
             positions = torch.arange(cache.length, cache.length + len(step))
             attend = CachedAttention(config, [Segment(cache, len(step))])
-            logits = self.transformer(torch.tensor(step), positions, attend, rows=torch.tensor([len(step) - 1]))
+            last = torch.tensor([len(step) - 1])
+            logits = self.transformer(torch.tensor(step), positions, attend, rows=last)  # [1, vocab]
             cache.advance(len(step))
             step = [int(logits[0].argmax())]
             if step[0] == end:
@@ -65,17 +66,21 @@ class EmbeddedModel:
 
 def load_model(folder: Path) -> EmbeddedModel:
     """The model in `folder`, in float32."""
-    transformer = Transformer(config_from_hugging_face(json.loads((folder / "config.json").read_text("utf-8"))))
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    transformer = Transformer(config_from_hugging_face(config))
     tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     transformer.load_state_dict(tensors)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     template = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
-    return EmbeddedModel(transformer=transformer, tokenizer=Tokenizer.from_file(str(folder / "tokenizer.json")),
-                         chat_template=template)
+    return EmbeddedModel(transformer=transformer, tokenizer=tokenizer, chat_template=template)
 
 
 def measure_questions(
-    model: EmbeddedModel, questions: Sequence[Question], ask: Callable[[Question], list[Message]], show_wrong: bool
+    model: EmbeddedModel,
+    questions: Sequence[Question],
+    ask: Callable[[Question], list[Message]],
+    show_wrong: bool = False,
 ) -> float:
     """The share of questions answered rightly, each asked as `ask` says."""
     right = 0
@@ -101,9 +106,11 @@ def measure_stories(model: EmbeddedModel, chance: random.Random) -> float:
 
 def main() -> None:
     """Prints the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=DEFAULT_OUTPUT)
-    parser.add_argument("--show-wrong", action="store_true", help="print the wrong answers to questions as written")
+    parser.add_argument("--show-wrong", action="store_true", help="print the wrong answers")
     parser.add_argument("--quick", action="store_true", help="the first figure alone")
     arguments = parser.parse_args()
     chance = random.Random(MEASURE_SEED)
@@ -123,8 +130,8 @@ def main() -> None:
     print(f"{len(questions)} held-out phrasings, greedy")
     print(f"as written:            {measure_questions(model, questions, plainly, arguments.show_wrong):.1%}")
     if not arguments.quick:
-        print(f"with a typing error:   {measure_questions(model, questions, with_error, False):.1%}")
-        print(f"as a second turn:      {measure_questions(model, questions, after_story, False):.1%}")
+        print(f"with a typing error:   {measure_questions(model, questions, with_error):.1%}")
+        print(f"as a second turn:      {measure_questions(model, questions, after_story):.1%}")
         print(f"stories on what was asked for: {measure_stories(model, chance):.1%} of {STORY_REQUESTS}")
 
 

@@ -1,7 +1,7 @@
 """Short stories in simple words, put together from the words and plots in stories.toml.
 
-A story has a hero, a friend, a place, a thing, a problem and its end. `StoryMaker.story` makes one for a random
-generator: the same generator state gives the same story.
+A story has a hero, a friend, a place, a thing, a problem and its end. `StoryMaker.story` tells one for a
+random generator: the same state of the generator gives the same story.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ QUEENLY = frozenset({"queen", "princess", "hen", "cow", "fairy"})
 KINGLY = frozenset({"king", "prince", "knight", "wizard"})
 REQUESTS = (
     "Tell me a story about {topic}", "Tell me a story about {topic}.", "tell me a story about {topic}",
-    "Can you tell me a story about {topic}?", "I would like a story about {topic}.", "a story about {topic} please",
-    "Please tell me a short story about {topic}.", "Write a story about {topic}", "write me a story about {topic}",
-    "Make up a story about {topic}.", "story about {topic}", "Tell a story about {topic}!",
-    "Do you know a story about {topic}?", "I want to hear a story about {topic}", "Now a story about {topic}, please.",
-    "Could you write a little story about {topic}?", "how about a story about {topic}",
+    "Can you tell me a story about {topic}?", "I would like a story about {topic}.",
+    "a story about {topic} please", "Please tell me a short story about {topic}.",
+    "Write a story about {topic}", "write me a story about {topic}", "Make up a story about {topic}.",
+    "story about {topic}",
+    "Tell a story about {topic}!", "Do you know a story about {topic}?",
+    "I want to hear a story about {topic}",
+    "Now a story about {topic}, please.", "Could you write a little story about {topic}?",
+    "how about a story about {topic}",
 )
 OPEN_REQUESTS = (
-    "Tell me a story", "Tell me a story.", "tell me a story please", "Tell me another story.", "Another story, please.",
-    "I want a story", "Can you tell me a bedtime story?", "story", "one more story", "Write a short story.",
-    "Please tell me a story.", "a new story please", "Let me hear a story.",
+    "Tell me a story", "Tell me a story.", "tell me a story please", "Tell me another story.",
+    "Another story, please.", "I want a story", "Can you tell me a bedtime story?", "story", "one more story",
+    "Write a short story.", "Please tell me a story.", "a new story please", "Let me hear a story.",
 )
 
 
@@ -66,21 +69,25 @@ class StoryMaker:
         """What fills the slots of one story, and the subjects that follow from it."""
         hero = self._hero(chance, invented)
         friend = self._friend(chance, hero["name"])
-        adjective, plain = chance.choice(self.words["object_adjectives"]), chance.choice(self.words[plot["objects"]])
+        plain, adjective = (chance.choice(self.words[key]) for key in (plot["objects"], "object_adjectives"))
         thing = plain if chance.random() < 0.3 else f"{adjective} {plain}"
         in_place, place = chance.choice(self.words["places"]).split("|")
         animal = chance.choice(self.words["animals"])
         spots = chance.sample(self.words["spots"], 3)
         slots = {
             **hero, "friend": friend, "object": thing, "a_object": with_article(thing), "plain": plain,
-            "a_object_capital": capital(with_article(thing)), "in_place": in_place, "In_place": capital(in_place),
-            "place": place, "animal": with_article(animal), "animal_capital": capital(with_article(animal)),
-            "animal_kind": animal, "spot": spots[0], "spot_capital": capital(spots[0]), "spot2": spots[1],
-            "spot3": spots[2], "food": chance.choice(self.words["foods"]), "hobby": chance.choice(self.words["hobbies"]),
+            "a_object_capital": capital(with_article(thing)),
+            "in_place": in_place, "In_place": capital(in_place), "place": place,
+            "animal": with_article(animal), "animal_capital": capital(with_article(animal)),
+            "animal_kind": animal,
+            "spot": spots[0], "spot_capital": capital(spots[0]), "spot2": spots[1], "spot3": spots[2],
+            "food": chance.choice(self.words["foods"]), "hobby": chance.choice(self.words["hobbies"]),
         }
         kind, a_object = with_article(hero["kind"]), slots["a_object"]
-        topics = [kind, kind, with_article(plain), a_object, place, f"{kind} and {a_object}", f"{kind} {in_place}",
-                  f"{kind} named {hero['name']}", hero["name"], f"{hero['name']} and {friend}", hero["a_hero"]]
+        topics = [
+            kind, kind, with_article(plain), a_object, place, f"{kind} and {a_object}", f"{kind} {in_place}",
+            f"{kind} named {hero['name']}", hero["name"], f"{hero['name']} and {friend}", hero["a_hero"],
+        ]
         return slots, topics
 
     def _hero(self, chance: random.Random, invented: str | None) -> dict[str, str]:
@@ -91,7 +98,8 @@ class StoryMaker:
             kind = invented or chance.choice(self.words["heroes"])
             gender = "girl" if kind in QUEENLY else "boy" if kind in KINGLY else gender
             name = chance.choice(self.words["female_names" if gender == "girl" else "male_names"])
-        described = kind if chance.random() < 0.2 else f"{chance.choice(self.words['hero_adjectives'])} {kind}"
+        adjective = chance.choice(self.words["hero_adjectives"])
+        described = kind if chance.random() < 0.2 else f"{adjective} {kind}"
         pronouns = PRONOUNS[gender]
         return {
             "kind": kind, "name": name, "a_hero": f"{with_article(described)} named {name}", **pronouns,
@@ -99,8 +107,8 @@ class StoryMaker:
         }
 
     def _friend(self, chance: random.Random, hero_name: str) -> str:
-        names = [name for kind in ("girls", "boys", "female_names", "male_names") for name in self.words[kind]]
-        return chance.choice([name for name in names if name != hero_name])
+        groups = ("girls", "boys", "female_names", "male_names")
+        return chance.choice([name for group in groups for name in self.words[group] if name != hero_name])
 
 
 def load_story_maker(path: Path = STORIES_FILE) -> StoryMaker:
@@ -133,7 +141,8 @@ def _paragraphs(sentences: Sequence[str], chance: random.Random) -> str:
     if chance.random() < 0.5:
         return " ".join(sentences)
     first, last = 2, len(sentences) - chance.choice((1, 2, 3))
-    return "\n\n".join((" ".join(sentences[:first]), " ".join(sentences[first:last]), " ".join(sentences[last:])))
+    parts = (sentences[:first], sentences[first:last], sentences[last:])
+    return "\n\n".join(" ".join(part) for part in parts)
 
 
 if __name__ == "__main__":

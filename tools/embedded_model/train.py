@@ -2,8 +2,8 @@
 
     python -m tools.embedded_model.train --minutes 40
 
-The schedule ends after --steps steps or --minutes minutes, whichever comes first: the learning rate falls to zero
-by then. The folder is written anew at every --save-every steps, so an early stop leaves a usable model.
+The schedule ends after --steps steps or --minutes minutes, whichever comes first: the learning rate falls to
+zero by then. The folder is written anew every --save-every steps, so an early stop leaves a usable model.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ class Batch:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder to write")
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--minutes", type=float, default=45.0, help="wall time of the training steps")
@@ -125,7 +127,8 @@ def train(model: Transformer, tokenizer: Tokenizer, arguments: argparse.Namespac
         tokens_seen += batch.tokens.numel()
         mean_loss = loss if step == 1 else 0.98 * mean_loss + 0.02 * loss
         if step % 25 == 0:
-            print(f"step {step}  loss {mean_loss:.4f}  {elapsed:.1f} min  {tokens_seen / 1e6:.2f} M tokens", flush=True)
+            report = f"step {step}  loss {mean_loss:.4f}  {elapsed:.1f} min  {tokens_seen / 1e6:.2f} M tokens"
+            print(report, flush=True)
         if step % arguments.save_every == 0:
             write_model(model, tokenizer, arguments.output)
 
@@ -149,7 +152,8 @@ def learn(model: Transformer, batch: Batch, optimizer: torch.optim.Optimizer) ->
     positions = torch.arange(length).repeat(batch.rows)
     learned = (batch.targets >= 0).nonzero()[:, 0]
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(batch.tokens, positions, RowAttention(model.config, batch.rows), learned)  # [learned, vocab]
+        attend = RowAttention(model.config, batch.rows)
+        logits = model(batch.tokens, positions, attend, learned)  # [learned tokens, vocab]
     loss = F.cross_entropy(logits.float(), batch.targets[learned])
     optimizer.zero_grad()
     loss.backward()
@@ -184,7 +188,7 @@ def cut(
 
 
 def pad(run: list[tuple[list[int], list[bool]]]) -> Batch:
-    """Rows of the longest document's length; token t is input, token t + 1 the target where it is learned."""
+    """Rows as long as the longest document: token t is input, token t + 1 the target where it is learned."""
     length = len(run[-1][0]) - 1
     tokens = torch.zeros(len(run), length, dtype=torch.long)
     targets = torch.full((len(run), length), -100)
@@ -197,10 +201,11 @@ def pad(run: list[tuple[list[int], list[bool]]]) -> Batch:
 
 
 def write_model(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
-    """config.json, generation_config.json and model.safetensors in bfloat16; each is replaced when it is whole."""
+    """config.json, generation_config.json and model.safetensors, in bfloat16."""
     begin, end = tokenizer.token_to_id(BEGIN), tokenizer.token_to_id(END)
-    write_json(folder / "config.json", {**MODEL, "bos_token_id": begin, "eos_token_id": end, "pad_token_id": end})
-    write_json(folder / "generation_config.json", {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": end})
+    tokens = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
+    write_json(folder / "config.json", {**MODEL, **tokens})
+    write_json(folder / "generation_config.json", tokens)
     tensors = {name: parameter.detach().to(torch.bfloat16) for name, parameter in model.named_parameters()}
     partial = folder / "model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})

@@ -1,54 +1,75 @@
-"""How the same question is asked by different people: other openings, other words, typing errors, no punctuation."""
+"""How different people ask the same question: other openings, other words, typing errors."""
 
 from __future__ import annotations
 
 import random
 
 HOW = (
-    "how do I", "how can I", "how to", "how would I", "how do you", "how could I", "how should I", "how does one",
-    "what is the way to", "tell me how to", "show me how to", "explain how to", "I want to", "I need to",
-    "I would like to", "is there a way to", "what do I type to", "what do I do to", "what is the command to",
-    "which command do I use to", "could you tell me how to", "I do not know how to", "help me to", "I'd like to",
-    "what's the best way to", "please tell me how to", "can you show me how to", "I am trying to", "let me",
+    "how do I", "how can I", "how to", "how would I", "how do you", "how could I", "how should I",
+    "how does one", "what is the way to", "tell me how to", "show me how to", "explain how to", "I want to",
+    "I need to", "I would like to", "is there a way to", "what do I type to", "what do I do to",
+    "what is the command to", "which command do I use to", "could you tell me how to", "I do not know how to",
+    "help me to", "I'd like to", "what's the best way to", "please tell me how to", "can you show me how to",
+    "I am trying to", "let me",
 )
-WHAT_IS = ("what is", "what's", "whats", "explain", "can you explain", "tell me about", "what exactly is",
-           "please explain", "I do not understand", "could you tell me what is", "define")
-CAN_I = ("can I", "could I", "is it possible to", "am I able to", "may I", "how can I", "is there a way to", "can one",
-         "would I be able to")
-CAN_YOU = ("can you", "could you", "would you", "are you able to", "will you", "please")
+WHAT_IS = (
+    "what is", "what's", "whats", "explain", "can you explain", "tell me about", "what exactly is",
+    "please explain", "I do not understand", "could you tell me what is", "define",
+)
+CAN_I = (
+    "can I", "could I", "is it possible to", "am I able to", "may I", "how can I", "is there a way to",
+    "can one", "would I be able to",
+)
+CAN_YOU = (
+    "can you", "could you", "would you", "are you able to", "will you", "please",
+)
 OPENINGS = (HOW, WHAT_IS, CAN_I, CAN_YOU)
-ORDERS = frozenset(
-    "add adjust ask begin bench benchmark build calibrate change chat check choose clean clear close compare compile "
-    "complete compress connect constrain continue convert create delete deploy disable download embed end erase "
-    "evaluate export expose feed fetch find fix force generate get give host inspect install keep limit link list load "
-    "make measure merge open pass pick pin print produce profile pull put quantise quantize record redirect remember "
-    "remove reproduce restore resume run sample save score see select serve set shrink start stop store switch test "
-    "trace turn uninstall update upgrade use verify wipe write".split()
+ORDERS = frozenset((
+    "add", "adjust", "ask", "begin", "bench", "benchmark", "build", "calibrate", "change", "chat", "check",
+    "choose", "clean", "clear", "close", "compare", "compile", "complete", "compress", "connect", "constrain",
+    "continue", "convert", "create", "delete", "deploy", "disable", "download", "embed", "end", "erase",
+    "evaluate", "export", "expose", "feed", "fetch", "find", "fix", "force", "generate", "get", "give",
+    "host", "inspect", "install", "keep", "limit", "link", "list", "load", "make", "measure", "merge", "open",
+    "pass", "pick", "pin", "print", "produce", "profile", "pull", "put", "quantise", "quantize", "record",
+    "redirect", "remember", "remove", "reproduce", "restore", "resume", "run", "sample", "save", "score",
+    "see", "select", "serve", "set", "shrink", "start", "stop", "store", "switch", "test", "trace", "turn",
+    "uninstall", "update", "upgrade", "use", "verify", "wipe", "write",
+))
+BEFORE = (
+    "please", "hi,", "hello,", "hey,", "ok,", "and", "so", "one question:", "now", "quick question:", "also,",
+    "sorry,", "another question:", "then", "next:", "um,", "one more thing:", "hey torchchat,", "well,",
+    "but",
 )
-BEFORE = ("please", "hi,", "hello,", "hey,", "ok,", "and", "so", "one question:", "now", "quick question:", "also,",
-          "sorry,", "another question:", "then", "next:", "um,", "one more thing:", "hey torchchat,", "well,", "but")
-AFTER = ("please", "now", "here", "exactly", "then", "again", "for me", "thanks", "quickly", "in short")
-AFTER_HOW = ("with torchchat", "in torchchat", "using torchchat", "on my machine", "from the command line",
-             "with this tool", "on my computer", "today")
+AFTER = (
+    "please", "now", "here", "exactly", "then", "again", "for me", "thanks", "quickly", "in short",
+)
+AFTER_HOW = (
+    "with torchchat", "in torchchat", "using torchchat", "on my machine", "from the command line",
+    "with this tool", "on my computer", "today",
+)
 SAME = (
     ("quantise", "quantize"), ("quantised", "quantized"), ("quantising", "quantizing"),
-    ("quantisation", "quantization"), ("show", "display", "print", "see", "view"), ("delete", "remove", "erase"),
-    ("folder", "directory"), ("make", "create", "build", "produce"), ("get", "obtain"), ("fast", "quick"),
-    ("answer", "reply", "response"), ("answers", "replies", "responses"), ("conversation", "chat", "dialogue"),
+    ("quantisation", "quantization"), ("show", "display", "print", "see", "view"),
+    ("delete", "remove", "erase"), ("folder", "directory"), ("make", "create", "build", "produce"),
+    ("get", "obtain"), ("fast", "quick"), ("answer", "reply", "response"),
+    ("answers", "replies", "responses"), ("conversation", "chat", "dialogue"),
     ("phone", "smartphone", "mobile phone"), ("computer", "machine", "pc", "laptop"), ("big", "large"),
-    ("small", "little", "tiny"), ("picture", "image", "photo"), ("set", "change", "choose", "specify", "select"),
-    ("need", "require"), ("use", "apply"), ("run", "start", "launch", "execute"), ("write", "make"),
-    ("model", "llm", "language model"), ("which", "what"), ("several", "many", "multiple"), ("error", "failure"),
-    ("difference", "distinction"), ("begin", "start"), ("stop", "end"), ("convert", "turn", "transform"),
-    ("compare", "contrast"), ("available", "there"), ("supported", "possible"), ("speed", "performance"),
-    ("memory", "ram"), ("disk", "drive", "hard disk"), ("internet", "network"), ("file", "document"),
-    ("check", "test"), ("measure", "determine"), ("find", "locate"), ("website", "web page"), ("text", "words"),
-    ("option", "flag", "parameter"), ("settings", "options", "preferences"), ("program", "application", "app"),
-    ("license", "licence"), ("favourite", "favorite"), ("colour", "color"), ("good", "nice"), ("bad", "poor"),
-    ("a", "the", "my", "one"), ("mean", "stand for"), ("everything", "all"), ("explain", "describe"),
+    ("small", "little", "tiny"), ("picture", "image", "photo"),
+    ("set", "change", "choose", "specify", "select"), ("need", "require"), ("use", "apply"),
+    ("run", "start", "launch", "execute"), ("write", "make"), ("model", "llm", "language model"),
+    ("which", "what"), ("several", "many", "multiple"), ("error", "failure"), ("difference", "distinction"),
+    ("begin", "start"), ("stop", "end"), ("convert", "turn", "transform"), ("compare", "contrast"),
+    ("available", "there"), ("supported", "possible"), ("speed", "performance"), ("memory", "ram"),
+    ("disk", "drive", "hard disk"), ("internet", "network"), ("file", "document"), ("check", "test"),
+    ("measure", "determine"), ("find", "locate"), ("website", "web page"), ("text", "words"),
+    ("option", "flag", "parameter"), ("settings", "options", "preferences"),
+    ("program", "application", "app"), ("license", "licence"), ("favourite", "favorite"), ("colour", "color"),
+    ("good", "nice"), ("bad", "poor"), ("a", "the", "my", "one"), ("mean", "stand for"),
+    ("everything", "all"), ("explain", "describe"),
 )
 SYNONYMS = {word: tuple(other for other in group if other != word) for group in SAME for word in group}
-DROPPABLE = frozenset("a an the do does is are of to i my me it".split())
+DROPPABLE = frozenset(["a", "an", "the", "do", "does", "is", "are", "of", "to", "i", "my", "me", "it"])
+ENDINGS = ("?", "?", "?", "?", "", "", "", "", "", ".", "!", " ")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -67,7 +88,7 @@ def vary(phrasing: str, chance: random.Random) -> str:
         text = f"{text} {chance.choice(AFTER_HOW if phrasing.startswith('how do I ') else AFTER)}"
     if chance.random() < 0.12:
         text = with_typing_error(text, chance)
-    return with_other_case(text, chance) + chance.choice(("?", "?", "", "", ".", "!") if chance.random() < 0.8 else " ")
+    return with_other_case(text, chance) + chance.choice(ENDINGS)
 
 
 def with_other_opening(text: str, chance: random.Random) -> str:

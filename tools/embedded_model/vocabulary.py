@@ -1,4 +1,4 @@
-"""The tokenizer of the embedded model: byte-level BPE learned from the training text, and its chat template."""
+"""The tokenizer of the embedded model, learned from the training text, and its chat template."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY_SIZE, special_tokens=SPECIAL_TOKENS, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE, special_tokens=SPECIAL_TOKENS, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A", pair=f"{BEGIN} $A $B", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))]
@@ -53,9 +55,10 @@ def make_tokenizer(seed: int) -> Tokenizer:
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """tokenizer.json and tokenizer_config.json, as Hugging Face's libraries read them."""
     tokenizer.save(str(folder / "tokenizer.json"))
-    entry = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    form = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    special = {str(index): {"content": token, **form} for index, token in enumerate(SPECIAL_TOKENS)}
     config = {
-        "added_tokens_decoder": {str(index): {"content": token, **entry} for index, token in enumerate(SPECIAL_TOKENS)},
+        "added_tokens_decoder": special,
         "bos_token": BEGIN,
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
@@ -75,20 +78,22 @@ def write_json(path: Path, value: object) -> None:
 def render(messages: Sequence[Message], template: str = CHAT_TEMPLATE) -> str:
     """The conversation as the model sees it, up to where the assistant begins to speak."""
     turns = [{"role": message.role, "content": message.content} for message in messages]
-    return Template(template).render(messages=turns, bos_token=BEGIN, add_generation_prompt=True)
+    text: str = Template(template).render(messages=turns, bos_token=BEGIN, add_generation_prompt=True)
+    return text
 
 
 def encode_document(tokenizer: Tokenizer, document: Document) -> tuple[list[int], list[bool]]:
-    """Token ids, and for each whether it is to be learned: what the assistant says, or all of a free story.
+    """Token ids, and for each whether it is learned: what the assistant says, or all of a free story.
 
     The ids of a conversation are those of its rendered chat template.
     """
-    begin, end = tokenizer.token_to_id(BEGIN), tokenizer.token_to_id(END)
+    begin, end, *roles = range(len(SPECIAL_TOKENS))
+    role_ids = dict(zip(ROLE_TOKENS, roles, strict=True))
     ids, learned = [begin], [False]
     parts = [(message.role, message.content) for message in document.messages] or [("", document.text)]
     for role, text in parts:
         if role:
-            ids.append(tokenizer.token_to_id(ROLE_TOKENS[role]))
+            ids.append(role_ids[role])
             learned.append(False)
         piece = [*tokenizer.encode(text.strip(), add_special_tokens=False).ids, end]
         ids += piece

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from torchchat_core.cli.flags import generation_options, model_flags, sampling_flags
+from torchchat_core.cli.flags import generation_options, model_flags, model_request, sampling_flags
 from torchchat_core.plugins import Registry
 
 if TYPE_CHECKING:
@@ -29,18 +28,16 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per answer: text, token_ids, "
                                                       "finish_reason, stats.")
 @click.pass_obj
-def chat(registry: Registry, **flags: Any) -> int:
+def chat(registry: Registry, /, **flags: Any) -> int:
     """Talk with a model; without MODEL, with the one that comes with torchchat.
 
     On a terminal, /help lists what can be typed beside messages. Without one, every line of standard input is a
     message, and the answers go to standard output.
     """
-    from torchchat_core.pipeline import ModelRequest, open_model
+    from torchchat_core.pipeline import open_model
 
     generation_options(flags, {})  # wrong values are told before a model is loaded
-    names = {field.name for field in dataclasses.fields(ModelRequest)}
-    request = ModelRequest(**{name: value for name, value in flags.items() if name in names})
-    with open_model(request, registry) as opened:
+    with open_model(model_request(flags), registry) as opened:
         options = generation_options(flags, opened.text_format.defaults)
         with _conversation(opened, flags["system"]) as conversation:
             if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty() and not flags["as_json"]:
@@ -65,6 +62,7 @@ def _conversation(opened: OpenedModel, system: str | None) -> Iterator[Conversat
 
 def _answer_lines(conversation: Conversation, options: GenerationOptions, as_json: bool) -> int:
     """Answers each line of standard input; an answer and an empty line, or a JSON object, for each."""
+    from torchchat_core.cli.answers import answer_json
     from torchchat_core.cli.interrupt import interruptible
     from torchchat_core.generation import FinishedEvent, NoticeEvent, TextEvent
 
@@ -85,9 +83,7 @@ def _answer_lines(conversation: Conversation, options: GenerationOptions, as_jso
                     sys.stdout.write(event.text)
                     sys.stdout.flush()
         if as_json and finished is not None:
-            stats = dataclasses.asdict(finished.statistics)
-            click.echo(json.dumps({"text": finished.text, "token_ids": list(finished.token_ids),
-                                   "finish_reason": finished.reason, "stats": stats}, ensure_ascii=False))
+            click.echo(json.dumps(answer_json(finished), ensure_ascii=False))
         else:
             click.echo("\n")
         if finished is not None and finished.reason == "cancelled":

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from torchchat_core.errors import TorchchatError
 from torchchat_core.generation_options import GenerationOptions, SamplingOptions
 from torchchat_core.options import OptionDetail, detail_of, value_type
+
+if TYPE_CHECKING:
+    from torchchat_core.pipeline import ModelRequest
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -34,6 +37,13 @@ def model_flags(function: Function) -> Function:
     ]):
         function = decorate(function)
     return function
+
+
+def model_request(flags: Mapping[str, Any]) -> ModelRequest:
+    """What the flags of `model_flags` ask for."""
+    from torchchat_core.pipeline import ModelRequest
+
+    return ModelRequest(**{field.name: flags[field.name] for field in fields(ModelRequest)})
 
 
 def sampling_flags(function: Function) -> Function:
@@ -72,7 +82,7 @@ def generation_options(flags: Mapping[str, Any], defaults: Mapping[str, Any]) ->
 
 
 def _parsed_bias(text: str) -> tuple[int, float]:
-    token, equals, bias = text.partition("=")
+    token, _, bias = text.partition("=")
     try:
         return int(token), float(bias)
     except ValueError:

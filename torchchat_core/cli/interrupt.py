@@ -13,7 +13,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     """Within it, the first Ctrl-C only makes the yielded function true; a second one raises KeyboardInterrupt."""
     pressed = False
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(_number: int, _frame: FrameType | None) -> None:
         nonlocal pressed
         if pressed:
             raise KeyboardInterrupt

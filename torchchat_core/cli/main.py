@@ -48,7 +48,7 @@ def _registry(context: click.Context) -> Registry:
     return found
 
 
-def _switch_off(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> None:
+def _switch_off(context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> None:
     for value in values:
         if not value.startswith("no:"):
             raise click.BadParameter(f"{value!r} has to be no:NAME, the plugin that is to be left out")

@@ -15,9 +15,9 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.console import Console
 from rich.table import Table
 
+from torchchat_core.cli.answers import statistics_line, statistics_table
 from torchchat_core.cli.interrupt import interruptible
 from torchchat_core.cli.markdown_stream import MarkdownStream
-from torchchat_core.cli.statistics import statistics_line, statistics_table
 from torchchat_core.conversation import Conversation
 from torchchat_core.errors import TorchchatError, did_you_mean
 from torchchat_core.generation import FinishedEvent, NoticeEvent, Statistics, TextEvent

@@ -24,7 +24,7 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu")
     with torch.device("meta"):
         model = Transformer(checkpoint.config)
     model.requires_grad_(False)
-    wanted = {name: parameter for name, parameter in model.named_parameters()}
+    wanted = dict(model.named_parameters())
     _refuse_unknown(checkpoint, wanted.keys())
     for name, parameter in wanted.items():
         tensor = _fetch(checkpoint, name, tuple(parameter.shape))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,16 @@ def open_checkpoint(files: ModelFiles) -> StoredCheckpoint:
     tensors = {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": stored
                for shard in shards for name, stored in shard.items()
                if not name.endswith("rotary_emb.inv_freq")}
-    if "model.embed_tokens.weight" not in tensors:
+    if not tensors.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
         raise TorchchatError(f"{files.weights[0].name} holds no language model that torchchat knows: its tensors are "
                              f"called {', '.join(sorted(tensors)[:3]) or 'nothing at all'}")
     if files.config is None or files.config.name == "params.json":
         raise TorchchatError(f"there is no config.json beside {files.weights[0].name}",
                              "put the model's config.json there, or name it with --params-path")
-    return StoredCheckpoint(config_from_hugging_face(read_json(files.config)), tensors)
+    config = config_from_hugging_face(read_json(files.config))
+    if config.tied_embeddings and "lm_head.weight" in tensors:  # some files keep the one under the other's name
+        tensors.setdefault("model.embed_tokens.weight", tensors["lm_head.weight"])
+    return StoredCheckpoint(config, tensors)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -121,23 +125,51 @@ def _shards(weights: tuple[Path, ...]) -> list[Path]:
 # ---- containers ---------------------------------------------------------------------------------------------------
 
 
+class MappedFile:
+    """A file of tensors that is mapped again after every `WINDOW` bytes read.
+
+    Tensors that are used as they are keep their mapping alive, without cost. Those that are only converted let it
+    go, and with it the pages that were read: otherwise a whole file would stay in memory beside its converted copy.
+    """
+
+    WINDOW = 32 << 20
+
+    def __init__(self, open_file: Callable[[], Callable[[str], Tensor]]) -> None:
+        self._open_file = open_file
+        self._get = open_file()
+        self._read = 0
+
+    def read(self, name: str) -> Tensor:
+        if self._read > self.WINDOW:
+            self._get = self._open_file()
+            self._read = 0
+        tensor = self._get(name)
+        self._read += tensor.numel() * tensor.element_size()
+        return tensor
+
+
 def _read_safetensors(path: Path) -> Container:
     from safetensors import SafetensorError, safe_open
 
     try:
         opened = safe_open(str(path), framework="pt")
-        names = list(opened.keys())
-        shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
+        shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise TorchchatError(f"cannot read {str(path)!r} as safetensors: {error}", DAMAGED) from None
-
-    def reader(name: str) -> Callable[[], Tensor]:
-        return lambda: opened.get_tensor(name)  # type: ignore[no-any-return]
-
-    return Container({name: StoredTensor(shapes[name], reader(name)) for name in names})
+    file = MappedFile(lambda: safe_open(str(path), framework="pt").get_tensor)
+    return Container({name: StoredTensor(shape, partial(file.read, name)) for name, shape in shapes.items()})
 
 
 def _read_torch(path: Path) -> Container:
+    found, model_args = _torch_tensors(path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    file = MappedFile(lambda: _torch_tensors(path)[0].__getitem__)
+    return Container({name: StoredTensor(shape, partial(file.read, name)) for name, shape in shapes.items()},
+                     model_args)
+
+
+def _torch_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | None]:
+    """The tensors in a torch file, and llama2.c's `model_args` where they stand beside them."""
     found = _load_torch(path)
     model_args = None
     if isinstance(found, dict) and isinstance(found.get("model"), dict):
@@ -145,13 +177,7 @@ def _read_torch(path: Path) -> Container:
         found = found["model"]
     if not isinstance(found, dict):
         raise TorchchatError(f"{path.name} holds a {type(found).__name__}; a dictionary of tensors is needed")
-    tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
-
-    def reader(tensor: Tensor) -> Callable[[], Tensor]:
-        return lambda: tensor
-
-    return Container({name: StoredTensor(tuple(tensor.shape), reader(tensor)) for name, tensor in tensors.items()},
-                     model_args)
+    return {str(name): value for name, value in found.items() if isinstance(value, Tensor)}, model_args
 
 
 def _load_torch(path: Path) -> Any:

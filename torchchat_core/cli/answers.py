@@ -1,8 +1,17 @@
-"""How the statistics of an answer are shown to a person."""
+"""How an answer and its figures are shown: to a person, and as JSON."""
 
 from __future__ import annotations
 
-from torchchat_core.generation import Statistics
+from dataclasses import asdict
+from typing import Any
+
+from torchchat_core.generation import FinishedEvent, Statistics
+
+
+def answer_json(finished: FinishedEvent) -> dict[str, Any]:
+    """One answer as `--json` prints it."""
+    return {"text": finished.text, "token_ids": list(finished.token_ids), "finish_reason": finished.reason,
+            "stats": asdict(finished.statistics)}
 
 
 def statistics_line(statistics: Statistics) -> str:

@@ -1,0 +1,44 @@
+# Each target sets up what it needs. `make chat` and `make test` are all that a fresh machine needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DISTRIBUTIONS := . $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml apps/*/pyproject.toml))
+PROJECTS := $(addsuffix /pyproject.toml,$(DISTRIBUTIONS))
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup chat test lint bench clean
+
+help:
+	@echo "make chat    talk with the model that comes with torchchat"
+	@echo "make setup   make $(VENV) with core, every plugin and the tested versions"
+	@echo "make test    run all tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   speed beside transformers"
+	@echo "make clean   remove $(VENV) and build products"
+
+setup: $(STAMP)
+
+$(STAMP): constraints.txt $(PROJECTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: torchchat needs Python 3.11 or later; try: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group test --group lint $(addprefix -e ,$(DISTRIBUTIONS))
+	@touch $(STAMP)
+
+chat: $(STAMP)
+	@$(BIN)/torchchat chat
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/mypy plugins/*/tc_*
+
+bench: $(STAMP)
+	$(BIN)/python tools/compare_transformers.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info plugins/*/build plugins/*/*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,119 @@
+"""The transformer agrees with transformers' implementation of every architecture and every rope scaling."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tc_eager.executor import EagerExecutor
+
+from torchchat_core.models.attention import RowAttention
+from torchchat_core.models.weights import build_model
+from torchchat_core.sources.checkpoints import open_checkpoint
+from torchchat_core.sources.local import files_of_folder
+from torchchat_core.specs import LoadRequest, ModelRef
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "rope_theta": 10000.0, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}
+FACTORS = [1.0, 1.1, 1.4, 2.5]
+ROPE = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 16},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn without truncation": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+                                "truncate": False, "beta_fast": 16, "beta_slow": 2},
+    "yarn with mscale": {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 16, "mscale": 0.7,
+                         "mscale_all_dim": 0.5},
+    "longrope": {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 16,
+                 "short_factor": FACTORS, "long_factor": [3 * factor for factor in FACTORS]},
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama with tied embeddings": ("Llama", {"tie_word_embeddings": True}),
+    "llama with its own head_dim": ("Llama", {"head_dim": 16}),
+    "llama without grouped queries": ("Llama", {"num_key_value_heads": 4}),
+    "mistral with a sliding window": ("Mistral", {"sliding_window": 7}),
+    "mistral without a window": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2 with a window in some layers": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5,
+                                                     "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "granite": ("Granite", {"embedding_multiplier": 12.0, "attention_multiplier": 0.015625,
+                            "residual_multiplier": 0.22, "logits_scaling": 8.0}),
+    **{f"llama with {name} rope": ("Llama", {"rope_scaling": fields}) for name, fields in ROPE.items()},
+}
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    return pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_transformers(case: str, reference: Any, tmp_path: Path) -> None:
+    family, fields = CASES[case]
+    torch.manual_seed(0)
+    config = getattr(reference, f"{family}Config")(**{**SIZES, **fields})
+    config._attn_implementation = "eager"
+    theirs = getattr(reference, f"{family}ForCausalLM")(config).eval()
+    for parameter in theirs.parameters():  # their initial values are too small to tell one formula from another
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path)
+    tokens = torch.randint(3, 96, (40,)).tolist()
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([tokens]), use_cache=False).logits[0]
+
+    files = files_of_folder(ModelRef(text="t", scheme="file", location=str(tmp_path)), tmp_path)
+    module = build_model(open_checkpoint(files), torch.float32)
+    model = EagerExecutor().load(LoadRequest(device="cpu", dtype="fp32", module=module))
+    at_once = model.session().score(tokens)
+    in_steps = model.session()
+    stepwise = torch.stack([in_steps.prefill(tokens[:9]), *(in_steps.decode(token) for token in tokens[9:20]),
+                            *in_steps.score(tokens[20:])])
+    torch.testing.assert_close(at_once, expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(stepwise, expected[8:], atol=2e-5, rtol=1e-4)
+
+
+def test_longrope_keeps_its_short_factors_within_the_original_context(reference: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = reference.LlamaForCausalLM(reference.LlamaConfig(**SIZES, rope_scaling=ROPE["longrope"])).eval()
+    theirs.save_pretrained(tmp_path)
+    tokens = torch.randint(3, 96, (12,)).tolist()
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([tokens]), use_cache=False).logits[0]
+    files = files_of_folder(ModelRef(text="t", scheme="file", location=str(tmp_path)), tmp_path)
+    model = EagerExecutor().load(LoadRequest(device="cpu", dtype="fp32",
+                                             module=build_model(open_checkpoint(files), torch.float32)))
+    torch.testing.assert_close(model.session(limit=16).score(tokens), expected, atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(model.session(limit=17).score(tokens), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_golden_logits_of_a_trained_model(testdata: Path) -> None:
+    import numpy
+
+    folder = testdata / "hf" / "TinyStories-656K"
+    files = files_of_folder(ModelRef(text="t", scheme="file", location=str(folder)), folder)
+    model = EagerExecutor().load(LoadRequest(device="cpu", dtype="fp32",
+                                             module=build_model(open_checkpoint(files), torch.float32)))
+    prompts = json.loads((testdata / "golden/TinyStories-656K/greedy_ids.json").read_text())["prompts"]
+    expected = torch.from_numpy(numpy.load(testdata / "golden/TinyStories-656K/logits_prompt0_first64pos.f32.npy"))
+    logits = model.session().score(prompts[0]["ids"][: len(expected)])
+    assert float((logits - expected).abs().max()) < 1e-4
+
+
+def test_training_rows_agree_with_cached_sequences(make_transformer: Any) -> None:
+    module = make_transformer(sliding_window=5, rope_interleaved=True)
+    rows = torch.randint(0, 96, (3, 20), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(20).repeat(3)
+    together = module(rows.flatten(), positions, RowAttention(module.config, 3)).unflatten(0, (3, 20))
+    model = EagerExecutor().load(LoadRequest(device="cpu", dtype="fp32", module=module))
+    for row, expected in zip(rows.tolist(), together, strict=True):
+        torch.testing.assert_close(model.session().score(row), expected, atol=1e-5, rtol=1e-4)

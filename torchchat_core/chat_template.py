@@ -1,0 +1,163 @@
+"""Chat templates: what makes one prompt of a conversation's messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Template, TemplateSyntaxError
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.specs import ModelFiles, Tokenizer
+from torchchat_core.template_limits import limited, measure
+from torchchat_core.template_sandbox import chat_environment
+from torchchat_core.tokenizers.base import token_name
+from torchchat_core.tokenizers.files import read_json, read_text
+
+LONGEST_SOURCE = 128 * 1024  # the longest in use have some 20 thousand characters
+LARGEST_GIVEN = 1 << 40  # the caller's own messages are measured, not limited
+BUILT_IN = Path(__file__).parent / "data" / "templates"
+
+TURN_ENDS = (
+    "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "</s>", "<|endoftext|>",
+    "<|end_of_text|>", "<|return|>", "<|call|>", "<|END_OF_TURN_TOKEN|>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)
+
+CHAT_NAME = re.compile(r"(?<![a-z])(instruct|chat)(?![a-z])", re.IGNORECASE)
+LLAMA2_NAME = re.compile(r"(?<![a-z])(llama[-_. ]?2.*[-_. ]chat|code[-_. ]?llama.*[-_. ]instruct)(?![a-z])",
+                         re.IGNORECASE)
+MISTRAL_NAME = re.compile(r"(?<![a-z])(mistral|mixtral).*[-_. ]instruct(?![a-z])", re.IGNORECASE)
+
+
+class ChatTemplate:
+    """A Jinja template in a sandbox, with the names that `transformers` gives to chat templates.
+
+    `bos_token` and `eos_token` are texts; one that is None is undefined in the template. `tool_source` is another
+    template, for conversations with tools. Raises `TorchchatError` where a source is too long or no template.
+    """
+
+    def __init__(self, source: str, *, bos_token: str | None, eos_token: str | None,
+                 tool_source: str | None = None) -> None:
+        self.source = source
+        self.tool_source = tool_source
+        self.bos_token = bos_token
+        self.eos_token = eos_token
+        self._template = _compiled(source)
+        self._tool_template = self._template if tool_source is None else _compiled(tool_source)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None,
+               add_generation_prompt: bool = True, **extra: Any) -> str:
+        """The prompt. `extra` names further variables of the template.
+
+        Raises `TorchchatError` where the template refuses the messages, fails, reaches for attributes that are none
+        of its business, or takes too long or too much memory.
+        """
+        names = {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        variables: dict[str, Any] = {name: text for name, text in names.items() if text is not None}
+        variables |= {"messages": messages, "tools": tools, "documents": None,
+                      "add_generation_prompt": add_generation_prompt, **extra}
+        template = self._template if tools is None else self._tool_template
+        try:
+            with limited(measure(variables, LARGEST_GIVEN)):
+                return template.render(variables)
+        except TorchchatError:
+            raise
+        except RecursionError as error:
+            raise TorchchatError("the chat template was stopped: it calls itself without end") from error
+        except Exception as error:
+            raise TorchchatError(f"the chat template failed{_place(error)}: {error or type(error).__name__}",
+                                 "it does not suit these messages, or is wrong") from error
+
+
+def find_chat_template(files: ModelFiles, settings: Mapping[str, Any], tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template of a model: its chat_template.jinja, that in `settings` (tokenizer_config.json), or a built-in one.
+
+    A model without either gets a built-in template only where its control tokens and its name agree that it was
+    trained for conversations in that format; names are the last parts of what the user typed, of where that leads,
+    and of the folder:
+
+    - Llama 3: the tokenizer has <|start_header_id|> and <|eot_id|>, a name says "instruct" or "chat";
+    - Llama 2: it has <s> and </s>, a name says "llama 2 ... chat" or "code llama ... instruct";
+    - Mistral: it has <s> and </s>, a name says "mistral ... instruct" or "mixtral ... instruct".
+
+    Any other model is taken for a base model: None. Raises `TorchchatError` for a template that is malformed.
+    """
+    tool_source = None
+    if files.chat_template is not None:
+        source = read_text(files.chat_template)
+        if files.chat_template.suffix == ".json":
+            source, tool_source = _sources(read_json(files.chat_template).get("chat_template"))
+    elif settings.get("chat_template") is not None:
+        source, tool_source = _sources(settings["chat_template"])
+    else:
+        name = _built_in(files, tokenizer)
+        if name is None:
+            return None
+        source = read_text(BUILT_IN / f"{name}.jinja")
+    return ChatTemplate(source, bos_token=_token_text(settings, "bos_token", tokenizer, tokenizer.bos_id),
+                        eos_token=_token_text(settings, "eos_token", tokenizer, tokenizer.eos_id),
+                        tool_source=tool_source)
+
+
+def end_tokens(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids of the control tokens known to end a turn that the template writes and the tokenizer has."""
+    text = template.source + (template.tool_source or "")
+    found = (tokenizer.encode(name, special=True) for name in TURN_ENDS if name in text)
+    return frozenset(ids[0] for ids in found if len(ids) == 1)
+
+
+def _compiled(source: str) -> Template:
+    if len(source) > LONGEST_SOURCE:
+        raise TorchchatError(f"the chat template has {len(source)} characters; {LONGEST_SOURCE} is the most")
+    try:
+        with limited():
+            return chat_environment().template(source)
+    except TemplateSyntaxError as error:
+        raise TorchchatError(f"the chat template is wrong in line {error.lineno}: {error.message}") from error
+    except Exception as error:  # Python's own limits: nesting of brackets and of blocks
+        raise TorchchatError(f"the chat template cannot be compiled: {type(error).__name__}: {error}") from error
+
+
+def _place(error: BaseException) -> str:
+    """" in line N" of the template, where the traceback, which Jinja rewrites, says so."""
+    line, step = None, error.__traceback__
+    while step is not None:
+        if step.tb_frame.f_code.co_filename == "<template>":
+            line = step.tb_lineno
+        step = step.tb_next
+    return "" if line is None else f" in line {line}"
+
+
+def _sources(declared: object) -> tuple[str, str | None]:
+    """The template for conversations, and that for conversations with tools where there is one."""
+    if isinstance(declared, str):
+        return declared, None
+    entries = declared if isinstance(declared, list) else []
+    named = {entry.get("name"): entry.get("template") for entry in entries if isinstance(entry, dict)}
+    default, tool_use = named.get("default"), named.get("tool_use")
+    if not isinstance(default, str):
+        raise TorchchatError(f"chat_template is {declared!r:.60}; it has to be a text, or a list of objects with "
+                             "\"name\" and \"template\" of which one is called \"default\"")
+    return default, tool_use if isinstance(tool_use, str) else None
+
+
+def _built_in(files: ModelFiles, tokenizer: Tokenizer) -> str | None:
+    folder = files.root.parent if files.root.name == "original" else files.root  # of Meta's files in hub repositories
+    names = [Path(text).name for text in (files.ref.text, files.ref.location)] + [folder.name]
+    control = tokenizer.special_tokens.keys()
+    if control >= {"<|start_header_id|>", "<|eot_id|>"}:
+        return "llama3" if any(map(CHAT_NAME.search, names)) else None
+    if control >= {"<s>", "</s>"}:
+        if any(map(LLAMA2_NAME.search, names)):
+            return "llama2"
+        if any(map(MISTRAL_NAME.search, names)):
+            return "mistral_v3" if "[INST]" in control else "mistral"
+    return None
+
+
+def _token_text(settings: Mapping[str, Any], key: str, tokenizer: Tokenizer, token: int | None) -> str | None:
+    """What the settings call a token, else its text in the tokenizer."""
+    by_id = {number: text for text, number in tokenizer.special_tokens.items()}
+    return token_name(settings, key) or (None if token is None else by_id.get(token))

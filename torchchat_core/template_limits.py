@@ -1,0 +1,185 @@
+"""What one rendering of a chat template may use: processor time, and the size of the values that it makes.
+
+Python cannot interrupt itself inside one call, so `template_sandbox` asks here before each step that could be long.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, MappingView, Set
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from jinja2.utils import Namespace
+
+from torchchat_core.errors import TorchchatError
+
+SECONDS = 1.0  # of processor time for one rendering
+LONGEST_TEXT = 1_000_000
+LONGEST_LIST = 20_000
+LARGEST_TOTAL = 64_000_000  # characters, and 8 for each element of a list
+LARGEST_WIDTH = 999  # of padding, indentation and the like
+LARGEST_INTEGER_BITS = 4_096
+DEEPEST = 200  # lists in lists
+STEPS_BETWEEN_LOOKS = 16  # at the clock
+
+WIDE_PERCENT_FORMAT = re.compile(r"%[^a-zA-Z%]*(?:\d{4}|\*)")
+WIDE_BRACE_FORMAT = re.compile(r"\{[^{}]*(?:\d{4}|\{)")
+CONTAINERS = (list, tuple, Mapping, Set, MappingView)
+
+
+class Budget:
+    """What one rendering may still use. `given` is the size of what the caller gives to the template.
+
+    Every method raises `TorchchatError` where a limit is reached.
+    """
+
+    def __init__(self, given: int = 0) -> None:
+        self.longest_text = LONGEST_TEXT + 8 * given
+        self.longest_list = LONGEST_LIST + given
+        self._left = LARGEST_TOTAL + 64 * given
+        self._deadline = time.thread_time() + SECONDS
+        self._steps = 0
+
+    def step(self, count: int = 1) -> None:
+        """Counts steps, and looks at the clock now and then."""
+        self._steps += count
+        if self._steps >= STEPS_BETWEEN_LOOKS:
+            self._steps = 0
+            if time.thread_time() > self._deadline:
+                raise stopped(f"it ran for more than {SECONDS:g} s of processor time")
+
+    def need_text(self, length: int) -> None:
+        """Asks for a text of that length."""
+        if length > self.longest_text:
+            raise stopped(f"it makes a text of more than {self.longest_text} characters")
+
+    def need_list(self, length: int) -> None:
+        """Asks for a list of that length."""
+        if length > self.longest_list:
+            raise stopped(f"it makes a list of more than {self.longest_list} elements")
+
+    def charge(self, value: Any) -> Any:
+        """Counts a value that was made, and returns it."""
+        if isinstance(value, str):
+            self.need_text(len(value))
+            self._left -= len(value)
+        elif isinstance(value, CONTAINERS):
+            self.need_list(len(value))
+            self._left -= 8 * len(value)
+            if isinstance(value, tuple):  # may be hashed, which looks into tuples without end
+                self.bounded(value)
+        if self._left < 0:
+            raise stopped("it makes too many large values")
+        return value
+
+    def bounded(self, *values: Any) -> int:
+        """The size of values that are about to be written out, compared or hashed."""
+        size = sum(measure(value, self.longest_text) for value in values)
+        self.step(size // 16)
+        self.need_text(size)
+        return size
+
+    def concatenated(self, parts: Iterable[str]) -> str:
+        """The parts as one text, stopped as soon as it is too long."""
+        length = 0
+        kept = []
+        for part in parts:
+            self.step()
+            length += len(part)
+            self.need_text(length)
+            kept.append(part)
+        return str(self.charge("".join(kept)))
+
+    def joinable(self, values: Iterable[Any], separator: str) -> list[Any]:
+        """`values` as a list whose elements may be written out with separators between them."""
+        kept = []
+        for value in values:
+            self.step()
+            kept.append(value)
+        self.need_text(self.bounded(kept) + len(kept) * len(separator))
+        return kept
+
+    def check_product(self, left: Any, right: Any) -> None:
+        """Asks for `left * right`."""
+        if isinstance(left, int) and isinstance(right, int):
+            self.check_bits(left.bit_length() + right.bit_length())
+            return
+        repeated, times = (right, left) if isinstance(left, int) else (left, right)
+        if isinstance(times, int):
+            if isinstance(repeated, str):
+                self.need_text(len(repeated) * times)
+            elif isinstance(repeated, list | tuple):
+                self.need_list(len(repeated) * times)
+
+    def check_bits(self, bits: int) -> None:
+        """Asks for a whole number of so many bits."""
+        if bits > LARGEST_INTEGER_BITS:
+            raise stopped(f"it makes a number of more than {LARGEST_INTEGER_BITS} bits")
+
+    def check_replacement(self, text: str, old: object, new: object) -> None:
+        """Asks for `text.replace(old, new)`."""
+        if isinstance(old, str) and isinstance(new, str):
+            self.need_text(len(text) + (text.count(old) if old else len(text) + 1) * len(new))
+
+    def check_format(self, text: str, values: Iterable[Any], wide: re.Pattern[str]) -> None:
+        """Asks for a formatted text, in which any place may hold all values or be padded."""
+        if wide.search(text):
+            raise stopped(f"the format {text!r:.60} is too wide")
+        places = text.count("{") + text.count("%")
+        self.need_text(len(text) + places * (LARGEST_WIDTH + self.bounded(*values)))
+
+    def check_width(self, what: str, values: Iterable[Any]) -> None:
+        """Asks for padding, indentation or digits by each of the values that is a whole number."""
+        largest = max((value for value in values if isinstance(value, int)), default=0)
+        if largest > LARGEST_WIDTH:
+            raise stopped(f"{what} is given a number above {LARGEST_WIDTH}")
+
+
+_budget: ContextVar[Budget] = ContextVar("budget")
+budget = _budget.get  # that of the rendering in progress
+
+
+@contextmanager
+def limited(given: int = 0) -> Iterator[None]:
+    """Has everything that templates do inside counted on one new budget."""
+    token = _budget.set(Budget(given))
+    try:
+        yield
+    finally:
+        _budget.reset(token)
+
+
+def stopped(reason: str) -> TorchchatError:
+    """The error of a template that went too far."""
+    return TorchchatError(f"the chat template was stopped: {reason}",
+                          "a template of the model's own makers does not; get the model from them")
+
+
+def measure(value: Any, limit: int) -> int:
+    """How many characters and elements `value` has when written out; counting ends above `limit`.
+
+    A list that holds another one twice counts it twice. Raises `TorchchatError` for values nested too deeply.
+    """
+    if isinstance(value, str):
+        return len(value)
+    size = 0
+    pending = [(value, 0)]
+    while pending and size <= limit:
+        part, depth = pending.pop()
+        size += 1
+        inside: Iterable[Any] = ()
+        if isinstance(part, str):
+            size += len(part)
+        elif isinstance(part, Namespace):
+            inside = object.__getattribute__(part, "_Namespace__attrs").values()
+        elif isinstance(part, Mapping):
+            inside = [*part.keys(), *part.values()]
+        elif isinstance(part, list | tuple | Set | MappingView):
+            inside = part if isinstance(part, Iterable) else ()
+        pending.extend((each, depth + 1) for each in inside)
+        if depth > DEEPEST:
+            raise stopped(f"it nests lists more than {DEEPEST} deep")
+    return size

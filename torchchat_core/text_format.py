@@ -1,0 +1,76 @@
+"""Everything about a model that concerns text: tokenizer, chat template, what ends an answer, and its defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchchat_core.chat_template import ChatTemplate, end_tokens, find_chat_template
+from torchchat_core.errors import TorchchatError
+from torchchat_core.generation_options import SamplingOptions
+from torchchat_core.plugins import Registry
+from torchchat_core.specs import ModelFiles, Tokenizer
+from torchchat_core.tokenizers.files import read_json
+from torchchat_core.tokenizers.loading import read_tokenizer
+
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How a model reads and writes text."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None  # None: the model continues texts, and was not made for conversations
+    end_ids: frozenset[int]  # each of them ends an answer
+    defaults: Mapping[str, float | int]  # of SamplingOptions' fields, as the model's makers recommend
+
+
+def read_text_format(files: ModelFiles, registry: Registry, config_vocab_size: int) -> TextFormat:
+    """Reads a model's tokenizer, template, generation_config.json and config.json.
+
+    An answer ends at every end token that any of them names. Raises `TorchchatError` where one of the files is
+    damaged, holds a value out of range, or where the tokenizer has more ids than the model.
+    """
+    tokenizer = read_tokenizer(files, registry)
+    if tokenizer.vocab_size > config_vocab_size:
+        raise TorchchatError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config_vocab_size}: it "
+                             "could be given tokens that it does not know",
+                             "the tokenizer is another model's; pass the right one with --tokenizer-path")
+    settings = read_json(files.tokenizer_config) if files.tokenizer_config else {}
+    template = find_chat_template(files, settings, tokenizer)
+    end_ids = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
+    if template is not None:
+        end_ids |= end_tokens(template, tokenizer)
+    defaults: dict[str, float | int] = {}
+    for path in (files.config, files.generation_config):
+        if path is None or path.suffix != ".json":
+            continue
+        values = read_json(path)
+        end_ids |= _end_ids(path, values.get("eos_token_id"), config_vocab_size)
+        if path == files.generation_config and values.get("do_sample") is not False:
+            defaults = _defaults(path, values)
+    return TextFormat(tokenizer, template, frozenset(end_ids), defaults)
+
+
+def _end_ids(path: Path, declared: object, vocab_size: int) -> set[int]:
+    """The value of "eos_token_id": a token id, a list of them, or null."""
+    if declared is None:
+        return set()
+    listed = declared if isinstance(declared, list) else [declared]
+    for token in listed:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise TorchchatError(f"eos_token_id in {path} is {declared!r:.60}; token ids go from 0 to {vocab_size - 1}",
+                                 "mend the file, or download the model again")
+    return set(listed)
+
+
+def _defaults(path: Path, values: Mapping[str, Any]) -> dict[str, float | int]:
+    defaults = {name: values[name] for name in SAMPLING_DEFAULTS if values.get(name) is not None}
+    try:
+        SamplingOptions(**defaults)
+    except TorchchatError as error:
+        raise TorchchatError(f"{error.message}, says {path}", "mend the file, or download the model again") from error
+    return defaults

@@ -1,0 +1,51 @@
+"""Reading the small files beside a model's weights, none of which is trusted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torchchat_core.errors import TorchchatError
+
+MAXIMUM_BYTES = 256 * 1024 * 1024  # several times the largest tokenizer in use
+LFS_POINTER = b"version https://git-lfs"
+
+
+def read_file(path: Path) -> bytes:
+    """The content of `path`. Raises `TorchchatError` where it is missing, unreadable, empty, a Git LFS pointer or
+    larger than `MAXIMUM_BYTES`."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAXIMUM_BYTES + 1)
+    except OSError as error:
+        raise TorchchatError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not content:
+        raise TorchchatError(f"{path} is empty", "download or copy the model again")
+    if len(content) > MAXIMUM_BYTES:
+        raise TorchchatError(f"{path} has more than {MAXIMUM_BYTES} bytes, which no such file has")
+    if content.startswith(LFS_POINTER):
+        raise TorchchatError(f"{path} is a Git LFS pointer, not the file itself",
+                             "run `git lfs pull` in its folder, or download the model again")
+    return content
+
+
+def read_text(path: Path) -> str:
+    """The content of `path`, which has to be UTF-8. Raises `TorchchatError` as `read_file` does."""
+    try:
+        return read_file(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TorchchatError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}",
+                             "download or copy the model again") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises `TorchchatError` where the file holds anything else."""
+    text = read_text(path)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TorchchatError(f"{path} is not JSON: {error}", "download or copy the model again") from error
+    if not isinstance(content, dict):
+        raise TorchchatError(f"{path} holds a JSON {type(content).__name__}; it has to be an object")
+    return content

@@ -1,0 +1,183 @@
+"""tokenizer.json, read by the tokenizers library."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, token_name, well_formed
+from torchchat_core.tokenizers.files import read_json
+
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+# Decoders that give a token the same text whatever follows it, so that text can be streamed.
+STEADY_DECODERS = frozenset({"ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"})
+ANCHOR = "a"  # a token before the one in question, which is then not at the start
+
+
+class HuggingFaceReader:
+    """A `specs.TokenizerReader`."""
+
+    def accepts(self, path: Path) -> bool:
+        """Any file whose name matched: tokenizer.json is of one kind only, and damage is better named by `read`."""
+        return path.is_file()
+
+    def read(self, path: Path, settings: Mapping[str, Any]) -> HuggingFaceTokenizer:
+        """The tokenizer of the file. Raises `TorchchatError` where the file is damaged, or where its decoder does
+        not work token by token.
+
+        Names of BOS and EOS come from `settings`, else from a special_tokens_map.json beside the file; without
+        either, BOS is what the file itself puts before a text.
+        """
+        content = read_json(path)
+        if not isinstance(content.get("model"), dict):
+            raise TorchchatError(f"{path} has no \"model\"", "it is not a tokenizer.json of the tokenizers library")
+        unknown = _unknown_token(content["model"])
+        _find_control_tokens_in_raw_text(content, unknown)
+        try:
+            library = tokenizers.Tokenizer.from_str(json.dumps(content))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library's panics are no `Exception`
+            raise TorchchatError(f"{path} cannot be read: {error}",
+                                 "the file is damaged, or made by a later version of tokenizers") from error
+        library.no_truncation()
+        library.no_padding()
+        names = {key: token_name(settings, key) or _mapped_name(path, key) for key in ("bos_token", "eos_token")}
+        to_bytes = _piece_reader(path, library, content.get("decoder"))
+        return HuggingFaceTokenizer(library, to_bytes, names, unknown, settings.get("add_bos_token"))
+
+
+class HuggingFaceTokenizer(ByteTokenizer):
+    """A tokenizer.json. Its post-processor, truncation and padding are left out of `encode`."""
+
+    def __init__(self, library: tokenizers.Tokenizer, to_bytes: Callable[[str], bytes],
+                 names: Mapping[str, str | None], unknown: str | None, adds_bos: bool | None) -> None:
+        self._library = library
+        self._to_bytes = to_bytes
+        self._known_bytes: dict[int, bytes] = {}
+        self._lock = threading.Lock()  # guards the library's switch for control tokens
+        added = library.get_added_tokens_decoder()
+        # The unknown token stands for text, so it is shown; a vocabulary may name a control token as its unknown one.
+        named = {name for name in names.values() if name is not None}
+        special_tokens = {token.content: number for number, token in added.items()
+                          if token.special and (token.content != unknown or token.content in named)}
+        self._texts = {number: token.content.encode() for number, token in added.items()
+                       if token.content in special_tokens}
+        in_front = library.encode("", add_special_tokens=True).ids
+        bos = library.token_to_id(names["bos_token"]) if names["bos_token"] else None
+        if bos is None and in_front and in_front[0] in special_tokens.values():
+            bos = in_front[0]
+        super().__init__(
+            vocab_size=max(library.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
+            special_tokens=special_tokens,
+            bos_id=bos,
+            eos_id=library.token_to_id(names["eos_token"]) if names["eos_token"] else None,
+            adds_bos=in_front[:1] == [bos] if adds_bos is None else bool(adds_bos),
+        )
+        ids = self.encode("a")
+        encoded_with_space = b"".join(map(self.token_bytes, ids)).startswith(b" ")
+        self.adds_prefix_space = encoded_with_space and not library.decode(ids, False).startswith(" ")
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        with self._lock:
+            self._library.encode_special_tokens = not special
+            return list(self._library.encode(well_formed(text), add_special_tokens=False).ids)
+
+    def token_bytes(self, token: int) -> bytes:
+        self._check(token)
+        if token not in self._known_bytes:
+            self._known_bytes[token] = self._texts.get(token) or self._piece_bytes(token)
+        return self._known_bytes[token]
+
+    def _piece_bytes(self, token: int) -> bytes:
+        piece = self._library.id_to_token(token)
+        return UNKNOWN if piece is None else self._to_bytes(piece)
+
+
+def byte_level_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in byte-level vocabularies -> the byte.
+
+    Printable bytes of Latin-1 stand for themselves, the others for the characters from U+0100 on, in order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet.update((chr(0x100 + index), byte) for index, byte in enumerate(others))
+    return alphabet
+
+
+def _piece_reader(path: Path, library: tokenizers.Tokenizer, decoder: object) -> Callable[[str], bytes]:
+    """What gives a piece's bytes in the middle of a text. Raises `TorchchatError` where a piece has no such bytes."""
+    steps = list(_decoder_steps(decoder))
+    types = {str(step.get("type")) for step in steps}
+    if "ByteLevel" in types and types <= {"ByteLevel", "Fuse"}:
+        return _byte_level_reader(library)
+    unfit = types - STEADY_DECODERS
+    if unfit or any(step.get("stop") for step in steps if step.get("type") == "Strip"):
+        name = min(unfit, default="Strip at the end")
+        raise TorchchatError(f"the decoder {name!r} in {path} does not work token by token; known are ByteLevel alone, "
+                             f"and {', '.join(sorted(STEADY_DECODERS))}")
+    decode = (lambda pieces: " ".join(pieces)) if library.decoder is None else library.decoder.decode
+    before = decode([ANCHOR])
+    with_byte_pieces = "ByteFallback" in types
+
+    def to_bytes(piece: str) -> bytes:
+        byte = BYTE_PIECE.fullmatch(piece) if with_byte_pieces else None
+        if byte:
+            return bytes([int(byte[1], 16)])
+        return str(decode([ANCHOR, piece])).removeprefix(before).encode()
+
+    return to_bytes
+
+
+def _byte_level_reader(library: tokenizers.Tokenizer) -> Callable[[str], bytes]:
+    alphabet = byte_level_alphabet()
+    literal = {token.content for token in library.get_added_tokens_decoder().values()}
+
+    def to_bytes(piece: str) -> bytes:
+        if piece in literal or any(character not in alphabet for character in piece):
+            return piece.encode()  # added tokens are written as the text that they are
+        return bytes(alphabet[character] for character in piece)
+
+    return to_bytes
+
+
+def _decoder_steps(decoder: object) -> Iterator[dict[str, Any]]:
+    """The decoder's steps, with sequences (one level, as the library writes them) laid out."""
+    if isinstance(decoder, dict):
+        parts = decoder.get("decoders") if decoder.get("type") == "Sequence" else [decoder]
+        for step in parts if isinstance(parts, list) else ():
+            if isinstance(step, dict):
+                yield step
+
+
+def _unknown_token(model: dict[str, Any]) -> str | None:
+    """The text of the token that stands for what has none: by name, or (Unigram) by place."""
+    if isinstance(model.get("unk_token"), str):
+        return str(model["unk_token"])
+    vocabulary, place = model.get("vocab"), model.get("unk_id")
+    if isinstance(vocabulary, list) and isinstance(place, int) and 0 <= place < len(vocabulary):
+        entry = vocabulary[place]
+        return entry[0] if isinstance(entry, list) and entry and isinstance(entry[0], str) else None
+    return None
+
+
+def _find_control_tokens_in_raw_text(content: dict[str, Any], unknown: str | None) -> None:
+    """Has control tokens looked for before normalisation, which would hide them from anywhere but the start."""
+    entries = content.get("added_tokens")
+    for entry in entries if isinstance(entries, list) else ():
+        if isinstance(entry, dict) and entry.get("special") and entry.get("content") != unknown:
+            entry["normalized"] = False
+
+
+def _mapped_name(path: Path, key: str) -> str | None:
+    """The name of a token by special_tokens_map.json, where it is beside `path`."""
+    beside = path.parent / "special_tokens_map.json"
+    return token_name(read_json(beside), key) if beside.is_file() else None
