@@ -16,7 +16,7 @@ from torchchat_core.template_sandbox import chat_environment
 from torchchat_core.tokenizers.base import token_name
 from torchchat_core.tokenizers.files import read_json, read_text
 
-LONGEST_SOURCE = 128 * 1024  # the longest in use have some 20 thousand characters
+LONGEST_SOURCE = 64 * 1024  # the longest in use have some 20 thousand characters
 LARGEST_GIVEN = 1 << 40  # the caller's own messages are measured, not limited
 BUILT_IN = Path(__file__).parent / "data" / "templates"
 
@@ -51,9 +51,11 @@ class ChatTemplate:
                add_generation_prompt: bool = True, **extra: Any) -> str:
         """The prompt. `extra` names further variables of the template.
 
-        Raises `TorchchatError` where the template refuses the messages, fails, reaches for attributes that are none
-        of its business, or takes too long or too much memory.
+        Raises `TorchchatError` where there are no messages, or where the template refuses them, fails, reaches for
+        attributes that are none of its business, or takes too long or too much memory.
         """
+        if not messages:
+            raise TorchchatError("the conversation has no messages; it needs at least one")
         names = {"bos_token": self.bos_token, "eos_token": self.eos_token}
         variables: dict[str, Any] = {name: text for name, text in names.items() if text is not None}
         variables |= {"messages": messages, "tools": tools, "documents": None,

@@ -22,6 +22,7 @@ from torchchat_core.generation import (
 from torchchat_core.generation_options import GenerationOptions
 from torchchat_core.specs import Tokenizer
 from torchchat_core.text_format import TextFormat
+from torchchat_core.tokenizers.stream import TextStream
 
 ROLES = ("system", "user", "assistant")
 MARK = "\ue0ff"  # of the private use area; stands inside control-token texts that a user typed
@@ -40,7 +41,7 @@ class Conversation:
         self.messages: list[Message] = []
         self._sequence = sequence
         self._format = text_format
-        self._settled = ("", [])  # type: tuple[str, list[int]]  # text and ids up to the end of the last answer
+        self._settled: tuple[str, list[int]] = ("", [])  # text and ids up to the end of the last answer
         self.system = system
 
     @property
@@ -90,7 +91,7 @@ class Conversation:
         finally:  # also where the reader went away: what was said stays said
             content = "".join(answer)
             self.messages.append({"role": "assistant", "content": content})
-            if ids and self._format.tokenizer.decode(ids).endswith(content):
+            if ids and text_of(ids, self._format.tokenizer) == content:  # not so where a stop string was cut off
                 self._settled = (prompt_text + content, [*prompt, *ids])
 
     def save(self, path: Path) -> None:
@@ -167,10 +168,19 @@ def render(text_format: TextFormat, messages: Sequence[Message]) -> tuple[str, C
     return text, lambda part: encode_disarmed(part, tokenizer)
 
 
-def encode_plain(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of text that is no chat: with BOS where the tokenizer has it so, and without control tokens."""
+def text_of(ids: Iterable[int], tokenizer: Tokenizer) -> str:
+    """The text that tokens add to a text before them."""
+    stream = TextStream(tokenizer, at_start=False)
+    return "".join([*(stream.push(token) for token in ids), stream.finish()])
+
+
+def encode_plain(text: str, tokenizer: Tokenizer, *, special: bool = False) -> list[int]:
+    """Ids of text that is no chat: with BOS where the tokenizer has it so.
+
+    With `special`, control-token texts are such: for a prompt that its author has put together by hand.
+    """
     start = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
-    return [*start, *tokenizer.encode(text)]
+    return [*start, *tokenizer.encode(text, special=special)]
 
 
 def encode_disarmed(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -26,7 +26,8 @@ def near_matches(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """Up to `count` of the `known` names that look like `name`, best first; upper and lower case are the same."""
     by_folded = {candidate.lower(): candidate for candidate in known}
     found = difflib.get_close_matches(name.lower(), by_folded, n=count, cutoff=0.5)
-    return [by_folded[folded] for folded in found]
+    likeness = [difflib.SequenceMatcher(None, folded, name.lower()).ratio() for folded in found]
+    return [by_folded[folded] for folded, ratio in zip(found, likeness, strict=True) if ratio > likeness[0] - 0.1]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:

@@ -80,7 +80,8 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
 
 def fetch_files(request: ModelRequest, registry: Registry) -> ModelFiles:
     """The files of the model that was asked for, with the user's own choices in place of those found."""
-    reference = resolve(request.checkpoint_path or request.model or DEFAULT_MODEL, registry)
+    named = [text for text in (request.checkpoint_path, request.model, DEFAULT_MODEL) if text is not None]
+    reference = resolve(named[0], registry)
     source = next(info for info in registry.infos(ModelSourceInfo) if reference.scheme in info.schemes)
     files: ModelFiles = source.make().fetch(reference)
     if request.params_path:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, MappingView, Set
+from collections.abc import Collection, Iterable, Iterator, KeysView, Mapping, MappingView, Set, ValuesView
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -27,6 +27,7 @@ STEPS_BETWEEN_LOOKS = 16  # at the clock
 
 WIDE_PERCENT_FORMAT = re.compile(r"%[^a-zA-Z%]*(?:\d{4}|\*)")
 WIDE_BRACE_FORMAT = re.compile(r"\{[^{}]*(?:\d{4}|\{)")
+ELEMENT_LENGTH = 4  # what an element of a list takes at the least when written out, with what parts it from others
 CONTAINERS = (list, tuple, Mapping, Set, MappingView)
 
 
@@ -78,7 +79,7 @@ class Budget:
     def bounded(self, *values: Any) -> int:
         """The size of values that are about to be written out, compared or hashed."""
         size = sum(measure(value, self.longest_text) for value in values)
-        self.step(size // 16)
+        self.step(size // 64)
         self.need_text(size)
         return size
 
@@ -159,27 +160,34 @@ def stopped(reason: str) -> TorchchatError:
 
 
 def measure(value: Any, limit: int) -> int:
-    """How many characters and elements `value` has when written out; counting ends above `limit`.
+    """About how many characters `value` has when written out; counting ends above `limit`.
 
     A list that holds another one twice counts it twice. Raises `TorchchatError` for values nested too deeply.
     """
-    if isinstance(value, str):
-        return len(value)
     size = 0
-    pending = [(value, 0)]
-    while pending and size <= limit:
-        part, depth = pending.pop()
-        size += 1
-        inside: Iterable[Any] = ()
-        if isinstance(part, str):
-            size += len(part)
-        elif isinstance(part, Namespace):
-            inside = object.__getattribute__(part, "_Namespace__attrs").values()
-        elif isinstance(part, Mapping):
-            inside = [*part.keys(), *part.values()]
-        elif isinstance(part, list | tuple | Set | MappingView):
-            inside = part if isinstance(part, Iterable) else ()
-        pending.extend((each, depth + 1) for each in inside)
-        if depth > DEEPEST:
-            raise stopped(f"it nests lists more than {DEEPEST} deep")
-    return size
+    level = [value]
+    for _ in range(DEEPEST):
+        below: list[Any] = []
+        for part in level:
+            if isinstance(part, str):
+                size += len(part)
+            else:
+                inside = _inside(part)
+                size += ELEMENT_LENGTH * len(inside)
+                if size > limit:
+                    return size
+                below += inside
+        if not below:
+            return size
+        level = below
+    raise stopped(f"it nests lists more than {DEEPEST} deep")
+
+
+def _inside(value: Any) -> Collection[Any]:
+    if isinstance(value, list | tuple | Set | KeysView | ValuesView):
+        return value
+    if isinstance(value, Mapping):
+        return [*value.keys(), *value.values()]
+    if isinstance(value, Namespace):  # which hides its own attributes
+        return list(object.__getattribute__(value, "_Namespace__attrs").values())
+    return ()

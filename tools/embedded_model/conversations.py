@@ -16,7 +16,8 @@ SYSTEM_MESSAGES = (
     "You are a small demo model.", "Answer the user's questions.", "You are an expert.", "Be polite.",
 )
 KINDS = ("question", "conversation", "story", "free story", "long conversation")
-SHARES = (0.74, 0.12, 0.06, 0.05, 0.03)
+SHARES = (0.79, 0.10, 0.065, 0.03, 0.015)
+STORY_SHARE = 0.14  # of the turns of a conversation
 INVENTED_SHARE = 0.1  # of stories: about a made-up word, so that the model learns to take up any word
 SYLLABLES = ("ba", "ko", "ri", "mu", "ta", "le", "zo", "fin", "gar", "pel", "dro", "wick", "sna", "vim")
 
@@ -70,7 +71,7 @@ class DocumentMaker:
         if self.chance.random() < 0.12:
             messages.append(Message(role="system", content=self.chance.choice(SYSTEM_MESSAGES)))
         for _ in range(turns.get(kind, self.chance.randint(5, 10))):
-            wants_story = kind == "story" or (kind != "question" and self.chance.random() < 0.25)
+            wants_story = kind == "story" or (kind != "question" and self.chance.random() < STORY_SHARE)
             messages += self._story_turn() if wants_story else self._question_turn()
         return Document(messages=tuple(messages))
 

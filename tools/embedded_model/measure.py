@@ -32,8 +32,9 @@ from torchchat_core.models.kv_cache import KVCache
 from torchchat_core.models.transformer import Transformer
 
 MEASURE_SEED = 1234
-STORY_REQUESTS = 100
-LONGEST_ANSWER = 320  # tokens
+STORY_REQUESTS = 50
+LONGEST_ANSWER = 100  # tokens
+LONGEST_STORY = 320
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +46,13 @@ class EmbeddedModel:
     chat_template: str
 
     @torch.inference_mode()
-    def answer(self, messages: Sequence[Message]) -> str:
-        """What it says next, always taking the likeliest token."""
+    def answer(self, messages: Sequence[Message], longest: int = LONGEST_ANSWER) -> str:
+        """What it says next in at most `longest` tokens, always taking the likeliest one."""
         config = self.transformer.config
         cache = KVCache(config, config.max_context, torch.float32, torch.device("cpu"))
         step = self.tokenizer.encode(render(messages, self.chat_template), add_special_tokens=False).ids
         end, answer = self.tokenizer.token_to_id(END), list[int]()
-        while len(answer) < LONGEST_ANSWER:
+        while len(answer) < longest:
             positions = torch.arange(cache.length, cache.length + len(step))
             attend = CachedAttention(config, [Segment(cache, len(step))])
             last = torch.tensor([len(step) - 1])
@@ -100,7 +101,7 @@ def measure_stories(model: EmbeddedModel, chance: random.Random) -> float:
         noun = chance.choice([*words["heroes"], *words["toys"], *words["small"], *words["useful"]])
         article = "an" if noun[0] in "aeio" else "a"
         request = Message(role="user", content=f"Tell me a story about {article} {noun}.")
-        right += noun in model.answer([request])
+        right += noun in model.answer([request], LONGEST_STORY)
     return right / STORY_REQUESTS
 
 
@@ -112,7 +113,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=DEFAULT_OUTPUT)
     parser.add_argument("--show-wrong", action="store_true", help="print the wrong answers")
     parser.add_argument("--quick", action="store_true", help="the first figure alone")
+    parser.add_argument("--threads", type=int, default=1, help="more than one rarely helps so small a model")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     chance = random.Random(MEASURE_SEED)
     model = load_model(arguments.folder)
     questions = load_questions().held_out_questions(chance)

@@ -12,7 +12,7 @@ import argparse
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,8 @@ MODEL = {
     "tie_word_embeddings": True,
     "vocab_size": VOCABULARY_SIZE,
 }
+WARM_UP_STEPS = 100
+DECAY_SHARE = 0.6  # of the run, at its end
 GROUP = 4096  # documents sorted by length together, so that a batch has little padding
 
 
@@ -76,10 +78,10 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder to write")
-    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--minutes", type=float, default=45.0, help="wall time of the training steps")
-    parser.add_argument("--batch-tokens", type=int, default=6144, help="tokens of a step, padding included")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens of a step, padding included")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -113,7 +115,7 @@ def new_model(config: ModelConfig) -> Transformer:
 
 def train(model: Transformer, tokenizer: Tokenizer, arguments: argparse.Namespace) -> None:
     """Next-token prediction on what the assistant says, in bfloat16 with weights in float32."""
-    optimizer = make_optimizer(model, arguments.learning_rate, arguments.weight_decay)
+    optimizers = make_optimizers(model, arguments.learning_rate, arguments.weight_decay)
     batches = make_batches(tokenizer, arguments.seed, arguments.batch_tokens)
     start, tokens_seen, mean_loss = time.monotonic(), 0, 0.0
     for step, batch in enumerate(itertools.islice(batches, arguments.steps), start=1):
@@ -121,9 +123,9 @@ def train(model: Transformer, tokenizer: Tokenizer, arguments: argparse.Namespac
         progress = max(step / arguments.steps, elapsed / arguments.minutes)
         if progress > 1:
             break
-        for group in optimizer.param_groups:
+        for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
             group["lr"] = arguments.learning_rate * learning_rate_share(step, progress)
-        loss = learn(model, batch, optimizer)
+        loss = learn(model, batch, optimizers)
         tokens_seen += batch.tokens.numel()
         mean_loss = loss if step == 1 else 0.98 * mean_loss + 0.02 * loss
         if step % 25 == 0:
@@ -133,20 +135,28 @@ def train(model: Transformer, tokenizer: Tokenizer, arguments: argparse.Namespac
             write_model(model, tokenizer, arguments.output)
 
 
-def make_optimizer(model: Transformer, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; the norms' weights do not decay."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() != 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
+def make_optimizers(
+    model: Transformer, learning_rate: float, weight_decay: float
+) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the matrices inside the layers, AdamW for the embedding and the norms.
+
+    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) needs fewer steps; `match_rms_adamw` gives
+    its updates the size of AdamW's, so that both take the same learning rate.
+    """
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (matrices if parameter.dim() == 2 and "layers" in name else others).append(parameter)
+    muon = torch.optim.Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
+    return muon, torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
 
 
-def learning_rate_share(step: int, progress: float, warm_up_steps: int = 100) -> float:
-    """A linear warm-up, then half a cosine down to zero where `progress` is 1."""
-    return min(1.0, step / warm_up_steps) * 0.5 * (1 + math.cos(math.pi * progress))
+def learning_rate_share(step: int, progress: float) -> float:
+    """A linear warm-up, a plain, and a linear way down to zero where `progress` is 1."""
+    return min(1.0, step / WARM_UP_STEPS, (1 - progress) / DECAY_SHARE)
 
 
-def learn(model: Transformer, batch: Batch, optimizer: torch.optim.Optimizer) -> float:
+def learn(model: Transformer, batch: Batch, optimizers: Sequence[torch.optim.Optimizer]) -> float:
     """One step; the loss in nats per learned token."""
     length = batch.tokens.numel() // batch.rows
     positions = torch.arange(length).repeat(batch.rows)
@@ -155,10 +165,11 @@ def learn(model: Transformer, batch: Batch, optimizer: torch.optim.Optimizer) ->
         attend = RowAttention(model.config, batch.rows)
         logits = model(batch.tokens, positions, attend, learned)  # [learned tokens, vocab]
     loss = F.cross_entropy(logits.float(), batch.targets[learned])
-    optimizer.zero_grad()
+    model.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     return loss.item()
 
 

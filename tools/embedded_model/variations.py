@@ -86,7 +86,7 @@ def vary(phrasing: str, chance: random.Random) -> str:
         text = f"{chance.choice(BEFORE)} {text}"
     if chance.random() < 0.12:
         text = f"{text} {chance.choice(AFTER_HOW if phrasing.startswith('how do I ') else AFTER)}"
-    if chance.random() < 0.12:
+    if chance.random() < 0.08:
         text = with_typing_error(text, chance)
     return with_other_case(text, chance) + chance.choice(ENDINGS)
 

@@ -27,7 +27,8 @@ FIRST_WORDS = "Hello, my name is"  # where nobody gives a prompt
 @click.option("--prompt", metavar="TEXT", help="The prompt; without it, --prompt-file or standard input.")
 @click.option("--prompt-file", metavar="FILE", help="A text file that holds the prompt.")
 @click.option("--system", metavar="TEXT", help="A system message, for models with a chat template.")
-@click.option("--raw", is_flag=True, help="Continue the prompt as plain text, chat template or not.")
+@click.option("--raw", is_flag=True, help="Continue the prompt as it stands, control tokens included, also "
+                                        "where the model has a chat template.")
 @click.option("--max-new-tokens", type=int, default=200, show_default=True, metavar="N", help="Length of the answer.")
 @click.option("--num-samples", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="How many answers to the one prompt.")
@@ -94,7 +95,7 @@ def _plan(opened: OpenedModel, prompt: str, flags: dict[str, Any]) -> Plan:
     if flags["system"]:
         raise TorchchatError("--system needs a model with a chat template, and no --raw",
                              "put what the model should know into --prompt")
-    ids = encode_plain(prompt, text_format.tokenizer)
+    ids = encode_plain(prompt, text_format.tokenizer, special=True)
     check_prompt(ids, opened.max_seq_length)
     limit = min(opened.max_seq_length, len(ids) + flags["max_new_tokens"])
     return Plan(limit, prompt, lambda sequence, stream, cancelled: generate_tokens(

@@ -7,6 +7,7 @@ scheme is what they are called (Hugging Face's or Meta's). The two are independe
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -62,15 +63,13 @@ def open_checkpoint(files: ModelFiles) -> StoredCheckpoint:
     read = _read_safetensors if files.format == "safetensors" else _read_torch
     containers = [read(path) for path in _shards(files.weights)]
     model_args = containers[0].model_args
-    shards = [_without_wrappers(container.tensors) for container in containers]
+    shards = [_weights(container.tensors) for container in containers]
     if any("tok_embeddings.weight" in shard for shard in shards):
-        tensors = {_meta_name(name): stored for name, stored in _merge_parallel(shards).items()
-                   if not name.endswith("rope.freqs")}
+        tensors = {_meta_name(name): stored for name, stored in _merge_parallel(shards).items()}
         shapes = {name: stored.shape for name, stored in tensors.items()}
         return StoredCheckpoint(config_from_meta(model_args or _params(files), shapes), tensors)
     tensors = {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": stored
-               for shard in shards for name, stored in shard.items()
-               if not name.endswith("rotary_emb.inv_freq")}
+               for shard in shards for name, stored in shard.items()}
     if not tensors.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
         raise TorchchatError(f"{files.weights[0].name} holds no language model that torchchat knows: its tensors are "
                              f"called {', '.join(sorted(tensors)[:3]) or 'nothing at all'}")
@@ -189,10 +188,10 @@ def _load_torch(path: Path) -> Any:
             if "mmap can only be used" not in str(error):
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)  # the format of torch before 1.6
-    except OSError as error:
-        raise TorchchatError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
-    except Exception as error:
-        if "weights only load failed" in str(error).lower() and "Unsupported" in str(error):
+    except (FileNotFoundError, PermissionError) as error:
+        raise TorchchatError(f"cannot read {str(path)!r}: {error.strerror}") from None
+    except Exception as error:  # a damaged archive raises whatever it meets first
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             raise TorchchatError(
                 f"{path.name} holds more than tensors: loading it would run code from the file, so it was refused",
                 "ask its author for safetensors, or for a file with tensors alone") from None
@@ -201,15 +200,21 @@ def _load_torch(path: Path) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+    """What torch says of a file, without its advice to load it unsafely."""
+    text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+    return text.strip().partition("\n")[0][:200] or type(error).__name__
 
 
 # ---- names --------------------------------------------------------------------------------------------------------
 
 
-def _without_wrappers(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """torch.compile and data parallelism put a prefix before every name."""
-    return {name.removeprefix("_orig_mod.").removeprefix("module."): stored for name, stored in tensors.items()}
+_TABLES = ("rope.freqs", "freqs_cos", "freqs_sin", "attention.mask", "rotary_emb.inv_freq")  # stored, but computed
+
+
+def _weights(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Without tables, and without the prefix that torch.compile and data parallelism put before every name."""
+    return {name.removeprefix("_orig_mod.").removeprefix("module."): stored for name, stored in tensors.items()
+            if not name.endswith(_TABLES)}
 
 
 _META_LAYER = {
@@ -239,7 +244,6 @@ def _meta_name(name: str) -> str:
 
 # Meta splits a model over files by rows (the output side) or by columns (the input side) of each matrix.
 _SPLIT_BY_COLUMN = ("attention.wo.weight", "feed_forward.w2.weight")
-_NOT_SPLIT = ("norm.weight", "rope.freqs")
 
 
 def _merge_parallel(shards: list[dict[str, StoredTensor]]) -> Mapping[str, StoredTensor]:
@@ -256,7 +260,7 @@ def _merge_parallel(shards: list[dict[str, StoredTensor]]) -> Mapping[str, Store
 
 def _merged(name: str, parts: list[StoredTensor], first: Mapping[str, StoredTensor]) -> StoredTensor:
     shape = parts[0].shape
-    if name.endswith(_NOT_SPLIT) or len(shape) < 2:
+    if len(shape) < 2:
         return parts[0]
     if name == "tok_embeddings.weight":  # Llama 2 splits its columns, Llama 3 its rows
         dimension = 1 if shape[1] != first["norm.weight"].shape[0] else 0

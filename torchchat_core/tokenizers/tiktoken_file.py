@@ -12,7 +12,7 @@ from typing import Any
 import tiktoken
 
 from torchchat_core.errors import TorchchatError
-from torchchat_core.tokenizers.base import ByteTokenizer, Splitter, added_tokens, token_name, well_formed
+from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, Splitter, added_tokens, token_name, well_formed
 from torchchat_core.tokenizers.files import read_file
 
 LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]{1,9}\r?\n")
@@ -49,7 +49,7 @@ class TiktokenReader:
     def read(self, path: Path, settings: Mapping[str, Any]) -> TiktokenTokenizer:
         """The tokenizer of the file. Raises `TorchchatError` where the file is damaged or is not Llama 3's kind."""
         ranks = _parse_ranks(path, read_file(path))
-        names = {len(ranks) + index: name for index, name in enumerate(llama3_special_tokens())}
+        names = {LLAMA3_RANKS + index: name for index, name in enumerate(llama3_special_tokens())}
         names.update((token, text) for token, (text, _) in added_tokens(settings).items() if token in names)
         special_tokens = {text: token for token, text in names.items()}
         return TiktokenTokenizer(ranks, special_tokens, settings)
@@ -63,9 +63,10 @@ class TiktokenTokenizer(ByteTokenizer):
         bos = token_name(settings, "bos_token") or "<|begin_of_text|>"
         eos = token_name(settings, "eos_token") or "<|end_of_text|>"
         adds_bos = settings.get("add_bos_token")
-        super().__init__(vocab_size=len(ranks) + SPECIAL_TOKENS, special_tokens=special_tokens,
+        super().__init__(vocab_size=max(special_tokens.values()) + 1, special_tokens=special_tokens,
                          bos_id=special_tokens.get(bos), eos_id=special_tokens.get(eos),
                          adds_bos=True if adds_bos is None else bool(adds_bos))
+        self._first_control = len(ranks)
         self._names = {token: text.encode() for text, token in special_tokens.items()}
         self._splitter = Splitter(special_tokens)
         # Control tokens stay out of the library: it is never to find one in ordinary text.
@@ -86,8 +87,9 @@ class TiktokenTokenizer(ByteTokenizer):
 
     def token_bytes(self, token: int) -> bytes:
         self._check(token)
-        name = self._names.get(token)
-        return self._library.decode_single_token_bytes(token) if name is None else name
+        if token < self._first_control:
+            return self._library.decode_single_token_bytes(token)
+        return self._names.get(token, UNKNOWN)
 
 
 def llama3_special_tokens() -> list[str]:
@@ -113,13 +115,13 @@ def _parse_ranks(path: Path, content: bytes) -> dict[bytes, int]:
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise TorchchatError(f"the ranks in {path} are not 0 to {len(ranks) - 1}, each once",
                              "the file is damaged: download or copy the model again")
+    if len(ranks) != LLAMA3_RANKS:  # the ids of control tokens follow, so a short file would give wrong ones
+        raise TorchchatError(f"{path} has {len(ranks)} tokens; Llama 3's has {LLAMA3_RANKS}",
+                             "download or copy the model again; for another model use its tokenizer.json")
     missing = next((byte for byte in range(256) if bytes([byte]) not in ranks), None)
     if missing is not None:  # the library would abort on a text with that byte
         raise TorchchatError(f"{path} has no token for the byte {missing:#04x}",
                              "the file is damaged: download or copy the model again")
-    if len(ranks) > LLAMA3_RANKS:
-        raise TorchchatError(f"{path} has {len(ranks)} tokens; Llama 3's {LLAMA3_RANKS} at most can be read, since "
-                             "larger files cut text in another way", "use the model's tokenizer.json")
     return ranks
 
 

@@ -1,0 +1,297 @@
+"""The command line as a person or a script meets it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from torchchat_core.cli.main import main
+
+
+class Outcome:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture()
+def torchchat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the command line in this process."""
+
+    def run(*arguments: object, stdin: bytes = b"") -> Outcome:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(int(ended.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+# ---- real models --------------------------------------------------------------------------------------------------
+
+
+STORIES = ["tinyllamas/stories260K/stories260K.pt", "hf/stories260K", "hf/stories260K-sharded"]
+
+
+@pytest.mark.parametrize("model", STORIES)
+def test_greedy_text_equals_that_of_llama2_c(model: str, testdata: Path, torchchat: Any) -> None:
+    done = torchchat("generate", testdata / model, "--temperature", 0, "--max-new-tokens", 200, "-d", "fp32")
+    assert done.out == (testdata / "golden/stories260K/runc_t0_n200.txt").read_text()
+
+
+@pytest.mark.parametrize("model", STORIES)
+@pytest.mark.parametrize(("prompt", "golden", "steps"), [
+    ("One day, Tom and his dog", "runc_t0_n200_prompt_tom.txt", 200),
+    ('Lily\'s mom said, "Hello!" 123 é 😀', "runc_t0_n100_prompt_unicode.txt", 100),
+])
+def test_prompted_text_equals_that_of_llama2_c(model: str, prompt: str, golden: str, steps: int, testdata: Path,
+                                               torchchat: Any) -> None:
+    """llama2.c counts the prompt's tokens as steps, and does not print bytes of the emoji's byte tokens."""
+    from sentencepiece import SentencePieceProcessor
+
+    tokenizer = SentencePieceProcessor(str(testdata / "tinyllamas/stories260K/tok512.model"))
+    new_tokens = steps - len(tokenizer.encode(prompt))
+    done = torchchat("generate", testdata / model, "--prompt", prompt, "--temperature", 0, "--max-new-tokens",
+                     new_tokens, "-d", "fp32")
+    assert done.out.startswith(prompt)
+    assert done.out.replace("😀", "") == (testdata / "golden/stories260K" / golden).read_text()
+
+
+def test_greedy_tokens_equal_the_golden_ones_for_every_prompt(testdata: Path, torchchat: Any) -> None:
+    golden = json.loads((testdata / "golden/TinyStories-656K/greedy_ids.json").read_text())
+    for case in golden["prompts"]:
+        expected = case["ids"][len(case["prompt_ids"]) :]
+        done = torchchat("generate", testdata / "hf/TinyStories-656K", "--prompt", case["prompt"], "--temperature", 0,
+                         "--max-new-tokens", len(expected), "-d", "fp32", "--json")
+        found = json.loads(done.out)
+        assert found["token_ids"] == [token for token in expected if token != 2]
+        assert found["stats"]["prompt_tokens"] == len(case["prompt_ids"])
+
+
+def test_json_is_one_object_with_text_ids_reason_and_figures(testdata: Path, torchchat: Any) -> None:
+    done = torchchat("generate", testdata / "hf/stories260K", "--prompt", "Once", "--max-new-tokens", 8, "--seed", 0,
+                     "--json")
+    found = json.loads(done.out)
+    assert set(found) == {"text", "token_ids", "finish_reason", "stats"}
+    assert (len(found["token_ids"]), found["finish_reason"]) == (8, "length")
+    assert set(found["stats"]) == {"prompt_tokens", "prefilled_tokens", "new_tokens", "ttft_s", "prefill_tps",
+                                   "decode_tps", "peak_rss_bytes"}
+    again = json.loads(torchchat("generate", testdata / "hf/stories260K", "--prompt", "Once", "--max-new-tokens", 8,
+                                 "--seed", 0, "--json").out)
+    assert again["token_ids"] == found["token_ids"]
+
+
+def test_several_samples_differ_and_can_be_had_again(testdata: Path, torchchat: Any) -> None:
+    def samples() -> list[str]:
+        done = torchchat("generate", testdata / "hf/stories260K", "--prompt", "Once", "--max-new-tokens", 12, "--seed",
+                         5, "--num-samples", 3, "--json")
+        return [sample["text"] for sample in json.loads(done.out)["samples"]]
+
+    assert samples() == samples()
+    assert len(set(samples())) == 3
+
+
+def test_the_prompt_comes_from_a_file_or_standard_input(testdata: Path, torchchat: Any, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("Once upon a time\n")
+    flags = ["generate", testdata / "hf/stories260K", "--temperature", 0, "--max-new-tokens", 5]
+    expected = torchchat(*flags, "--prompt", "Once upon a time").out
+    assert torchchat(*flags, "--prompt-file", tmp_path / "prompt.txt").out == expected
+    assert torchchat(*flags, stdin=b"Once upon a time\n").out == expected
+    assert "is not UTF-8" in torchchat(*flags, stdin=b"\xff\xfe").err
+    assert torchchat(*flags, "--prompt", "a", "--prompt-file", "b").code == 2
+
+
+def test_chat_answers_each_line_of_standard_input(testdata: Path, torchchat: Any) -> None:
+    """Also with a model that was never made for it."""
+    done = torchchat("chat", testdata / "hf/stories260K", "--max-new-tokens", 4, "--json", stdin=b"Hi\n\nAnd?\n")
+    answers = [json.loads(line) for line in done.out.splitlines()]
+    assert (done.code, len(answers)) == (0, 2)
+    assert all(answer["stats"]["new_tokens"] <= 4 for answer in answers)
+    assert answers[1]["stats"]["prefilled_tokens"] < answers[1]["stats"]["prompt_tokens"]
+
+
+def test_the_paths_of_weights_parameters_and_tokenizer_can_be_given(testdata: Path, torchchat: Any,
+                                                                    tmp_path: Path) -> None:
+    shutil.copy(testdata / "hf/stories260K/model.safetensors", tmp_path / "w.safetensors")
+    done = torchchat("generate", "any-name", "--checkpoint-path", tmp_path / "w.safetensors", "--params-path",
+                     testdata / "hf/stories260K/config.json", "--tokenizer-path",
+                     testdata / "tokenizers/../tinyllamas/stories260K/tok512.model", "--temperature", 0,
+                     "--max-new-tokens", 200)
+    assert done.out == (testdata / "golden/stories260K/runc_t0_n200.txt").read_text()
+
+
+# ---- the model that comes with torchchat --------------------------------------------------------------------------
+
+
+def test_chat_without_a_model_is_the_embedded_one_and_says_what_it_is(torchchat: Any) -> None:
+    done = torchchat("chat", "--temperature", 0, stdin=b"Who are you?\n")
+    assert done.code == 0
+    assert "torchchat" in done.out
+
+
+# ---- what goes wrong ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (["/nonexistent/model"], "there is no file or folder '/nonexistent/model': '/nonexistent' does not exist"),
+    (["embeded"], "there is no model 'embeded'.*try: did you mean embedded"),
+    ([""], "the name of the model is empty"),
+    (["ftp://x/y"], "no installed source fetches 'ftp' references"),
+    (["embedded", "--temperature", "nan"], "temperature is nan; it has to be 0 to 100"),
+    (["embedded", "--top-p", "0"], "top_p is 0.0; it has to be above 0"),
+    (["embedded", "--seed", "-1"], "seed is -1"),
+    (["embedded", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+    (["embedded", "--logit-bias", "x=1"], "--logit-bias is 'x=1'; it has to be TOKEN=BIAS"),
+    (["embedded", "--stop", ""], "a stop string is empty"),
+    (["embedded", "--dtype", "fp8"], "unknown dtype 'fp8'"),
+    (["embedded", "--device", "gpu"], "unknown device 'gpu'"),
+    (["embedded", "--executor", "eagre"], "there is no executor 'eagre'; installed: .*eager.*did you mean eager"),
+    (["embedded", "--max-seq-length", "0"], "--max-seq-length is 0"),
+    (["embedded", "--tokenizer-path", "/nonexistent/t"], "there is no file or folder"),
+    (["embedded", "--prompt-file", "/nonexistent/p"], "cannot read the prompt from '/nonexistent/p'"),
+    (["embedded", "--prompt", "word " * 5000], "it has to fit into"),
+    (["embedded", "--raw", "--prompt", "word " * 5000], "it has to fit into"),
+    (["embedded", "--raw", "--system", "x"], "--system needs a model with a chat template"),
+])
+def test_wrong_input_is_one_error_and_what_to_do(arguments: list[str], expected: str, torchchat: Any) -> None:
+    import re
+
+    done = torchchat("generate", *arguments)
+    assert done.code == 1
+    assert done.out == ""
+    assert re.search(expected, done.err.replace("\n", " ")), done.err
+    assert done.err.startswith("error: ")
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_is_not_there_is_told(torchchat: Any) -> None:
+    done = torchchat("generate", "embedded", "--device", "cuda")
+    assert (done.code, "no cuda device" in done.err, "try: use --device cpu" in done.err) == (1, True, True)
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["generate", "--nonsense"], ["-p", "eager"],
+                                       ["generate", "--temperature", "hot"]])
+def test_wrong_usage_exits_with_2(arguments: list[str], torchchat: Any) -> None:
+    assert torchchat(*arguments).code == 2
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchchat_core.errors import TorchchatError
+
+    with pytest.raises(TorchchatError):
+        main(["generate", "/nonexistent", "--debug", "--prompt", "x"])
+
+
+def test_without_an_executor_the_command_that_installs_one_is_told(torchchat: Any) -> None:
+    done = torchchat("-p", "no:eager", "generate", "embedded", "--prompt", "x")
+    assert "no executor is installed that runs a model on" in done.err
+    assert "try: pip install tc-eager" in done.err
+
+
+def test_damaged_logits_are_told(testdata: Path, torchchat: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(testdata / "hf/stories260K", tmp_path / "m")
+    state = load_file(tmp_path / "m/model.safetensors")
+    state["model.norm.weight"].fill_(math.nan)
+    save_file(state, tmp_path / "m/model.safetensors")
+    assert "the model returned nan" in torchchat("generate", tmp_path / "m", "--prompt", "x").err
+
+
+# ---- as a process -------------------------------------------------------------------------------------------------
+
+
+def start(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "torchchat_core", *arguments], capture_output=True, text=True,
+                          env={**os.environ, **changes}, check=False, timeout=120)
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    """The limit of 150 ms is of the processor's time: the tests may share the machine with others."""
+    program = ("import sys, time; from torchchat_core.cli.main import main\n"
+               "try: main(['--help'])\n"
+               "except SystemExit: print('torch' in sys.modules, 'rich' in sys.modules, time.process_time())")
+    runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+            for _ in range(20)]
+    assert all(run.split()[-3:-1] == ["False", "False"] for run in runs)
+    assert statistics.median(float(run.split()[-1]) for run in runs) < 0.150
+
+
+def test_faulty_plugins_cost_a_line_each_and_nothing_else(tmp_path: Path, testdata: Path) -> None:
+    plugins = {
+        "broken": "raise RuntimeError('boom')",
+        "misspelt": "from torchchat_core.hookspecs import hookimpl\n@hookimpl\ndef torchchat_executer(): return []",
+        "clashing": "from torchchat_core.hookspecs import hookimpl\nfrom torchchat_core.specs import ExecutorInfo\n"
+                    "@hookimpl\ndef torchchat_executors():\n"
+                    "    return [ExecutorInfo(name='eager', summary='x', factory='a:b', order=90)]",
+    }
+    for name, code in plugins.items():
+        (tmp_path / f"{name}.py").write_text(code)
+        info = tmp_path / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[torchchat.v1]\n{name} = {name}\n")
+    done = start("generate", str(testdata / "hf/stories260K"), "--prompt", "Once", "--max-new-tokens", "3",
+                 "--temperature", "0", PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stdout) == (0, "Once upon a time\n")
+    assert sorted(done.stderr.splitlines()) == [
+        "warning: executor 'eager' is offered by clashing:eager and by tc-eager:eager; use the full name",
+        "warning: plugin broken:broken is left out: RuntimeError: boom",
+        "warning: plugin misspelt:misspelt is left out: there is no hook 'torchchat_executer' "
+        "(did you mean torchchat_executors?)",
+    ]
+    assert start("--help", PYTHONPATH=str(tmp_path)).returncode == 0
+    ambiguous = start("generate", str(testdata / "hf/stories260K"), "--executor", "eager", PYTHONPATH=str(tmp_path))
+    assert "executor 'eager' is ambiguous: clashing:eager and tc-eager:eager" in ambiguous.stderr
+
+
+def test_ctrl_c_ends_the_answer_with_130(testdata: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-m", "torchchat_core", "generate", str(testdata / "hf/stories260K"),
+                                "--prompt", "Once", "--max-new-tokens", "500", "--logit-bias", "1=-100",
+                                "--logit-bias", "2=-100"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               bufsize=0)
+    assert process.stdout is not None
+    assert process.stdout.read(10)
+    process.send_signal(2)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert out.endswith("\n")
+
+
+def test_a_reader_that_goes_away_is_no_error(testdata: Path) -> None:
+    command = f"{sys.executable} -m torchchat_core generate {testdata / 'hf/stories260K'} --prompt Once | head -c 3"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True)
+    assert (done.stdout, done.stderr) == ("Onc", "")
+
+
+def test_decoding_costs_the_same_whatever_the_cache_could_hold(make_transformer: Any) -> None:
+    """Counted, not timed: memory is taken, and attention done, for what a sequence holds."""
+    from tc_eager.executor import EagerExecutor
+    from torchchat_core.specs import LoadRequest
+
+    module = make_transformer(max_context=8192)
+    model = EagerExecutor().load(LoadRequest(device="cpu", dtype="fp32", module=module))
+    held = []
+    for limit in (512, 8192):
+        session = model.session(limit)
+        session.prefill([5] * 300)
+        started = time.perf_counter()
+        session.decode(7)
+        assert time.perf_counter() > started
+        held.append(session.cache.bytes_held())
+    assert held[0] == held[1]
