@@ -76,7 +76,7 @@ TURNS = "{{ bos_token }}{% for m in messages %}<|turn|>{{ m.role }}: {{ m.conten
         "{% if add_generation_prompt %}<|turn|>assistant: {% endif %}"
 
 
-@pytest.fixture()
+@pytest.fixture
 def byte_format() -> TextFormat:
     """Text as bytes, with a chat template."""
     template = ChatTemplate(TURNS, bos_token="<s>", eos_token="</s>")
@@ -116,7 +116,7 @@ class ScriptedSession:
         return logits
 
 
-@pytest.fixture()
+@pytest.fixture
 def scripted() -> Callable[..., ScriptedSession]:
     """Makes a session that says a text, then </s>, again and again."""
     return lambda text, limit=4096: ScriptedSession([*ByteTokenizer().encode(text), 1], limit)

@@ -25,7 +25,7 @@ class Outcome:
         self.code, self.out, self.err = code, out, err
 
 
-@pytest.fixture()
+@pytest.fixture
 def torchchat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs the command line in this process."""
 

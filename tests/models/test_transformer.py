@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tc_eager.executor import EagerExecutor
 
+from tc_eager.executor import EagerExecutor
 from torchchat_core.models.attention import RowAttention
 from torchchat_core.models.weights import build_model
 from torchchat_core.sources.checkpoints import open_checkpoint

@@ -55,7 +55,10 @@ def meta_layout(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
-def split_parallel(state: dict[str, torch.Tensor], parts: int, embedding_axis: int) -> Iterator[dict[str, torch.Tensor]]:
+def split_parallel(state: dict[str, torch.Tensor], parts: int,
+                   embedding_axis: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Meta's files for so many processes."""
+
     def part(name: str, tensor: torch.Tensor, index: int) -> torch.Tensor:
         if tensor.ndim == 1:
             return tensor
@@ -67,12 +70,12 @@ def split_parallel(state: dict[str, torch.Tensor], parts: int, embedding_axis: i
         yield {name: part(name, tensor, index) for name, tensor in state.items()}
 
 
-@pytest.fixture()
+@pytest.fixture
 def state(make_transformer: Callable[..., Transformer]) -> dict[str, torch.Tensor]:
     return dict(make_transformer().state_dict())
 
 
-@pytest.fixture()
+@pytest.fixture
 def folder(tmp_path: Path, state: dict[str, torch.Tensor]) -> Path:
     """A Hugging Face folder with one safetensors file."""
     save_file(state, tmp_path / "model.safetensors")
@@ -80,7 +83,7 @@ def folder(tmp_path: Path, state: dict[str, torch.Tensor]) -> Path:
     return tmp_path
 
 
-@pytest.fixture()
+@pytest.fixture
 def expected(folder: Path) -> torch.Tensor:
     return logits(folder)
 
@@ -120,7 +123,8 @@ def write_layout(kind: str, folder: Path, state: dict[str, torch.Tensor]) -> Pat
         torch.save({"model": wrapped, "model_args": {**PARAMS, "vocab_size": 96, "max_seq_len": 64, "multiple_of": 4},
                     "iter_num": 3}, folder / "ckpt.pt")
     else:
-        parts, axis = {"meta": (1, 0), "meta in two parts, as Llama 2": (2, 1), "meta in two parts, as Llama 3": (2, 0)}[kind]
+        parts, axis = {"meta": (1, 0), "meta in two parts, as Llama 2": (2, 1),
+                       "meta in two parts, as Llama 3": (2, 0)}[kind]
         for index, part in enumerate(split_parallel(meta, parts, axis)):
             torch.save(part, folder / f"consolidated.0{index}.pth")
     return folder
@@ -132,8 +136,8 @@ def write_layout(kind: str, folder: Path, state: dict[str, torch.Tensor]) -> Pat
 ])
 def test_every_layout_gives_the_same_logits(kind: str, state: dict[str, torch.Tensor], expected: torch.Tensor,
                                             tmp_path: Path) -> None:
-    path = write_layout(kind, shutil.copytree(tmp_path, tmp_path / "other", ignore=lambda *_: [path.name for path in tmp_path.iterdir()]),
-                        state)
+    (tmp_path / "other").mkdir()
+    path = write_layout(kind, tmp_path / "other", state)
     torch.testing.assert_close(logits(path), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -32,16 +32,14 @@ class SentencePieceReader:
         Tokens that `settings` (added_tokens_decoder) or an added_tokens.json beside the file add are honoured.
         """
         content = read_file(path)
+        added = {**_legacy_added_tokens(path), **added_tokens(settings)}
         try:
             library = sentencepiece.SentencePieceProcessor(model_proto=content)
             without_prefix = sentencepiece.SentencePieceProcessor(model_proto=content + NO_PREFIX)
-        except (RuntimeError, ValueError) as error:
+            return SentencePieceTokenizer(library, without_prefix, added, settings)
+        except (RuntimeError, ValueError) as error:  # pieces that are no UTF-8 among them
             raise TorchchatError(f"{path} is no SentencePiece model, or a damaged one",
                                  "download or copy the model again") from error
-        if library.get_piece_size() == 0:
-            raise TorchchatError(f"{path} holds no pieces", "download or copy the model again")
-        return SentencePieceTokenizer(library, without_prefix, {**_legacy_added_tokens(path), **added_tokens(settings)},
-                                      settings)
 
 
 class SentencePieceTokenizer(ByteTokenizer):
@@ -55,8 +53,8 @@ class SentencePieceTokenizer(ByteTokenizer):
     def __init__(self, library: sentencepiece.SentencePieceProcessor,
                  without_prefix: sentencepiece.SentencePieceProcessor,
                  added: Mapping[int, tuple[str, bool]], settings: Mapping[str, Any]) -> None:
-        self._library = library
-        self._size = int(library.get_piece_size())
+        self._bytes = _table_of_bytes(library)
+        self._size = len(self._bytes)
         control = {library.id_to_piece(token): token for token in range(self._size) if library.is_control(token)}
         unknown = int(library.unk_id())
         control.update((text, token) for token, (text, special) in added.items() if special and token != unknown)
@@ -82,7 +80,6 @@ class SentencePieceTokenizer(ByteTokenizer):
         self._without_prefix = without_prefix
         self._with_prefix = without_prefix if settings.get("add_prefix_space") is False else library
         self._prefix_after_control = settings.get("legacy") is True
-        self._unknown = str(library.decode([unknown])).encode()
         self.adds_prefix_space = b"".join(map(self.token_bytes, self.encode("a"))).startswith(b" ")
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
@@ -103,12 +100,7 @@ class SentencePieceTokenizer(ByteTokenizer):
             return self._names[token]
         if token >= self._size:
             return self._added[token].encode() if token in self._added else UNKNOWN
-        if self._library.is_unknown(token):
-            return self._unknown
-        piece = str(self._library.id_to_piece(token))
-        if self._library.is_byte(token):
-            return bytes([int(piece[3:-1], 16)])  # <0x0A>
-        return piece.replace(SPACE, " ").encode()
+        return self._bytes[token]
 
     def _encode_ordinary(self, text: str, prefix: bool) -> list[int]:
         """Ids of text in which nothing is a control token, whatever the library takes it for."""
@@ -123,6 +115,19 @@ class SentencePieceTokenizer(ByteTokenizer):
         for segment in segments[1:]:
             ids += self._without_prefix.encode(segment)
         return ids
+
+
+def _table_of_bytes(library: sentencepiece.SentencePieceProcessor) -> list[bytes]:
+    """The bytes of every piece. Raises `ValueError` where a piece is no text."""
+    def of(token: int) -> bytes:
+        if library.is_unknown(token):
+            return str(library.decode([token])).encode()
+        piece = str(library.id_to_piece(token))
+        if library.is_byte(token):
+            return bytes([int(piece[3:-1], 16)])  # <0x0A>
+        return piece.replace(SPACE, " ").encode()
+
+    return [of(token) for token in range(library.get_piece_size())]
 
 
 def _known(token: int) -> int | None:
