@@ -44,20 +44,20 @@ def reads(testdata: Path, tmp_path: Path) -> Reads:
 def test_a_base_model_has_no_template_and_ends_at_eos(reads: Reads) -> None:
     read = reads()
     assert read.template is None
-    assert read.end_ids == {2}
+    assert read.end_ids == {1, 2}
     assert read.defaults == {}
 
 
 def test_every_end_token_that_a_file_names_ends_an_answer(reads: Reads) -> None:
     read = reads(config={"eos_token_id": 5}, generation_config={"eos_token_id": [6, 7]})
-    assert read.end_ids == {2, 5, 6, 7}
-    assert reads(config={"eos_token_id": None}).end_ids == {2}
+    assert read.end_ids == {1, 2, 5, 6, 7}
+    assert reads(config={"eos_token_id": None}).end_ids == {1, 2}
 
 
 def test_a_llama3_instruct_model_of_meta_ends_at_its_turn_token(reads: Reads) -> None:
     read = reads("tokenizers/llama3/tokenizer.model", 128256, "Meta-Llama-3-8B-Instruct")
     assert read.template is not None
-    assert read.end_ids == {128001, 128009}
+    assert read.end_ids == {128000, 128001, 128009}
 
 
 def test_a_template_in_the_settings_gives_its_end_tokens(reads: Reads) -> None:
@@ -66,7 +66,7 @@ def test_a_template_in_the_settings_gives_its_end_tokens(reads: Reads) -> None:
     read = reads(vocab_size=520, tokenizer_config=settings)
     assert read.template is not None
     assert read.template.render([{"role": "user", "content": "hi"}]) == "<s>hi<|im_end|>"
-    assert read.end_ids == {2, 512}
+    assert read.end_ids == {1, 2, 512}
 
 
 def test_sampling_defaults_come_from_the_generation_config(reads: Reads) -> None:

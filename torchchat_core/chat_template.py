@@ -10,11 +10,11 @@ from typing import Any
 from jinja2 import Template, TemplateSyntaxError
 
 from torchchat_core.errors import TorchchatError
+from torchchat_core.small_files import read_json, read_text
 from torchchat_core.specs import ModelFiles, Tokenizer
 from torchchat_core.template_limits import limited, measure
 from torchchat_core.template_sandbox import chat_environment
 from torchchat_core.tokenizers.base import token_name
-from torchchat_core.tokenizers.files import read_json, read_text
 
 LONGEST_SOURCE = 64 * 1024  # the longest in use have some 20 thousand characters
 LARGEST_GIVEN = 1 << 40  # the caller's own messages are measured, not limited

@@ -11,8 +11,8 @@ from torchchat_core.chat_template import ChatTemplate, end_tokens, find_chat_tem
 from torchchat_core.errors import TorchchatError
 from torchchat_core.generation_options import SamplingOptions
 from torchchat_core.plugins import Registry
+from torchchat_core.small_files import read_json
 from torchchat_core.specs import ModelFiles, Tokenizer
-from torchchat_core.tokenizers.files import read_json
 from torchchat_core.tokenizers.loading import read_tokenizer
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -31,17 +31,19 @@ class TextFormat:
 def read_text_format(files: ModelFiles, registry: Registry, config_vocab_size: int) -> TextFormat:
     """Reads a model's tokenizer, template, generation_config.json and config.json.
 
-    An answer ends at every end token that any of them names. Raises `TorchchatError` where one of the files is
-    damaged, holds a value out of range, or where the tokenizer has more ids than the model.
+    An answer ends at every end token that any of them names, and at the token that begins a text: a model that
+    chooses it has begun another one. Raises `TorchchatError` where one of the files is damaged, holds a value out
+    of range, or where text can encode to ids that the model does not have.
     """
     tokenizer = read_tokenizer(files, registry)
-    if tokenizer.vocab_size > config_vocab_size:
+    control_ids = set(tokenizer.special_tokens.values())  # a padding token that was added later does no harm
+    if any(token not in control_ids for token in range(config_vocab_size, tokenizer.vocab_size)):
         raise TorchchatError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config_vocab_size}: it "
                              "could be given tokens that it does not know",
                              "the tokenizer is another model's; pass the right one with --tokenizer-path")
     settings = read_json(files.tokenizer_config) if files.tokenizer_config else {}
     template = find_chat_template(files, settings, tokenizer)
-    end_ids = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
+    end_ids = {token for token in (tokenizer.eos_id, tokenizer.bos_id) if token is not None}
     if template is not None:
         end_ids |= end_tokens(template, tokenizer)
     defaults: dict[str, float | int] = {}

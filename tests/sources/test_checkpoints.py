@@ -251,10 +251,10 @@ def test_an_index_that_names_a_missing_shard_is_told(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("", "is not JSON"),
+    ("", "is empty"),
     ("{", "is not JSON"),
     ("[" * 100_000, "is not JSON"),
-    ("[]", "a JSON object is needed"),
+    ("[]", "it has to be an object"),
     (json.dumps({**SIZES, "model_type": "lama"}), "unknown architecture 'lama'.*did you mean llama"),
     (json.dumps({**SIZES, "model_type": None}), "unknown architecture None"),
     (json.dumps({**SIZES, "hidden_size": "big"}), "hidden_size is 'big'"),

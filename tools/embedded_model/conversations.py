@@ -16,8 +16,8 @@ SYSTEM_MESSAGES = (
     "You are a small demo model.", "Answer the user's questions.", "You are an expert.", "Be polite.",
 )
 KINDS = ("question", "conversation", "story", "free story", "long conversation")
-SHARES = (0.79, 0.10, 0.065, 0.03, 0.015)
-STORY_SHARE = 0.14  # of the turns of a conversation
+SHARES = (0.81, 0.10, 0.055, 0.02, 0.015)
+STORY_SHARE = 0.12  # of the turns of a conversation
 INVENTED_SHARE = 0.1  # of stories: about a made-up word, so that the model learns to take up any word
 SYLLABLES = ("ba", "ko", "ri", "mu", "ta", "le", "zo", "fin", "gar", "pel", "dro", "wick", "sna", "vim")
 

@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from tools.embedded_model.conversations import Message
 from tools.embedded_model.questions import Question, load_questions
 from tools.embedded_model.stories import load_story_maker
-from tools.embedded_model.train import DEFAULT_OUTPUT
+from tools.embedded_model.train import DEFAULT_OUTPUT, load_weights
 from tools.embedded_model.variations import with_typing_error
 from tools.embedded_model.vocabulary import END, render
 from torchchat_core.models.attention import CachedAttention, Segment
@@ -69,9 +68,7 @@ def load_model(folder: Path) -> EmbeddedModel:
     """The model in `folder`, in float32."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     transformer = Transformer(config_from_hugging_face(config))
-    tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    transformer.load_state_dict(tensors)
+    load_weights(transformer, folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     template = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
     return EmbeddedModel(transformer=transformer, tokenizer=tokenizer, chat_template=template)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from tools.embedded_model.conversations import DocumentMaker
+from tools.embedded_model.conversations import Document, DocumentMaker
 from tools.embedded_model.vocabulary import (
     BEGIN,
     CONTEXT,
@@ -60,6 +61,9 @@ MODEL = {
 }
 WARM_UP_STEPS = 100
 DECAY_SHARE = 0.6  # of the run, at its end
+LONGEST_ANSWER = 80  # tokens: what is longer is a story
+SHORTENED_SHARE = 0.7  # of single answers
+LEARNED_BEGINNING = 13  # tokens
 GROUP = 4096  # documents sorted by length together, so that a batch has little padding
 
 
@@ -78,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder to write")
+    parser.add_argument("--start-from", type=Path, help="folder whose tokenizer and weights to go on with")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--minutes", type=float, default=45.0, help="wall time of the training steps")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens of a step, padding included")
@@ -95,9 +100,13 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(arguments.seed)
-    write_tokenizer(tokenizer, arguments.output)
     model = new_model(config_from_hugging_face(MODEL))
+    if arguments.start_from is None:
+        tokenizer = make_tokenizer(arguments.seed)
+    else:
+        tokenizer = Tokenizer.from_file(str(arguments.start_from / "tokenizer.json"))
+        load_weights(model, arguments.start_from)
+    write_tokenizer(tokenizer, arguments.output)
     print(f"{sum(parameter.numel() for parameter in model.parameters())} parameters", flush=True)
     train(model, tokenizer, arguments)
     write_model(model, tokenizer, arguments.output)
@@ -111,6 +120,12 @@ def new_model(config: ModelConfig) -> Transformer:
             into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.num_layers) if into_residual else 0.02)
     return model
+
+
+def load_weights(model: Transformer, folder: Path) -> None:
+    """The weights of a folder that `write_model` wrote."""
+    tensors = load_file(folder / "model.safetensors")
+    model.load_state_dict({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]})
 
 
 def train(model: Transformer, tokenizer: Tokenizer, arguments: argparse.Namespace) -> None:
@@ -175,13 +190,31 @@ def learn(model: Transformer, batch: Batch, optimizers: Sequence[torch.optim.Opt
 
 def make_batches(tokenizer: Tokenizer, seed: int, batch_tokens: int) -> Iterator[Batch]:
     """Batches without end, of documents of similar length, in random order."""
-    documents = (encode_document(tokenizer, document) for document in DocumentMaker(seed).documents())
+    chance = random.Random(seed)
+    documents = (
+        shortened(document, *encode_document(tokenizer, document), chance)
+        for document in DocumentMaker(seed).documents()
+    )
     order = torch.Generator().manual_seed(seed)
     while True:
         group = sorted(itertools.islice(documents, GROUP), key=lambda pair: len(pair[0]))
         batches = list(cut(group, batch_tokens))
         for index in torch.randperm(len(batches), generator=order).tolist():
             yield pad(batches[index])
+
+
+def shortened(
+    document: Document, ids: list[int], learned: list[bool], chance: random.Random
+) -> tuple[list[int], list[bool]]:
+    """Mostly only the beginning of a single answer.
+
+    There it is decided which answer is given; the rest is soon known by heart, and costs as much time.
+    """
+    is_single_answer = len(document.messages) in (2, 3) and sum(learned) <= LONGEST_ANSWER
+    if not is_single_answer or chance.random() >= SHORTENED_SHARE:
+        return ids, learned
+    end = learned.index(True) + LEARNED_BEGINNING
+    return ids[:end], learned[:end]
 
 
 def cut(
@@ -220,6 +253,7 @@ def write_model(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
     tensors = {name: parameter.detach().to(torch.bfloat16) for name, parameter in model.named_parameters()}
     partial = folder / "model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)
     partial.replace(folder / "model.safetensors")
 
 

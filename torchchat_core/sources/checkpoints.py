@@ -6,7 +6,6 @@ scheme is what they are called (Hugging Face's or Meta's). The two are independe
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from torch import Tensor
 
 from torchchat_core.errors import TorchchatError
 from torchchat_core.models.config import ModelConfig, config_from_hugging_face, config_from_meta
+from torchchat_core.small_files import read_json
 from torchchat_core.specs import ModelFiles
 
-MAXIMUM_JSON_BYTES = 64 << 20
 DAMAGED = "the file is damaged or incomplete; fetch it again"
 
 
@@ -80,21 +79,6 @@ def open_checkpoint(files: ModelFiles) -> StoredCheckpoint:
     if config.tied_embeddings and "lm_head.weight" in tensors:  # some files keep the one under the other's name
         tensors.setdefault("model.embed_tokens.weight", tensors["lm_head.weight"])
     return StoredCheckpoint(config, tensors)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `TorchchatError` where it is missing, too large, or not an object."""
-    try:
-        if path.stat().st_size > MAXIMUM_JSON_BYTES:
-            raise TorchchatError(f"{path.name} has {path.stat().st_size} bytes, too many for a configuration")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TorchchatError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise TorchchatError(f"{str(path)!r} is not JSON: {error}", DAMAGED) from None
-    if not isinstance(found, dict):
-        raise TorchchatError(f"{str(path)!r} holds a {type(found).__name__}; a JSON object is needed")
-    return found
 
 
 def _params(files: ModelFiles) -> Mapping[str, Any]:

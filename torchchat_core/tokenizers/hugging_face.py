@@ -12,8 +12,8 @@ from typing import Any
 import tokenizers
 
 from torchchat_core.errors import TorchchatError
+from torchchat_core.small_files import read_json
 from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, token_name, well_formed
-from torchchat_core.tokenizers.files import read_json
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 # Decoders that give a token the same text whatever follows it, so that text can be streamed.
@@ -39,7 +39,6 @@ class HuggingFaceReader:
         if not isinstance(content.get("model"), dict):
             raise TorchchatError(f"{path} has no \"model\"", "it is not a tokenizer.json of the tokenizers library")
         unknown = _unknown_token(content["model"])
-        _find_control_tokens_in_raw_text(content, unknown)
         try:
             library = tokenizers.Tokenizer.from_str(json.dumps(content))
         except (KeyboardInterrupt, SystemExit):
@@ -167,14 +166,6 @@ def _unknown_token(model: dict[str, Any]) -> str | None:
         entry = vocabulary[place]
         return entry[0] if isinstance(entry, list) and entry and isinstance(entry[0], str) else None
     return None
-
-
-def _find_control_tokens_in_raw_text(content: dict[str, Any], unknown: str | None) -> None:
-    """Has control tokens looked for before normalisation, which would hide them from anywhere but the start."""
-    entries = content.get("added_tokens")
-    for entry in entries if isinstance(entries, list) else ():
-        if isinstance(entry, dict) and entry.get("special") and entry.get("content") != unknown:
-            entry["normalized"] = False
 
 
 def _mapped_name(path: Path, key: str) -> str | None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
+from torchchat_core.small_files import read_file, read_json
 from torchchat_core.specs import ModelFiles, Tokenizer, TokenizerInfo
-from torchchat_core.tokenizers.files import read_file, read_json
 
 
 def read_tokenizer(files: ModelFiles, registry: Registry) -> Tokenizer:

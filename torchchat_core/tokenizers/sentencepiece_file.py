@@ -9,8 +9,8 @@ from typing import Any
 import sentencepiece
 
 from torchchat_core.errors import TorchchatError
+from torchchat_core.small_files import read_file, read_json
 from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, Splitter, added_tokens, token_name, well_formed
-from torchchat_core.tokenizers.files import read_file, read_json
 
 SPACE = "\u2581"  # stands for a space inside pieces
 # In the wire format, fields that come later override those before: normalizer_spec.add_dummy_prefix = false.

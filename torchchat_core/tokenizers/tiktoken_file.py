@@ -12,8 +12,8 @@ from typing import Any
 import tiktoken
 
 from torchchat_core.errors import TorchchatError
+from torchchat_core.small_files import read_file
 from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, Splitter, added_tokens, token_name, well_formed
-from torchchat_core.tokenizers.files import read_file
 
 LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]{1,9}\r?\n")
 LLAMA3_RANKS = 128_000
