@@ -10,7 +10,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -277,21 +276,3 @@ def test_a_reader_that_goes_away_is_no_error(testdata: Path) -> None:
     command = f"{sys.executable} -m torchchat_core generate {testdata / 'hf/stories260K'} --prompt Once | head -c 3"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True)
     assert (done.stdout, done.stderr) == ("Onc", "")
-
-
-def test_decoding_costs_the_same_whatever_the_cache_could_hold(make_transformer: Any) -> None:
-    """Counted, not timed: memory is taken, and attention done, for what a sequence holds."""
-    from tc_eager.executor import EagerExecutor
-    from torchchat_core.specs import LoadRequest
-
-    module = make_transformer(max_context=8192)
-    model = EagerExecutor().load(LoadRequest(device="cpu", dtype="fp32", module=module))
-    held = []
-    for limit in (512, 8192):
-        session = model.session(limit)
-        session.prefill([5] * 300)
-        started = time.perf_counter()
-        session.decode(7)
-        assert time.perf_counter() > started
-        held.append(session.cache.bytes_held())
-    assert held[0] == held[1]

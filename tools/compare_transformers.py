@@ -50,21 +50,24 @@ class Comparison:
 def compare(shape: str, dtype: str, new_tokens: int, rounds: int) -> Comparison:
     """Measures both, in turns, after one round that is not counted."""
     torch.manual_seed(0)
-    config = _config(shape)
-    ours, weight_bytes = _our_model(config, TORCH_DTYPES[dtype], dtype)
+    config = shape_config(shape)
+    ours, weight_bytes = our_model(config, TORCH_DTYPES[dtype], dtype)
     theirs = _their_model(config, TORCH_DTYPES[dtype])
     runs = [(_our_rate(ours, new_tokens), _their_rate(theirs, new_tokens)) for _ in range(rounds + 1)][1:]
     return Comparison(shape=shape, dtype=dtype, ours=[run[0] for run in runs], theirs=[run[1] for run in runs],
                       weight_bytes=weight_bytes)
 
 
-def _config(shape: str) -> ModelConfig:
+def shape_config(shape: str, max_context: int = 1024) -> ModelConfig:
+    """The configuration of a named shape."""
     sizes = SHAPES[shape]
-    return ModelConfig(architecture="llama", num_kv_heads=sizes["num_heads"], max_context=1024, tied_embeddings=True,
+    return ModelConfig(architecture="llama", num_kv_heads=sizes["num_heads"], max_context=max_context,
+                       tied_embeddings=True,
                        head_dim=sizes["hidden_size"] // sizes["num_heads"], **sizes)
 
 
-def _our_model(config: ModelConfig, torch_dtype: torch.dtype, dtype: str) -> tuple[EagerModel, int]:
+def our_model(config: ModelConfig, torch_dtype: torch.dtype, dtype: str) -> tuple[EagerModel, int]:
+    """A loaded model with random weights, and the bytes of them that a token reads."""
     module = Transformer(config).requires_grad_(False).eval()
     for name, parameter in list(module.named_parameters()):
         owner, _, attribute = name.rpartition(".")

@@ -33,6 +33,7 @@ module = build_model(open_checkpoint(files), getattr(torch, sys.argv[2]))
 model = EagerExecutor().load(LoadRequest(device="cpu", dtype="bf16", module=module))
 logits = model.session(limit=64).prefill([1, 2, 3])
 assert torch.isfinite(logits).all()
+assert "torch._dynamo" not in sys.modules, "loading imports the compiler, which takes longer than all else"
 print(peak_rss_bytes() - before)
 """
 

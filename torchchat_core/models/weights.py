@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from torchchat_core.errors import TorchchatError
 from torchchat_core.models.transformer import Transformer
@@ -21,7 +23,7 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu")
     that the memory beyond the model's own never exceeds one tensor.
     Raises `TorchchatError` for a tensor that is missing, has the wrong shape, or that the model has no place for.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutInitialValues():
         model = Transformer(checkpoint.config)
     model.requires_grad_(False)
     wanted = dict(model.named_parameters())
@@ -33,6 +35,15 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu")
         model.lm_head.weight = model.model.embed_tokens.weight
     model.model.rotary.to(device)
     return model.eval()
+
+
+class WithoutInitialValues(TorchFunctionMode):
+    """Makes the functions of torch.nn.init do nothing: on the meta device they would import all of the compiler."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **(kwargs or {}))
 
 
 def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -7,22 +7,28 @@ from torch import Tensor, nn
 
 from torchchat_core.models.transformer import Transformer
 
+SMALLEST_BYTES = 3 << 18  # of weights that oneDNN is worth its 15 microseconds of preparation for
+
 
 def use_fastest_linear(module: Transformer) -> None:
-    """Swaps float32 layers on an x86 CPU for `OneDnnLinear`; the weights are shared, not copied."""
+    """Swaps large float32 layers on a CPU for `OneDnnLinear`; the weights are shared, not copied."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return
     for owner in module.modules():
         for name, layer in owner.named_children():
-            if type(layer) is nn.Linear and layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu":
+            if type(layer) is nn.Linear and _gains(layer.weight):
                 setattr(owner, name, OneDnnLinear(layer))
+
+
+def _gains(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.nbytes >= SMALLEST_BYTES
 
 
 class OneDnnLinear(nn.Module):
     """x [n, in] -> [n, out] through oneDNN.
 
     `nn.Linear` in float32 goes to MKL, which reads weights at 12 GB/s for one row on AMD processors where oneDNN
-    reads them at 18 to 28 (docs/performance.md); for many rows oneDNN is no slower.
+    reads them at 18 to 28; for many rows oneDNN is no slower (docs/performance.md).
     """
 
     def __init__(self, layer: nn.Linear) -> None:
