@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,13 @@ class RotaryEmbedding(nn.Module):
         self.original_context = scaling.original_context if scaling and scaling.kind == "longrope" else None
         self.register_buffer("short", rotary_frequencies(config, extended=False), persistent=False)
         self.register_buffer("long", rotary_frequencies(config, extended=True), persistent=False)
+
+    def _apply(self, function: Any, recurse: bool = True) -> Self:
+        """Moves with the module to another device, but stays float32: half an angle would be another position."""
+        short, long = self.short, self.long
+        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        self.short, self.long = short.to(self.short.device), long.to(self.long.device)
+        return self
 
     def extends(self, length: int) -> bool:
         """Whether a sequence that may reach `length` positions takes the frequencies for long ones."""

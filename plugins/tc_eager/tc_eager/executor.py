@@ -67,7 +67,7 @@ class EagerModel:
         if outside:
             raise TorchchatError(f"token {outside[0]} is outside the model's vocabulary of {self.vocab_size}",
                                  "the tokenizer belongs to another model")
-        logits = module(
+        logits: Tensor = module(
             torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device),
             CachedAttention(module.config, segments),
             rows=None if rows is None else torch.tensor(rows, device=self.device), extended=extended,
