@@ -218,6 +218,9 @@ def load_registry(disabled: Sequence[str] = (), prefer: Mapping[str, str] | None
                 registry.plugins.append(Plugin(entry.name, distribution, version, state="disabled"))
             else:
                 registry.add_entry_point(entry)
+    known = {name for plugin in registry.plugins
+             for name in (plugin.name, plugin.distribution, plugin.qualified_name)}
+    registry.warnings += [f"there is no plugin {name!r} to leave out" for name in disabled if name not in known]
     registry.warn_of_clashes()
     return registry
 
