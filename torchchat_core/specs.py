@@ -82,6 +82,7 @@ class ModelSourceInfo(Description):
     formats: frozenset[str] = frozenset()  # "huggingface", "meta", ...: files of this layout are opened
     suffixes: Mapping[str, str] = field(default_factory=dict)  # ".gguf" -> the format of such a single file
     aliases: Mapping[str, str] = field(default_factory=dict)  # short name -> full reference
+    keeps: bool = False  # makes copies of what it fetches, and is then a `KeepingSource`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +202,13 @@ class ModelSource(Protocol):
     def fetch(self, ref: ModelRef) -> ModelFiles: ...
 
     def open(self, files: ModelFiles) -> Checkpoint: ...
+
+
+class KeepingSource(ModelSource, Protocol):
+    """Of a description with `keeps`. A fetch that was cut off goes on where it was, without fetching twice."""
+
+    def remove(self, ref: ModelRef) -> int:
+        """Deletes what was kept of the reference; bytes that became free, 0 where nothing was kept."""
 
 
 class Tokenizer(Protocol):
