@@ -68,4 +68,40 @@ def torchchat_commands() -> list[CommandInfo]:
             factory="torchchat_core.cli.generate:generate",
             order=20,
         ),
+        CommandInfo(
+            name="plugins",
+            summary="List the plugins: what each offers, and why one failed.",
+            factory="torchchat_core.cli.plugins:plugins",
+            order=80,
+        ),
+        CommandInfo(
+            name="doctor",
+            summary="Check this machine and what is installed.",
+            factory="torchchat_core.cli.doctor:doctor",
+            order=81,
+        ),
+        CommandInfo(
+            name="config",
+            summary="Show and change the defaults.",
+            factory="torchchat_core.cli.config:config",
+            order=82,
+        ),
+        CommandInfo(
+            name="install",
+            summary="Install plugins with pip.",
+            factory="torchchat_core.cli.install:install",
+            order=83,
+        ),
+        CommandInfo(
+            name="uninstall",
+            summary="Uninstall plugins with pip.",
+            factory="torchchat_core.cli.install:uninstall",
+            order=84,
+        ),
+        CommandInfo(
+            name="completion",
+            summary="Print the completion script of a shell.",
+            factory="torchchat_core.cli.completion:completion",
+            order=85,
+        ),
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ import torch
 from torchchat_core.errors import TorchchatError, did_you_mean
 from torchchat_core.models.weights import TORCH_DTYPES, build_model, checkpoint_dtype
 from torchchat_core.plugins import Registry
+from torchchat_core.quantization.recipe import read_recipe
 from torchchat_core.sources.reference import missing_file, resolve
 from torchchat_core.specs import (
+    DEVICES,
     Checkpoint,
     ExecutorInfo,
     LoadedModel,
@@ -23,12 +24,12 @@ from torchchat_core.specs import (
     ModelFiles,
     ModelSourceInfo,
 )
+from torchchat_core.support import choose_executor
 from torchchat_core.text_format import TextFormat, read_text_format
 
 DEFAULT_MODEL = "embedded"
 DTYPE_NAMES = {"fp32": "fp32", "float32": "fp32", "float": "fp32", "fp16": "fp16", "float16": "fp16", "half": "fp16",
                "bf16": "bf16", "bfloat16": "bf16"}
-DEVICES = ("cpu", "cuda", "mps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class ModelRequest:
     executor: str = "auto"
     device: str = "fast"
     dtype: str | None = None  # None: the checkpoint's own, where the device is good at it
+    quantize: str | None = None  # a scheme, a recipe, or a file that holds one
     max_seq_length: int | None = None
 
 
@@ -68,8 +70,11 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
     limit = _checked_limit(request.max_seq_length, checkpoint.config.max_context)
     text_format = read_text_format(files, registry, checkpoint.config.vocab_size)
     dtype = choose_dtype(request.dtype, device, checkpoint_dtype(checkpoint))
-    executor = choose_executor(request.executor, registry, device, dtype)
+    recipe = read_recipe(request.quantize, registry) if request.quantize else None
+    executor = choose_executor(request.executor, device, dtype, recipe.schemes if recipe else (), registry)
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
+    if recipe is not None:
+        recipe.apply(module)
     model: LoadedModel = executor.make().load(LoadRequest(device=device, dtype=dtype, module=module))
     try:
         yield OpenedModel(name=files.ref.text, model=model, text_format=text_format, executor=executor,
@@ -143,33 +148,6 @@ def _fastest_dtype(device: str) -> str:
     if device == "mps":
         return "fp16"
     return "bf16" if torch.backends.mkldnn.is_available() else "fp32"
-
-
-def choose_executor(name: str, registry: Registry, device: str, dtype: str) -> ExecutorInfo:
-    """The executor of that name, or with "auto" the first in order that runs a module on the device in the dtype."""
-    if name != "auto":
-        chosen = registry.find(ExecutorInfo, name)
-        reason = _misfit(chosen, device, dtype)
-        if reason:
-            raise TorchchatError(f"executor {name!r} {reason}", "choose another one with --executor")
-        return chosen
-    fitting = [info for info in registry.infos(ExecutorInfo) if _misfit(info, device, dtype) is None]
-    if not fitting:
-        raise TorchchatError(f"no executor is installed that runs a model on {device} in {dtype}",
-                             "pip install tc-eager")
-    return min(fitting, key=lambda info: info.order)
-
-
-def _misfit(info: ExecutorInfo, device: str, dtype: str) -> str | None:
-    if "module" not in info.reads:
-        return f"runs exported files alone ({', '.join(sorted(info.reads))})"
-    if device not in info.devices:
-        return f"does not run on {device}; it runs on {', '.join(sorted(info.devices))}"
-    if dtype not in info.dtypes:
-        return f"does not compute in {dtype}; it computes in {', '.join(sorted(info.dtypes))}"
-    if info.platforms and sys.platform not in info.platforms:
-        return f"does not run on {sys.platform}; it runs on {', '.join(sorted(info.platforms))}"
-    return None
 
 
 def _checked_limit(asked: int | None, maximum: int) -> int:

@@ -7,6 +7,7 @@ duplicates in silence; this loader turns each such case into one line and a row 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -36,6 +37,7 @@ HOOKS: Mapping[str, type[Description]] = {
     "torchchat_commands": CommandInfo,
 }
 STRICT = "TORCHCHAT_STRICT_PLUGINS"
+TRACE = "TORCHCHAT_TRACE_PLUGINS"
 NO_AUTOLOAD = "TORCHCHAT_DISABLE_PLUGIN_AUTOLOAD"
 CORE = "torchchat-core"
 
@@ -80,6 +82,8 @@ class Registry:
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self._offers: list[Offer] = []
+        if os.environ.get(TRACE) == "1":
+            self._manager.add_hookcall_monitoring(lambda *_: None, _trace)
 
     def add(self, module: object, name: str, distribution: str, version: str = "") -> Plugin:
         """Registers a plugin; where it is faulty, it is kept out and the reason is noted."""
@@ -184,6 +188,16 @@ class Registry:
                                          "use the full name")
 
 
+def _trace(outcome: pluggy.Result[Any], hook: str, implementations: Sequence[pluggy.HookImpl],
+           arguments: Mapping[str, Any]) -> None:
+    """Prints a hook call and what came of it."""
+    given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    for implementation in implementations:
+        plugin = implementation.plugin_name.partition("#")[0]
+        result = repr(outcome.exception) if outcome.exception else repr(outcome.get_result())
+        print(f"trace: {plugin} {hook}({given}) -> {result}", file=sys.stderr)  # noqa: T201 - asked for
+
+
 def _check_hooks(module: object) -> None:
     """Raises `TorchchatError` for a hook that does not exist or is not marked: pluggy would overlook either."""
     for name in dir(module):
@@ -204,7 +218,7 @@ def load_registry(disabled: Sequence[str] = (), prefer: Mapping[str, str] | None
     """The built-ins and every installed plugin but the `disabled` ones (by entry point or distribution name).
 
     `TORCHCHAT_DISABLE_PLUGIN_AUTOLOAD=1` leaves only the built-ins; `TORCHCHAT_STRICT_PLUGINS=1` lets the first
-    fault of a plugin through as the exception that it is.
+    fault of a plugin through as the exception that it is; `TORCHCHAT_TRACE_PLUGINS=1` prints every hook call.
     """
     from torchchat_core import __version__, builtins
 

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from torchchat_core.models.config import ModelConfig
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+SCHEME = re.compile(r"(linear|embedding):[a-z0-9][a-z0-9_.-]*")
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 DTYPES = ("fp32", "bf16", "fp16")
+DEVICES = ("cpu", "cuda", "mps")
+ANY_SCHEME = "*"  # of an executor that runs whatever layers a quantizer makes
 ABILITIES = {
     "score": "logits at every position: perplexity, evaluation, speculation",
     "batch": "one decoding step for many sessions: the server",
@@ -96,12 +99,18 @@ class TokenizerInfo(Description):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerInfo(Description):
-    """Replaces the linear or embedding layers of a model by smaller ones."""
+    """Replaces the linear or embedding layers of a model by smaller ones: one description for each scheme."""
 
     kind: ClassVar[str] = "quantizer"
-    schemes: frozenset[str] = frozenset()  # "linear:int4", "embedding:int8", ...
+    scheme: str = ""  # the key of a recipe's section: "linear:int4", "embedding:int8", ...
     devices: frozenset[str] = frozenset()
     dtypes: frozenset[str] = frozenset()  # of activations
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not SCHEME.fullmatch(self.scheme):
+            raise TorchchatError(f"the scheme of quantizer {self.name!r} is {self.scheme!r}; it has to be like "
+                                 "'linear:int4' or 'embedding:int8'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +121,7 @@ class ExecutorInfo(Description):
     reads: frozenset[str] = frozenset()
     devices: frozenset[str] = frozenset()
     dtypes: frozenset[str] = frozenset()
-    schemes: frozenset[str] = frozenset()  # quantisation schemes accepted
+    schemes: frozenset[str] = frozenset()  # quantisation schemes that it runs; ANY_SCHEME for all
     abilities: frozenset[str] = frozenset()
     platforms: frozenset[str] = frozenset()  # values of sys.platform; empty: everywhere
     order: int = 50  # among the executors that fit, `auto` takes the lowest

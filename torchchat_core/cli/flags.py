@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from torchchat_core.cli.completion import (
+    complete_device,
+    complete_dtype,
+    complete_executor,
+    complete_model,
+    complete_scheme,
+)
 from torchchat_core.errors import TorchchatError
 from torchchat_core.generation_options import GenerationOptions, SamplingOptions
 from torchchat_core.options import OptionDetail, detail_of, value_type
+from torchchat_core.settings import KEYS, load_settings
 
 if TYPE_CHECKING:
     from torchchat_core.pipeline import ModelRequest
@@ -23,15 +31,19 @@ CLICK_TYPES: Mapping[type, click.ParamType[Any]] = {int: click.INT, float: click
 def model_flags(function: Function) -> Function:
     """MODEL, where its files are, and how it runs."""
     for decorate in reversed([
-        click.argument("model", required=False),
+        click.argument("model", required=False, shell_complete=complete_model),
         click.option("--checkpoint-path", metavar="FILE", help="The weights, a file or folder; MODEL then only names "
                                                                "them."),
         click.option("--params-path", metavar="FILE", help="The model's config.json or params.json."),
         click.option("--tokenizer-path", metavar="FILE", help="The model's tokenizer.json or tokenizer.model."),
-        click.option("--executor", default="auto", show_default=True, metavar="NAME", help="What runs the model."),
-        click.option("--device", default="fast", show_default=True, metavar="NAME", help="cpu, cuda, mps, or fast: a "
-                                                                                         "GPU where there is one."),
-        click.option("-d", "--dtype", metavar="NAME", help="fp32, bf16, fp16, or fast; without it, the checkpoint's."),
+        click.option("--quantize", metavar="RECIPE", help="A scheme such as linear:int8, a JSON object, or a file that "
+                                                          "holds one.", shell_complete=complete_scheme),
+        click.option("--executor", metavar="NAME", help="What runs the model; auto takes the first that fits "
+                                                        "[default: auto].", shell_complete=complete_executor),
+        click.option("--device", metavar="NAME", help="cpu, cuda, mps, or fast: a GPU where there is one "
+                                                      "[default: fast].", shell_complete=complete_device),
+        click.option("-d", "--dtype", metavar="NAME", help="fp32, bf16, fp16, or fast [default: the checkpoint's].",
+                     shell_complete=complete_dtype),
         click.option("--max-seq-length", type=int, metavar="N", help="Tokens of prompt and answer together; without "
                                                                      "it, as many as the model takes."),
     ]):
@@ -40,10 +52,15 @@ def model_flags(function: Function) -> Function:
 
 
 def model_request(flags: Mapping[str, Any]) -> ModelRequest:
-    """What the flags of `model_flags` ask for."""
+    """What the flags of `model_flags` ask for; what they leave open is taken from the user's settings."""
     from torchchat_core.pipeline import ModelRequest
 
-    return ModelRequest(**{field.name: flags[field.name] for field in fields(ModelRequest)})
+    given = {field.name: flags[field.name] for field in fields(ModelRequest) if flags[field.name] is not None}
+    settings = load_settings()
+    chosen = {key: value for key in KEYS if (value := settings.get(key)) is not None}
+    if "checkpoint_path" in given:
+        chosen.pop("model", None)
+    return ModelRequest(**{**chosen, **given})
 
 
 def sampling_flags(function: Function) -> Function:

@@ -11,6 +11,7 @@ import click
 from torchchat_core import __version__
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry, load_registry
+from torchchat_core.settings import load_settings
 from torchchat_core.specs import CommandInfo
 
 DISABLED = "torchchat.disabled"
@@ -41,7 +42,7 @@ class Verbs(click.Group):
 def _registry(context: click.Context) -> Registry:
     root = context.find_root()
     if root.obj is None:
-        root.obj = load_registry(disabled=root.meta.get(DISABLED, ()))
+        root.obj = load_registry(disabled=root.meta.get(DISABLED, ()), prefer=load_settings().prefer)
         for warning in root.obj.warnings:
             click.echo(f"warning: {warning}", err=True)
     found: Registry = root.obj

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torchchat_core.hookspecs import hookimpl
-from torchchat_core.specs import DTYPES, ExecutorInfo
+from torchchat_core.specs import ANY_SCHEME, DTYPES, ExecutorInfo
 
 __version__ = "0.1.0"
 
@@ -18,6 +18,7 @@ def torchchat_executors() -> list[ExecutorInfo]:
             reads=frozenset({"module"}),
             devices=frozenset({"cpu", "cuda", "mps"}),
             dtypes=frozenset(DTYPES),
+            schemes=frozenset({ANY_SCHEME}),
             abilities=frozenset({"score", "batch"}),
         )
     ]

@@ -1,0 +1,161 @@
+"""The verbs that tell what is installed, and the ones that change it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Any:
+    """Runs the command line as a process, with a configuration of its own."""
+
+    def start(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "TORCHCHAT_CONFIG": str(tmp_path / "config.toml"), **changes}
+        return subprocess.run([sys.executable, "-m", "torchchat_core", *arguments], capture_output=True, text=True,
+                              env=environment, check=False, timeout=120)
+
+    return start
+
+
+def fake_plugin(folder: Path, name: str, code: str, requires: str = "") -> str:
+    """A distribution on a path of its own; the path."""
+    (folder / f"{name}.py").write_text(code)
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    needs = f"Requires-Dist: {requires}\n" if requires else ""
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{needs}")
+    (info / "entry_points.txt").write_text(f"[torchchat.v1]\n{name} = {name}\n")
+    return str(folder)
+
+
+def test_plugins_lists_what_each_offers_and_why_one_failed(run: Any, tmp_path: Path) -> None:
+    path = fake_plugin(tmp_path, "broken", "import nothing_of_that_name")
+    done = run("plugins", PYTHONPATH=path)
+    assert done.returncode == 0
+    assert "tc-eager:eager 0.1" in done.stdout
+    assert "broken:broken 1.0  [failed]\n    ModuleNotFoundError: No module named 'nothing_of_that_name'" in done.stdout
+    rows = {row["name"]: row for row in json.loads(run("plugins", "--json", PYTHONPATH=path).stdout)}
+    assert rows["broken"]["state"] == "failed"
+    assert {"kind": "executor", "name": "eager"}.items() <= rows["eager"]["offers"][0].items()
+
+
+def test_the_matrix_is_a_table_or_json(run: Any) -> None:
+    assert "| tc-eager:eager | in memory | none | fp32, bf16, fp16 |" in run("plugins", "--matrix").stdout
+    rows = json.loads(run("plugins", "--matrix", "--json").stdout)
+    assert all(row["refusal"] is None for row in rows if row["executor"] == "tc-eager:eager" and row["scheme"] is None
+               and row["format"] == "module")
+
+
+def test_doctor_is_content_with_a_sound_installation(run: Any) -> None:
+    done = run("doctor", "--offline")
+    assert done.returncode == 0, done.stdout
+    for word in ("python", "torch", "processor", "memory", "cache", "network", "tc-eager:eager", "settings"):
+        assert word in done.stdout
+    checks = json.loads(run("doctor", "--offline", "--json").stdout)
+    assert all(check["ok"] is not False for check in checks)
+
+
+@pytest.mark.parametrize(("code", "requires", "detail", "fix"), [
+    ("raise ImportError('no wheel')", "", "ImportError: no wheel", "pip install --force-reinstall sick"),
+    ("", "nothing-of-that-name>=2", "needs nothing-of-that-name>=2; it is not installed", "pip install 'nothing-of"),
+    ("", "click<1", "needs click<1; 8", "pip install 'click<1'"),
+    ("", "nothing-of-that-name; extra == 'x'", "", ""),
+])
+def test_doctor_tells_what_a_plugin_lacks_and_the_command_that_mends_it(code: str, requires: str, detail: str, fix: str,
+                                                                        run: Any, tmp_path: Path) -> None:
+    done = run("doctor", "--offline", PYTHONPATH=fake_plugin(tmp_path, "sick", code, requires))
+    assert done.returncode == (1 if detail else 0)
+    assert detail in done.stdout
+    assert fix in done.stdout
+
+
+@pytest.mark.parametrize(("key", "value", "detail"), [
+    ("model", "no-such-model", "there is no model 'no-such-model'"), ("device", "gpu", "unknown device 'gpu'"),
+    ("dtype", "fp8", "unknown dtype 'fp8'"), ("executor", "eagre", "there is no executor 'eagre'"),
+    ("prefer.eager", "a:b", "no installed plugin offers it"),
+])
+def test_doctor_tells_a_setting_that_cannot_work(key: str, value: str, detail: str, run: Any) -> None:
+    assert run("config", "set", key, value).returncode == 0
+    done = run("doctor", "--offline")
+    assert (done.returncode, detail in done.stdout) == (1, True), done.stdout
+
+
+def test_config_sets_gets_lists_and_unsets(run: Any) -> None:
+    assert run("config", "get", "device").returncode == 1
+    run("config", "set", "device", "cpu")
+    assert run("config", "get", "device").stdout == "cpu\n"
+    assert "device     cpu  (from " in run("config", "list").stdout
+    assert "device     mps  (from TORCHCHAT_DEVICE)" in run("config", "list", TORCHCHAT_DEVICE="mps").stdout
+    run("config", "unset", "device")
+    assert run("config", "get", "device").stderr.startswith("error: device is not set\ntry: torchchat config set")
+    assert "did you mean device" in run("config", "set", "devise", "cpu").stderr
+
+
+def test_a_preference_settles_a_clash_and_its_warning(run: Any, tmp_path: Path) -> None:
+    path = fake_plugin(tmp_path, "rival", "from torchchat_core.hookspecs import hookimpl\n"
+                       "from torchchat_core.specs import ExecutorInfo\n@hookimpl\ndef torchchat_executors():\n"
+                       "    return [ExecutorInfo(name='eager', summary='x', factory='a:b')]")
+    assert "warning: executor 'eager'" in run("plugins", PYTHONPATH=path).stderr
+    run("config", "set", "prefer.eager", "tc-eager:eager")
+    assert run("plugins", PYTHONPATH=path).stderr == ""
+
+
+def test_tracing_prints_hook_calls_and_their_results(run: Any) -> None:
+    done = run("plugins", TORCHCHAT_TRACE_PLUGINS="1")
+    assert "trace: tc-eager:eager torchchat_executors() -> [[ExecutorInfo(name='eager'" in done.stderr
+    assert "trace: " not in run("plugins").stderr
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    ("torchchat ge", "generate"), ("torchchat generate emb", "embedded"), ("torchchat generate --executor ea", "eager"),
+    ("torchchat generate --dtype b", "bf16"), ("torchchat generate --tem", "--temperature"),
+    ("torchchat config s", "set"),
+])
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_verbs_models_flags_and_names(words: str, expected: str, shell: str, run: Any) -> None:
+    typed = words.split()
+    variables = {"COMP_WORDS": words, "COMP_CWORD": str(len(typed) - 1) if shell != "fish" else typed[-1]}
+    done = run(_TORCHCHAT_COMPLETE=f"{shell}_complete", **variables)
+    assert expected in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_script_names_the_command_and_its_variable(shell: str, run: Any) -> None:
+    script = run("completion", shell).stdout
+    assert "torchchat" in script
+    assert f"_TORCHCHAT_COMPLETE={shell}_complete" in script
+
+
+def test_install_and_uninstall_say_what_pip_could_not_do(run: Any) -> None:
+    done = run("install", "/nonexistent/no-such-package-1.0-py3-none-any.whl")
+    assert (done.returncode, "error: pip install failed with status" in done.stderr) == (1, True)
+    assert "'--index-url' is no package" in run("install", "--", "--index-url").stderr
+    assert "torchchat-core is torchchat itself" in run("uninstall", "torchchat_core").stderr
+    assert run("install").returncode == 2
+
+
+def test_thirty_plugins_add_little_to_help(run: Any, tmp_path: Path) -> None:
+    """Processor time, medians of interleaved runs."""
+    import statistics
+
+    code = "from torchchat_core.hookspecs import hookimpl\nfrom torchchat_core.specs import ExecutorInfo\n" \
+           "@hookimpl\ndef torchchat_executors():\n    return [ExecutorInfo(name='x{}', summary='x', factory='a:b')]\n"
+    for index in range(30):
+        path = fake_plugin(tmp_path, f"dummy{index}", code.format(index))
+    program = ("import time; from torchchat_core.cli.main import main\n"
+               "try: main(['--help'])\nexcept SystemExit: print(time.process_time())")
+    seconds: dict[str, list[float]] = {"": [], path: []}
+    for _ in range(15):
+        for extra, found in seconds.items():
+            environment = {**os.environ, "PYTHONPATH": extra}
+            done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment,
+                                  check=True)
+            found.append(float(done.stdout.split()[-1]))
+    assert statistics.median(seconds[path]) - statistics.median(seconds[""]) < 0.060

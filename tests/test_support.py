@@ -1,0 +1,103 @@
+"""The support matrix: what is refused is refused with one sentence everywhere, and something that works is named."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.hookspecs import hookimpl
+from torchchat_core.plugins import Registry
+from torchchat_core.specs import ExecutorInfo, ExporterInfo, QuantizerInfo
+from torchchat_core.support import Combination, all_combinations, choose_executor, nearest, refusal
+
+ANY: dict[str, Any] = {"summary": "s", "factory": "a:B"}
+CPU, BOTH = frozenset({"cpu"}), frozenset({"cpu", "cuda"})
+
+
+@pytest.fixture
+def registry() -> Registry:
+    """Three executors, two quantizers, one exporter."""
+    module = ModuleType("p")
+    offered: dict[str, list[Any]] = {
+        "torchchat_executors": [
+            ExecutorInfo(name="general", reads=frozenset({"module"}), devices=BOTH, schemes=frozenset({"*"}),
+                         dtypes=frozenset({"fp32", "bf16"}), order=20, **ANY),
+            ExecutorInfo(name="quick", reads=frozenset({"module"}), devices=CPU, dtypes=frozenset({"bf16"}), order=10,
+                         **ANY),
+            ExecutorInfo(name="phone", reads=frozenset({"pte"}), devices=CPU, dtypes=frozenset({"fp32"}),
+                         schemes=frozenset({"linear:int4"}), **ANY),
+            ExecutorInfo(name="elsewhere", reads=frozenset({"module"}), devices=CPU, dtypes=frozenset({"fp32"}),
+                         platforms=frozenset({"beos"}), order=1, **ANY),
+        ],
+        "torchchat_quantizers": [
+            QuantizerInfo(name="int4", scheme="linear:int4", devices=CPU, dtypes=frozenset({"fp32"}), **ANY),
+            QuantizerInfo(name="int8", scheme="linear:int8", devices=CPU, dtypes=frozenset({"bf16"}), **ANY),
+        ],
+        "torchchat_exporters": [
+            ExporterInfo(name="pte", writes="pte", suffix=".pte", devices=CPU, dtypes=frozenset({"fp32"}),
+                         schemes=frozenset({"linear:int4"}), **ANY),
+        ],
+    }
+    for hook, infos in offered.items():
+        setattr(module, hook, hookimpl(lambda infos=infos: infos))
+    made = Registry()
+    assert made.add(module, "p", "d").state == "loaded"
+    return made
+
+
+@pytest.mark.parametrize(("wanted", "sentence"), [
+    ({"executor": "d:general", "device": "cuda", "dtype": "bf16"}, None),
+    ({"executor": "d:general", "device": "mps", "dtype": "bf16"}, "does not run on mps; it runs on cpu, cuda"),
+    ({"executor": "d:general", "device": "cpu", "dtype": "fp16"}, "does not compute in fp16; it computes in bf16, fp32"),
+    ({"executor": "d:quick", "device": "cpu", "dtype": "bf16", "scheme": "linear:int8"},
+     "does not run linear:int8; it runs no quantised layers"),
+    ({"executor": "d:general", "device": "cpu", "dtype": "bf16", "scheme": "linear:int8"}, None),
+    ({"executor": "d:general", "device": "cuda", "dtype": "bf16", "scheme": "linear:int8"},
+     "linear:int8 is not made for cuda; it is for cpu"),
+    ({"executor": "d:general", "device": "cpu", "dtype": "fp32", "scheme": "linear:int8"},
+     "linear:int8 does not compute in fp32; it computes in bf16"),
+    ({"executor": "d:general", "device": "cpu", "dtype": "fp32", "scheme": "linear:int2"},
+     "no installed quantizer makes linear:int2"),
+    ({"executor": "d:phone", "device": "cpu", "dtype": "fp32"}, "does not run models in memory; it runs pte files"),
+    ({"executor": "d:phone", "device": "cpu", "dtype": "fp32", "scheme": "linear:int4", "format": "pte"}, None),
+    ({"executor": "d:general", "device": "cpu", "dtype": "fp32", "format": "pte"}, "does not run pte files"),
+    ({"executor": "d:elsewhere", "device": "cpu", "dtype": "fp32"}, "does not run on linux; it runs on beos"),
+])
+def test_a_refusal_is_one_sentence_that_says_what_works(wanted: dict[str, Any], sentence: str | None,
+                                                        registry: Registry) -> None:
+    found = refusal(Combination(**wanted), registry, platform="linux")
+    assert (found is None) if sentence is None else (found is not None and sentence in found)
+
+
+def test_the_nearest_combination_changes_as_little_as_possible(registry: Registry) -> None:
+    wanted = Combination(executor="d:general", device="cuda", dtype="fp16")
+    assert nearest(wanted, registry) in {Combination(executor="d:general", device="cuda", dtype=dtype)
+                                         for dtype in ("fp32", "bf16")}
+    assert nearest(wanted, Registry()) is None
+
+
+def test_auto_takes_the_first_in_order_that_fits(registry: Registry) -> None:
+    assert choose_executor("auto", "cpu", "bf16", (), registry).name == "quick"
+    assert choose_executor("auto", "cpu", "fp32", (), registry).name == "general"
+    assert choose_executor("auto", "cpu", "bf16", ("linear:int8",), registry).name == "general"
+    assert choose_executor("d:quick", "cpu", "bf16", (), registry).name == "quick"
+
+
+def test_a_command_refuses_with_the_sentence_of_the_matrix_and_names_what_works(registry: Registry) -> None:
+    with pytest.raises(TorchchatError) as caught:
+        choose_executor("quick", "cpu", "fp32", (), registry)
+    assert caught.value.message == "executor 'quick' does not compute in fp32; it computes in bf16"
+    assert caught.value.fix is not None
+    assert caught.value.fix.startswith("what works is d:")
+    with pytest.raises(TorchchatError, match="no installed executor runs models in memory on mps in fp32"):
+        choose_executor("auto", "mps", "fp32", (), registry)
+    with pytest.raises(TorchchatError, match="there is no executor 'quik'"):
+        choose_executor("quik", "cpu", "fp32", (), registry)
+
+
+def test_every_combination_stands_in_the_matrix_once(registry: Registry) -> None:
+    combinations = list(all_combinations(registry))
+    assert len(combinations) == len(set(combinations)) == 4 * 2 * 3 * 3 * 3

@@ -1,0 +1,47 @@
+"""`torchchat install` and `uninstall`: pip of the interpreter that runs torchchat."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import click
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.hookspecs import ENTRY_POINT_GROUP
+
+
+@click.command()
+@click.argument("packages", nargs=-1, required=True, metavar="PKG...")
+def install(packages: tuple[str, ...]) -> None:
+    """Install plugins: pip install, for the Python that runs torchchat."""
+    before = _plugin_names()
+    _pip("install", *packages)
+    added = sorted(_plugin_names() - before)
+    click.echo(f"new plugins: {', '.join(added)}" if added else "no new plugins", err=True)
+
+
+@click.command()
+@click.argument("packages", nargs=-1, required=True, metavar="PKG...")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def uninstall(packages: tuple[str, ...], yes: bool) -> None:
+    """Uninstall plugins: pip uninstall, for the Python that runs torchchat."""
+    if any(package.lower().replace("_", "-") == "torchchat-core" for package in packages):
+        raise TorchchatError("torchchat-core is torchchat itself", "pip uninstall torchchat-core removes it")
+    _pip("uninstall", *(["--yes"] if yes else []), *packages)
+
+
+def _plugin_names() -> set[str]:
+    importlib.invalidate_caches()
+    return {f"{entry.dist.name if entry.dist else '?'}:{entry.name}" for entry in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _pip(*arguments: str) -> None:
+    options = [word for word in arguments[1:] if word.startswith("-") and word != "--yes"]
+    if options:
+        raise TorchchatError(f"{options[0]!r} is no package", "use pip itself for its options")
+    done = subprocess.run([sys.executable, "-m", "pip", *arguments], check=False)
+    if done.returncode:
+        raise TorchchatError(f"pip {arguments[0]} failed with status {done.returncode}", "pip's own words are above")

@@ -1,0 +1,138 @@
+"""Which combinations of executor, quantisation scheme, device, dtype and export format work, from declarations alone.
+
+The matrix that `torchchat plugins --matrix` prints, and every refusal of a combination, come from `refusal`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.plugins import Registry
+from torchchat_core.specs import ANY_SCHEME, DEVICES, DTYPES, ExecutorInfo, ExporterInfo, QuantizerInfo
+
+IN_MEMORY = "module"  # what an executor reads when nothing was exported
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """One way to run a model. `scheme` None: not quantised; `format` "module": not exported."""
+
+    executor: str  # qualified name
+    device: str
+    dtype: str
+    scheme: str | None = None
+    format: str = IN_MEMORY
+
+    def __str__(self) -> str:
+        quantised = f" with {self.scheme}" if self.scheme else ""
+        exported = f" from {self.format} files" if self.format != IN_MEMORY else ""
+        return f"{self.executor} on {self.device} in {self.dtype}{quantised}{exported}"
+
+
+def refusal(wanted: Combination, registry: Registry, platform: str = sys.platform) -> str | None:
+    """Why the combination does not work, as one sentence; None where it does."""
+    info = registry.find(ExecutorInfo, wanted.executor)
+    named = f"executor {wanted.executor!r}"
+    if info.platforms and platform not in info.platforms:
+        return f"{named} does not run on {platform}; it runs on {_listed(info.platforms)}"
+    if wanted.format not in info.reads:
+        return f"{named} does not run {_what(wanted.format)}; it runs {_listed(map(_what, info.reads))}"
+    if wanted.device not in info.devices:
+        return f"{named} does not run on {wanted.device}; it runs on {_listed(info.devices)}"
+    if wanted.dtype not in info.dtypes:
+        return f"{named} does not compute in {wanted.dtype}; it computes in {_listed(info.dtypes)}"
+    if wanted.scheme is None:
+        return _export_refusal(wanted, registry)
+    if wanted.scheme not in info.schemes and ANY_SCHEME not in info.schemes:
+        return f"{named} does not run {wanted.scheme}; it runs {_listed(info.schemes) or 'no quantised layers'}"
+    quantizers = [each for each in registry.infos(QuantizerInfo) if wanted.scheme == each.scheme]
+    if not quantizers:
+        return f"no installed quantizer makes {wanted.scheme}"
+    if not any(wanted.device in each.devices for each in quantizers):
+        return f"{wanted.scheme} is not made for {wanted.device}; it is for {_listed(quantizers[0].devices)}"
+    if not any(wanted.dtype in each.dtypes for each in quantizers):
+        return f"{wanted.scheme} does not compute in {wanted.dtype}; it computes in {_listed(quantizers[0].dtypes)}"
+    return _export_refusal(wanted, registry)
+
+
+def _export_refusal(wanted: Combination, registry: Registry) -> str | None:
+    if wanted.format == IN_MEMORY:
+        return None
+    exporters = [each for each in registry.infos(ExporterInfo) if each.writes == wanted.format]
+    if not exporters:
+        return f"no installed exporter writes {wanted.format} files"
+    fitting = [each for each in exporters if wanted.device in each.devices and wanted.dtype in each.dtypes]
+    if not fitting:
+        return f"no installed exporter writes {wanted.format} files for {wanted.device} in {wanted.dtype}"
+    if wanted.scheme is not None and not any(wanted.scheme in each.schemes for each in fitting):
+        return f"no installed exporter writes {wanted.format} files with {wanted.scheme}"
+    return None
+
+
+def all_combinations(registry: Registry) -> Iterator[Combination]:
+    """Every combination of what is installed, whether it works or not."""
+    schemes: list[str | None] = [None, *sorted({each.scheme for each in registry.infos(QuantizerInfo)})]
+    formats = [IN_MEMORY, *sorted({each.writes for each in registry.infos(ExporterInfo)})]
+    for executor, _ in registry.offers(ExecutorInfo):
+        for written in formats:
+            for scheme in schemes:
+                for device in DEVICES:
+                    for dtype in DTYPES:
+                        yield Combination(executor=executor, device=device, dtype=dtype, scheme=scheme, format=written)
+
+
+def nearest(wanted: Combination, registry: Registry) -> Combination | None:
+    """The working combination that differs least: in dtype before executor, device, scheme and format."""
+    weights = {"dtype": 1, "executor": 2, "device": 4, "scheme": 8, "format": 16}
+
+    def distance(other: Combination) -> int:
+        return sum(weight for name, weight in weights.items() if getattr(other, name) != getattr(wanted, name))
+
+    working = [each for each in all_combinations(registry) if refusal(each, registry) is None]
+    return min(working, key=distance, default=None)
+
+
+def require(wanted: Combination, registry: Registry) -> None:
+    """Raises `TorchchatError` with the matrix's sentence and the nearest combination that works."""
+    reason = refusal(wanted, registry)
+    if reason is None:
+        return
+    instead = nearest(wanted, registry)
+    raise TorchchatError(reason, f"what works is {instead}" if instead else "pip install tc-eager")
+
+
+def choose_executor(name: str, device: str, dtype: str, schemes: Sequence[str], registry: Registry) -> ExecutorInfo:
+    """The executor of that name, for a model in memory with layers of all the schemes; for "auto", the first fitting.
+
+    Raises `TorchchatError` where none fits, or the named one does not.
+    """
+
+    wanted_schemes: Sequence[str | None] = schemes or [None]
+
+    def combinations(executor: str) -> list[Combination]:
+        return [Combination(executor=executor, device=device, dtype=dtype, scheme=scheme)
+                for scheme in wanted_schemes]
+
+    if name != "auto":
+        for wanted in combinations(name):
+            require(wanted, registry)
+        return registry.find(ExecutorInfo, name)
+    fitting = [info for executor, info in registry.offers(ExecutorInfo)
+               if all(refusal(wanted, registry) is None for wanted in combinations(executor))]
+    if fitting:
+        return min(fitting, key=lambda info: info.order)
+    instead = nearest(combinations(name)[0], registry)
+    quantised = f" with {' and '.join(schemes)}" if schemes else ""
+    raise TorchchatError(f"no installed executor runs models in memory on {device} in {dtype}{quantised}",
+                         f"what works is {instead}" if instead else "pip install tc-eager")
+
+
+def _what(read: str) -> str:
+    return "models in memory" if read == IN_MEMORY else f"{read} files"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
