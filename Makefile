@@ -7,13 +7,14 @@ DISTRIBUTIONS := . $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.
 PROJECTS := $(addsuffix /pyproject.toml,$(DISTRIBUTIONS))
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup chat test lint bench clean
+.PHONY: help setup chat test lint docs bench clean
 
 help:
 	@echo "make chat    talk with the model that comes with torchchat"
 	@echo "make setup   make $(VENV) with core, every plugin and the tested versions"
 	@echo "make test    run all tests"
-	@echo "make lint    ruff and mypy"
+	@echo "make lint    ruff, mypy, and that the generated documents are not stale"
+	@echo "make docs    write the generated documents"
 	@echo "make bench   speed beside transformers"
 	@echo "make clean   remove $(VENV) and build products"
 
@@ -36,6 +37,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy plugins/*/tc_*
+	$(BIN)/python tools/generate_docs.py --check
+
+docs: $(STAMP)
+	$(BIN)/python tools/generate_docs.py
 
 bench: $(STAMP)
 	$(BIN)/python tools/compare_transformers.py

@@ -46,11 +46,11 @@ class Description:
     """
 
     kind: ClassVar[str] = "plugin"
-    name: str
-    summary: str
-    factory: str
-    options: type | None = None
-    replaces: frozenset[str] = frozenset()
+    name: str  # lower case; with the distribution's name before it, `distribution:name`, unique
+    summary: str  # one line, for lists
+    factory: str  # "package.module:attribute", called without arguments
+    options: type | None = None  # a dataclass
+    replaces: frozenset[str] = frozenset()  # "distribution:name" of others whose bare name this one takes over
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -94,7 +94,7 @@ class TokenizerInfo(Description):
 
     kind: ClassVar[str] = "tokenizer"
     files: tuple[str, ...] = ()  # file-name patterns such as "tokenizer.json"
-    order: int = 50
+    order: int = 50  # lowest first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +103,8 @@ class QuantizerInfo(Description):
 
     kind: ClassVar[str] = "quantizer"
     scheme: str = ""  # the key of a recipe's section: "linear:int4", "embedding:int8", ...
-    devices: frozenset[str] = frozenset()
-    dtypes: frozenset[str] = frozenset()  # of activations
+    devices: frozenset[str] = frozenset()  # of DEVICES
+    dtypes: frozenset[str] = frozenset()  # of activations, of DTYPES
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,11 +118,11 @@ class ExecutorInfo(Description):
     """Runs a model. `reads` names what it loads: "module" (a model in memory) or formats of exported files."""
 
     kind: ClassVar[str] = "executor"
-    reads: frozenset[str] = frozenset()
-    devices: frozenset[str] = frozenset()
-    dtypes: frozenset[str] = frozenset()
+    reads: frozenset[str] = frozenset()  # "module", or formats of exported files
+    devices: frozenset[str] = frozenset()  # of DEVICES
+    dtypes: frozenset[str] = frozenset()  # that it computes in, of DTYPES
     schemes: frozenset[str] = frozenset()  # quantisation schemes that it runs; ANY_SCHEME for all
-    abilities: frozenset[str] = frozenset()
+    abilities: frozenset[str] = frozenset()  # of ABILITIES; what is not declared is refused
     platforms: frozenset[str] = frozenset()  # values of sys.platform; empty: everywhere
     order: int = 50  # among the executors that fit, `auto` takes the lowest
 
@@ -147,9 +147,9 @@ class ExporterInfo(Description):
     kind: ClassVar[str] = "exporter"
     writes: str = ""  # the format, which is also an executor's `reads`
     suffix: str = ""  # ".pte"
-    devices: frozenset[str] = frozenset()
-    dtypes: frozenset[str] = frozenset()
-    schemes: frozenset[str] = frozenset()
+    devices: frozenset[str] = frozenset()  # of DEVICES
+    dtypes: frozenset[str] = frozenset()  # of DTYPES
+    schemes: frozenset[str] = frozenset()  # quantisation schemes that it exports
 
 
 @dataclass(frozen=True, kw_only=True)
