@@ -115,7 +115,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     chance = random.Random(MEASURE_SEED)
     model = load_model(arguments.folder)
-    questions = load_questions().held_out_questions(chance)
+    book = load_questions()
+    questions = book.held_out_questions(chance)
     story = Message(role="assistant", content=load_story_maker().story(chance).text)
 
     def plainly(question: Question) -> list[Message]:
@@ -133,6 +134,9 @@ def main() -> None:
         print(f"with a typing error:   {measure_questions(model, questions, with_error):.1%}")
         print(f"as a second turn:      {measure_questions(model, questions, after_story):.1%}")
         print(f"stories on what was asked for: {measure_stories(model, chance):.1%} of {STORY_REQUESTS}")
+        seen = [book.ask(intent, chance.choice(intent.phrasings), chance) for intent in book.intents]
+        share = measure_questions(model, seen, plainly)
+        print(f"for contrast, {len(seen)} phrasings that training saw: {share:.1%}")
 
 
 if __name__ == "__main__":

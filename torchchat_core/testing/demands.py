@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -11,10 +10,11 @@ from typing import Any, TypeVar
 from torchchat_core import builtins
 from torchchat_core.errors import TorchchatError
 from torchchat_core.options import from_mapping
-from torchchat_core.plugins import CORE, STRICT, Plugin, Registry
+from torchchat_core.plugins import CORE, Plugin, Registry
 from torchchat_core.specs import Description
 
 Info = TypeVar("Info", bound=Description)
+REFUSE = "check first, and raise torchchat_core.errors.TorchchatError with the value and the range"
 
 
 def demand(holds: object, wrong: str, mend: str) -> None:
@@ -39,10 +39,8 @@ def refusal(what: str) -> Iterator[None]:
     except TorchchatError:
         return
     except Exception as error:
-        raise AssertionError(f"{what} raised {type(error).__name__}: {error}\n  to mend it: check first, and raise "
-                             "torchchat_core.errors.TorchchatError with the value and the range") from error
-    raise AssertionError(f"{what} was accepted\n  to mend it: raise torchchat_core.errors.TorchchatError with the value "
-                         "and the range")
+        raise AssertionError(f"{what} raised {type(error).__name__}: {error}\n  to mend it: {REFUSE}") from error
+    raise AssertionError(f"{what} was accepted\n  to mend it: {REFUSE}")
 
 
 def registered(plugin: str) -> tuple[Registry, Plugin]:
@@ -51,12 +49,7 @@ def registered(plugin: str) -> tuple[Registry, Plugin]:
     core = registry.add(builtins, "builtins", CORE)
     if plugin == builtins.__name__:
         return registry, core
-    strict = os.environ.pop(STRICT, None)
-    try:
-        row = registry.add(importlib.import_module(plugin), plugin, plugin)
-    finally:
-        if strict is not None:
-            os.environ[STRICT] = strict
+    row = registry.add(importlib.import_module(plugin), plugin, plugin)
     return registry, row
 
 
