@@ -197,7 +197,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_an_executor_the_command_that_installs_one_is_told(torchchat: Any) -> None:
     done = torchchat("-p", "no:eager", "generate", "embedded", "--prompt", "x")
-    assert "no executor is installed that runs a model on" in done.err
+    assert "no installed executor runs models in memory on" in done.err
     assert "try: pip install tc-eager" in done.err
 
 

@@ -16,9 +16,9 @@ SYSTEM_MESSAGES = (
     "You are a small demo model.", "Answer the user's questions.", "You are an expert.", "Be polite.",
 )
 KINDS = ("question", "conversation", "story", "free story", "long conversation")
-SHARES = (0.81, 0.10, 0.055, 0.02, 0.015)
+SHARES = (0.78, 0.06, 0.14, 0.012, 0.008)
 STORY_SHARE = 0.12  # of the turns of a conversation
-INVENTED_SHARE = 0.1  # of stories: about a made-up word, so that the model learns to take up any word
+INVENTED_SHARE = 0.3  # of stories: about a made-up word, so that the model learns to take up any word
 SYLLABLES = ("ba", "ko", "ri", "mu", "ta", "le", "zo", "fin", "gar", "pel", "dro", "wick", "sna", "vim")
 
 
@@ -28,6 +28,7 @@ class Message:
 
     role: str
     content: str
+    intent: str = ""  # what an answer of torchchat's guide is about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,8 @@ class DocumentMaker:
             question = self.book.ask(*self.chance.choice(self._asked), self.chance)
             text = vary(question.text, self.chance)
             if self.detector.find(text) is None:
-                return Message(role="user", content=text), Message(role="assistant", content=question.answer)
+                answer = Message(role="assistant", content=question.answer, intent=question.intent)
+                return Message(role="user", content=text), answer
 
     def _story_turn(self) -> tuple[Message, Message]:
         story = self._story()

@@ -1,4 +1,4 @@
-"""What can be asked: the intents of questions.toml, and which of their phrasings training never sees."""
+"""What can be asked: the intents of questions.toml and phrasings.toml, and the phrasings training never sees."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import itertools
 import random
 import re
 import tomllib
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 QUESTIONS_FILE = Path(__file__).with_name("questions.toml")
-HELD_OUT_SHARE = 0.18
-SHORTEST_HELD_OUT = 3  # words: shorter phrasings are part of too many other texts
+PHRASINGS_FILE = Path(__file__).with_name("phrasings.toml")
+VALIDATION_PART = 20  # one in so many of the phrasings in phrasings.toml is for tuning, not for training
 SLOT = re.compile(r"\{(\w+)\}")
 WORD = re.compile(r"[^\W_]+")
 
@@ -24,6 +25,7 @@ class Intent:
     id: str
     phrasings: tuple[str, ...]  # training sees these
     held_out: tuple[str, ...]  # and never these
+    validation: tuple[str, ...]  # nor these, which may be looked at for tuning
     answers: tuple[str, ...]
     keywords: tuple[str, ...]
 
@@ -66,6 +68,10 @@ class QuestionBook:
         """Every phrasing that training never saw, once."""
         return [self.ask(intent, phrasing, chance) for intent in self.intents for phrasing in intent.held_out]
 
+    def validation_questions(self, chance: random.Random) -> list[Question]:
+        """Every phrasing that is kept for tuning, once."""
+        return [self.ask(intent, phrasing, chance) for intent in self.intents for phrasing in intent.validation]
+
     def held_out_texts(self) -> Iterable[str]:
         """Every held-out phrasing with every filling of its slots."""
         for phrasing in itertools.chain.from_iterable(intent.held_out for intent in self.intents):
@@ -93,33 +99,38 @@ class LeakDetector:
         return None
 
 
-def load_questions(path: Path = QUESTIONS_FILE, seed: int = 0) -> QuestionBook:
-    """The intents of `path`; `seed` decides which phrasings are held out."""
+def load_questions(path: Path = QUESTIONS_FILE, more_path: Path = PHRASINGS_FILE) -> QuestionBook:
+    """The intents of `path`, with the phrasings of `more_path` that do not hold a held-out one."""
     raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    phrasings = {entry["id"]: tuple(entry["phrasings"].strip().splitlines()) for entry in raw["intent"]}
-    everything = [normalised(phrasing) for group in phrasings.values() for phrasing in group]
-    everything += [normalised(answer) for entry in raw["intent"] for answer in entry["answers"]]
-    held_out = {name: choose_held_out(group, everything, random.Random(f"{seed}:{name}"))
-                for name, group in phrasings.items()}
+    more = tomllib.loads(more_path.read_text(encoding="utf-8"))
     intents = tuple(
         Intent(id=entry["id"], answers=tuple(entry["answers"]), keywords=tuple(entry["keywords"]),
-               held_out=tuple(sorted(held_out[entry["id"]])),
-               phrasings=tuple(text for text in phrasings[entry["id"]] if text not in held_out[entry["id"]]))
+               phrasings=lines_of(entry["phrasings"]), held_out=lines_of(entry["held_out"]), validation=())
         for entry in raw["intent"]
     )
-    return QuestionBook(intents=intents, slots=raw["slots"], defaults=raw["defaults"])
+    book = QuestionBook(intents=intents, slots={**raw["slots"], **more["slots"]}, defaults=raw["defaults"])
+    detector = LeakDetector(book.held_out_texts())
+    seen = {normalised(phrasing) for intent in intents for phrasing in intent.phrasings}
+    return replace(book, intents=tuple(
+        with_more_phrasings(intent, more["phrasings"].get(intent.id, ""), detector, seen) for intent in intents
+    ))
 
 
-def choose_held_out(phrasings: Sequence[str], everything: Sequence[str], chance: random.Random) -> set[str]:
-    """About 18 % of an intent's phrasings, none of them part of another text."""
-    fit = [phrasing for phrasing in phrasings if stands_alone(normalised(phrasing), everything)]
-    return set(chance.sample(fit, min(len(fit), max(1, round(HELD_OUT_SHARE * len(phrasings))))))
+def with_more_phrasings(intent: Intent, lines: str, detector: LeakDetector, seen: set[str]) -> Intent:
+    """The intent with these lines shared out between training and validation; each is added to `seen`."""
+    training, validation = list(intent.phrasings), list[str]()
+    for line in lines_of(lines):
+        known = normalised(line)
+        if known in seen or detector.find(line) is not None:
+            continue
+        seen.add(known)
+        (validation if zlib.crc32(line.encode()) % VALIDATION_PART == 0 else training).append(line)
+    return replace(intent, phrasings=tuple(training), validation=tuple(validation))
 
 
-def stands_alone(phrase: str, everything: Sequence[str]) -> bool:
-    """Whether the phrase is long enough, and part of no text but its own."""
-    inside = sum(f" {phrase} " in f" {text} " for text in everything)
-    return phrase.count(" ") + 1 >= SHORTEST_HELD_OUT and inside == 1
+def lines_of(text: str) -> tuple[str, ...]:
+    """The lines, without those that are empty."""
+    return tuple(line for line in text.splitlines() if line.strip())
 
 
 def normalised(text: str) -> str:

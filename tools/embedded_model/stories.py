@@ -21,6 +21,7 @@ PRONOUNS = {
 }
 QUEENLY = frozenset({"queen", "princess", "hen", "cow", "fairy"})
 KINGLY = frozenset({"king", "prince", "knight", "wizard"})
+THING_SHARE = 0.5  # of stories: asked for by their thing, else by their hero
 REQUESTS = (
     "Tell me a story about {topic}", "Tell me a story about {topic}.", "tell me a story about {topic}",
     "Can you tell me a story about {topic}?", "I would like a story about {topic}.",
@@ -56,21 +57,29 @@ class StoryMaker:
     plots: Sequence[Mapping[str, Any]]
 
     def story(self, chance: random.Random, invented: str | None = None) -> Story:
-        """One story, told from `chance`; `invented` is a word for its hero's kind that is not in the list."""
+        """One story, told from `chance`; `invented` is a word for its hero's kind or its thing, in no list.
+
+        A story that is asked for by its thing names the thing in its first sentence.
+        """
         plot = chance.choice(self.plots)
-        slots, topics = self._cast(chance, plot, invented)
-        beats = [self.frames["openings"], self.frames["habits"], *plot["beats"], self.frames["closings"]]
+        about_thing = chance.random() < THING_SHARE
+        hero, thing = (None, invented) if about_thing else (invented, None)
+        slots, hero_topics, thing_topics = self._cast(chance, plot, hero, thing)
+        openings = self.frames["thing_openings" if about_thing else "openings"]
+        beats = [openings, self.frames["habits"], *plot["beats"], self.frames["closings"]]
         sentences = [chance.choice(beat).format_map(slots) for beat in beats]
-        return Story(text=_paragraphs(sentences, chance), topics=(*topics, chance.choice(plot["themes"])))
+        topics = thing_topics if about_thing else (*hero_topics, chance.choice(plot["themes"]))
+        return Story(text=_paragraphs(sentences, chance), topics=topics)
 
     def _cast(
-        self, chance: random.Random, plot: Mapping[str, Any], invented: str | None
-    ) -> tuple[dict[str, str], list[str]]:
-        """What fills the slots of one story, and the subjects that follow from it."""
+        self, chance: random.Random, plot: Mapping[str, Any], invented: str | None, invented_thing: str | None
+    ) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
+        """What fills the slots of one story, the subjects that its hero makes, and those of its thing."""
         hero = self._hero(chance, invented)
         friend = self._friend(chance, hero["name"])
         plain, adjective = (chance.choice(self.words[key]) for key in (plot["objects"], "object_adjectives"))
-        thing = plain if chance.random() < 0.3 else f"{adjective} {plain}"
+        plain = invented_thing or plain
+        thing = plain if chance.random() < 0.5 else f"{adjective} {plain}"
         in_place, place = chance.choice(self.words["places"]).split("|")
         animal = chance.choice(self.words["animals"])
         spots = chance.sample(self.words["spots"], 3)
@@ -84,11 +93,12 @@ class StoryMaker:
             "food": chance.choice(self.words["foods"]), "hobby": chance.choice(self.words["hobbies"]),
         }
         kind, a_object = with_article(hero["kind"]), slots["a_object"]
-        topics = [
-            kind, kind, with_article(plain), a_object, place, f"{kind} and {a_object}", f"{kind} {in_place}",
-            f"{kind} named {hero['name']}", hero["name"], f"{hero['name']} and {friend}", hero["a_hero"],
-        ]
-        return slots, topics
+        hero_topics = (
+            kind, kind, kind, kind, place, f"{kind} {in_place}", f"{kind} named {hero['name']}", hero["name"],
+            f"{hero['name']} and {friend}", hero["a_hero"],
+        )
+        thing_topics = (with_article(plain), with_article(plain), a_object, f"{kind} and {a_object}")
+        return slots, hero_topics, thing_topics
 
     def _hero(self, chance: random.Random, invented: str | None) -> dict[str, str]:
         gender = chance.choice(("girl", "boy"))

@@ -13,7 +13,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +24,13 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from tools.embedded_model.conversations import Document, DocumentMaker
+from tools.embedded_model.questions import load_questions
 from tools.embedded_model.vocabulary import (
     BEGIN,
     CONTEXT,
     END,
     VOCABULARY_SIZE,
+    Encoded,
     encode_document,
     make_tokenizer,
     write_json,
@@ -62,17 +64,22 @@ MODEL = {
 WARM_UP_STEPS = 100
 DECAY_SHARE = 0.6  # of the run, at its end
 LONGEST_ANSWER = 80  # tokens: what is longer is a story
-SHORTENED_SHARE = 0.7  # of single answers
-LEARNED_BEGINNING = 13  # tokens
+SHORTENED_SHARE = 0.8  # of single answers and of stories
+LEARNED_BEGINNING = 15  # tokens
+LEARNED_STORY_BEGINNING = 45
+DROPOUT = 0.1
+INTENT_WEIGHT = 0.5  # of the loss of telling the intent before the answer begins
+LONGEST_SHORT_ROW = 96  # tokens
 GROUP = 4096  # documents sorted by length together, so that a batch has little padding
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of equal length: tokens and targets [rows * length]; a target of -100 is not learned."""
+    """Rows of equal length: tokens, targets and intents [rows * length]; a target of -100 is not learned."""
 
     tokens: Tensor
     targets: Tensor
+    intents: Tensor  # the number of the intent of the answer that begins after a token, else -100
     rows: int
 
 
@@ -130,7 +137,9 @@ def load_weights(model: Transformer, folder: Path) -> None:
 
 def train(model: Transformer, tokenizer: Tokenizer, arguments: argparse.Namespace) -> None:
     """Next-token prediction on what the assistant says, in bfloat16 with weights in float32."""
-    optimizers = make_optimizers(model, arguments.learning_rate, arguments.weight_decay)
+    intent_head = nn.Linear(model.config.hidden_size, len(load_questions().intents))
+    optimizers = make_optimizers(model, intent_head, arguments.learning_rate, arguments.weight_decay)
+    add_dropout(model)
     batches = make_batches(tokenizer, arguments.seed, arguments.batch_tokens)
     start, tokens_seen, mean_loss = time.monotonic(), 0, 0.0
     for step, batch in enumerate(itertools.islice(batches, arguments.steps), start=1):
@@ -140,7 +149,7 @@ def train(model: Transformer, tokenizer: Tokenizer, arguments: argparse.Namespac
             break
         for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
             group["lr"] = arguments.learning_rate * learning_rate_share(step, progress)
-        loss = learn(model, batch, optimizers)
+        loss = learn(model, intent_head, batch, optimizers)
         tokens_seen += batch.tokens.numel()
         mean_loss = loss if step == 1 else 0.98 * mean_loss + 0.02 * loss
         if step % 25 == 0:
@@ -151,7 +160,7 @@ def train(model: Transformer, tokenizer: Tokenizer, arguments: argparse.Namespac
 
 
 def make_optimizers(
-    model: Transformer, learning_rate: float, weight_decay: float
+    model: Transformer, intent_head: nn.Linear, learning_rate: float, weight_decay: float
 ) -> tuple[torch.optim.Optimizer, ...]:
     """Muon for the matrices inside the layers, AdamW for the embedding and the norms.
 
@@ -159,7 +168,7 @@ def make_optimizers(
     its updates the size of AdamW's, so that both take the same learning rate.
     """
     matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    others: list[nn.Parameter] = [*intent_head.parameters()]
     for name, parameter in model.named_parameters():
         (matrices if parameter.dim() == 2 and "layers" in name else others).append(parameter)
     muon = torch.optim.Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
@@ -171,17 +180,51 @@ def learning_rate_share(step: int, progress: float) -> float:
     return min(1.0, step / WARM_UP_STEPS, (1 - progress) / DECAY_SHARE)
 
 
-def learn(model: Transformer, batch: Batch, optimizers: Sequence[torch.optim.Optimizer]) -> float:
-    """One step; the loss in nats per learned token."""
+def add_dropout(model: Transformer) -> None:
+    """Drops part of what is added to the residual stream, and of the embedding, while the model trains."""
+    for name, module in model.named_modules():
+        if name.endswith(("embed_tokens", "o_proj", "down_proj")):
+            module.register_forward_hook(lambda _, __, output: F.dropout(output, DROPOUT))
+
+
+class ShortRowAttention(RowAttention):
+    """The same written out: for rows as short as a question this is faster than the fused one."""
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (x.unflatten(0, (self.rows, -1)).transpose(1, 2) for x in (query, key, value))
+        length, group = query.shape[2], query.shape[1] // key.shape[1]
+        if length > LONGEST_SHORT_ROW:
+            return super().__call__(layer, *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)))
+        key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+        scores = query @ key.transpose(2, 3) * self.config.attention_scale  # [rows, heads, length, length]
+        hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(value.dtype)
+        return (weights @ value).transpose(1, 2).reshape(self.rows * length, -1)
+
+
+def learn(
+    model: Transformer, intent_head: nn.Linear, batch: Batch, optimizers: Sequence[torch.optim.Optimizer]
+) -> float:
+    """One step; the loss in nats per learned token.
+
+    A head that is thrown away afterwards has to tell the intent where the answer begins: there the model
+    learns to gather what was asked, which the first words of an answer, often the same ones, teach it less.
+    """
     length = batch.tokens.numel() // batch.rows
     positions = torch.arange(length).repeat(batch.rows)
     learned = (batch.targets >= 0).nonzero()[:, 0]
+    beginnings = (batch.intents >= 0).nonzero()[:, 0]
     with torch.autocast("cpu", torch.bfloat16):
-        attend = RowAttention(model.config, batch.rows)
-        logits = model(batch.tokens, positions, attend, learned)  # [learned tokens, vocab]
+        hidden = model.model(batch.tokens, positions, ShortRowAttention(model.config, batch.rows), False)
+        logits = model.lm_head(hidden[learned])  # [learned tokens, vocab]
+        guesses = intent_head(hidden[beginnings])
     loss = F.cross_entropy(logits.float(), batch.targets[learned])
+    total = loss
+    if len(beginnings):
+        total = loss + INTENT_WEIGHT * F.cross_entropy(guesses.float(), batch.intents[beginnings])
     model.zero_grad()
-    loss.backward()
+    intent_head.zero_grad()
+    total.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -191,57 +234,56 @@ def learn(model: Transformer, batch: Batch, optimizers: Sequence[torch.optim.Opt
 def make_batches(tokenizer: Tokenizer, seed: int, batch_tokens: int) -> Iterator[Batch]:
     """Batches without end, of documents of similar length, in random order."""
     chance = random.Random(seed)
+    maker = DocumentMaker(seed)
+    numbers = {intent.id: number for number, intent in enumerate(maker.book.intents)}
     documents = (
-        shortened(document, *encode_document(tokenizer, document), chance)
-        for document in DocumentMaker(seed).documents()
+        shortened(document, encode_document(tokenizer, document), chance) for document in maker.documents()
     )
     order = torch.Generator().manual_seed(seed)
     while True:
-        group = sorted(itertools.islice(documents, GROUP), key=lambda pair: len(pair[0]))
+        group = sorted(itertools.islice(documents, GROUP), key=lambda encoded: len(encoded.ids))
         batches = list(cut(group, batch_tokens))
         for index in torch.randperm(len(batches), generator=order).tolist():
-            yield pad(batches[index])
+            yield pad(batches[index], numbers)
 
 
-def shortened(
-    document: Document, ids: list[int], learned: list[bool], chance: random.Random
-) -> tuple[list[int], list[bool]]:
-    """Mostly only the beginning of a single answer.
+def shortened(document: Document, encoded: Encoded, chance: random.Random) -> Encoded:
+    """Mostly only the beginning of a single answer, and of a story.
 
     There it is decided which answer is given; the rest is soon known by heart, and costs as much time.
     """
-    is_single_answer = len(document.messages) in (2, 3) and sum(learned) <= LONGEST_ANSWER
-    if not is_single_answer or chance.random() >= SHORTENED_SHARE:
-        return ids, learned
-    end = learned.index(True) + LEARNED_BEGINNING
-    return ids[:end], learned[:end]
+    if len(document.messages) not in (2, 3) or chance.random() >= SHORTENED_SHARE:
+        return encoded
+    is_story = sum(encoded.learned) > LONGEST_ANSWER
+    count = LEARNED_STORY_BEGINNING if is_story else LEARNED_BEGINNING
+    return encoded.beginning(encoded.learned.index(True) + count)
 
 
-def cut(
-    documents: list[tuple[list[int], list[bool]]], batch_tokens: int
-) -> Iterator[list[tuple[list[int], list[bool]]]]:
+def cut(documents: Sequence[Encoded], batch_tokens: int) -> Iterator[list[Encoded]]:
     """Documents sorted by length, in runs of at most `batch_tokens` tokens with padding."""
-    run: list[tuple[list[int], list[bool]]] = []
-    for ids, learned in documents:
-        ids, learned = ids[:CONTEXT], learned[:CONTEXT]
-        if run and len(ids) * (len(run) + 1) > batch_tokens:
+    run: list[Encoded] = []
+    for whole in documents:
+        encoded = whole.beginning(CONTEXT)
+        if run and len(encoded.ids) * (len(run) + 1) > batch_tokens:
             yield run
             run = []
-        run.append((ids, learned))
+        run.append(encoded)
     yield run
 
 
-def pad(run: list[tuple[list[int], list[bool]]]) -> Batch:
+def pad(run: Sequence[Encoded], numbers: Mapping[str, int]) -> Batch:
     """Rows as long as the longest document: token t is input, token t + 1 the target where it is learned."""
-    length = len(run[-1][0]) - 1
+    length = len(run[-1].ids) - 1
     tokens = torch.zeros(len(run), length, dtype=torch.long)
     targets = torch.full((len(run), length), -100)
-    for row, (ids, learned) in enumerate(run):
-        count = len(ids) - 1
-        values = torch.tensor(ids)
+    intents = torch.full((len(run), length), -100)
+    for row, encoded in enumerate(run):
+        count = len(encoded.ids) - 1
+        values = torch.tensor(encoded.ids)
         tokens[row, :count] = values[:-1]
-        targets[row, :count] = torch.where(torch.tensor(learned[1:]), values[1:], -100)
-    return Batch(tokens.flatten(), targets.flatten(), len(run))
+        targets[row, :count] = torch.where(torch.tensor(encoded.learned[1:]), values[1:], -100)
+        intents[row, :count] = torch.tensor([numbers.get(intent, -100) for intent in encoded.intents[:-1]])
+    return Batch(tokens.flatten(), targets.flatten(), intents.flatten(), len(run))
 
 
 def write_model(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:

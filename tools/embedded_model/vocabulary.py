@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Template
@@ -82,20 +83,34 @@ def render(messages: Sequence[Message], template: str = CHAT_TEMPLATE) -> str:
     return text
 
 
-def encode_document(tokenizer: Tokenizer, document: Document) -> tuple[list[int], list[bool]]:
-    """Token ids, and for each whether it is learned: what the assistant says, or all of a free story.
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of a document, what of it is learned, and where an answer about an intent begins."""
+
+    ids: list[int]
+    learned: list[bool]
+    intents: list[str]  # at the token before an answer the intent of the answer, else nothing
+
+    def beginning(self, count: int) -> Encoded:
+        """The first tokens alone."""
+        return Encoded(self.ids[:count], self.learned[:count], self.intents[:count])
+
+
+def encode_document(tokenizer: Tokenizer, document: Document) -> Encoded:
+    """Learned is what the assistant says, or all of a free story.
 
     The ids of a conversation are those of its rendered chat template.
     """
     begin, end, *roles = range(len(SPECIAL_TOKENS))
     role_ids = dict(zip(ROLE_TOKENS, roles, strict=True))
-    ids, learned = [begin], [False]
-    parts = [(message.role, message.content) for message in document.messages] or [("", document.text)]
-    for role, text in parts:
-        if role:
-            ids.append(role_ids[role])
+    ids, learned, intents = [begin], [False], [""]
+    for message in document.messages or (Message(role="", content=document.text),):
+        if message.role:
+            ids.append(role_ids[message.role])
             learned.append(False)
-        piece = [*tokenizer.encode(text.strip(), add_special_tokens=False).ids, end]
+            intents.append(message.intent)
+        piece = [*tokenizer.encode(message.content.strip(), add_special_tokens=False).ids, end]
         ids += piece
-        learned += [role in ("", "assistant")] * len(piece)
-    return ids, learned
+        learned += [message.role in ("", "assistant")] * len(piece)
+        intents += [""] * len(piece)
+    return Encoded(ids, learned, intents)

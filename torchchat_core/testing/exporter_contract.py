@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import TORCH_DTYPES
 from torchchat_core.specs import ExecutorInfo, ExporterInfo, LoadRequest
+from torchchat_core.testing.cases import Case
 from torchchat_core.testing.demands import demand, described, options_of, registered
 from torchchat_core.testing.models import PROMPTS, reference_logits, seeded, variant_config
-from torchchat_core.testing.session_contract import Case, SessionContract
+from torchchat_core.testing.session_contract import SessionContract
 
 OLD = b"an older file"
 

@@ -1,14 +1,31 @@
-"""How much memory is held now, measured so that what was closed and not freed shows."""
+"""How much memory is held, measured so that what was closed and not freed shows."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from torchchat_core.testing.demands import demand
+
+ROUNDS = 6
+
+
+def demand_no_growth(use: Callable[[], None], device: str, taken: int, what: str) -> None:
+    """Demands that using and closing `what`, which takes so many bytes, again and again needs no further memory."""
+    for _ in range(2):  # what is made once for all of them
+        use()
+    before = bytes_held(device)
+    for _ in range(ROUNDS):
+        use()
+    growth = max(after - first for first, after in zip(before, bytes_held(device), strict=True))
+    demand(growth < ROUNDS * taken / 2, f"{what} of {taken / 1e6:.1f} MB was used and closed {ROUNDS} times, and "
+           f"{growth / 1e6:.1f} MB stay", "drop every reference to tensors and native objects in close()")
 
 
 def bytes_held(device: str) -> list[int]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchchat_core.models.attention import RowAttention
 from torchchat_core.models.config import ModelConfig, RopeScaling
 from torchchat_core.models.transformer import Transformer
+from torchchat_core.tokenizers.base import well_formed
 
 TINY: Mapping[str, Any] = {
     "architecture": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2,
@@ -93,11 +94,10 @@ class TinyTokenizer:
     adds_prefix_space = False
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        if not special:
-            return [byte + 3 for byte in text.encode(errors="replace")]
-        parts = re.split("(" + "|".join(map(re.escape, self.special_tokens)) + ")", text)
+        controls = self.special_tokens if special else {}
+        parts = re.split("(" + "|".join(map(re.escape, controls)) + ")", text) if controls else [text]
         return [token for part in parts for token in
-                ([self.special_tokens[part]] if part in self.special_tokens else self.encode(part))]
+                ([controls[part]] if part in controls else (byte + 3 for byte in well_formed(part).encode()))]
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(token - 3 for token in ids if token > 2).decode(errors="replace")

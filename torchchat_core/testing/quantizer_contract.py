@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import TORCH_DTYPES
 from torchchat_core.specs import DEVICES, DTYPES, LayerReport, QuantizerInfo, QuantReport
+from torchchat_core.testing.cases import available, device_parameter
 from torchchat_core.testing.demands import demand, demand_none, described, options_of
 from torchchat_core.testing.models import PROMPTS, VARIANTS, reference_logits, seeded, tiny_config
-from torchchat_core.testing.session_contract import available, device_parameter
 
 # Large enough for groups of 128 and tiles of 32 rows, where the model has no odd sizes.
 SIZES: Mapping[str, Any] = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32,
@@ -127,7 +127,8 @@ class QuantizerContract:
         error = float((given - expected).norm() / expected.norm())
         demand(error <= self.error_bound, f"the logits of the quantised {variant} model in {dtype} are off by "
                f"{error:.3f}; {self.error_bound:.3f} is permitted",
-               "look at scales, zero points and the order of packed values; set `error_bound` to what the scheme costs on random weights")
+               "look at scales, zero points and the order of packed values; set `error_bound` to what the scheme "
+               "costs on random weights")
 
     def test_biases_stay(self, recipe: Mapping[str, Any], dtype: str) -> None:
         """What a layer gives for zeros is its bias: it must neither be lost nor quantised."""

@@ -6,10 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
@@ -18,59 +17,15 @@ from torch import Tensor
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import TORCH_DTYPES
 from torchchat_core.specs import ABILITIES, DTYPES, ExecutorInfo, LoadedModel, LoadRequest, Session
+from torchchat_core.testing.cases import Case, Running, available, device_parameter, everywhere
 from torchchat_core.testing.demands import demand, refusal
-from torchchat_core.testing.memory import bytes_held
-from torchchat_core.testing.models import PROMPTS, VARIANTS, reference_logits, seeded, tiny_config, variant_config
+from torchchat_core.testing.memory import demand_no_growth
+from torchchat_core.testing.models import PROMPTS, VARIANTS, seeded, tiny_config, variant_config
 
 # A model and a prompt whose weights and whose KV cache are some megabytes, for the sake of measuring memory.
 WIDE: Mapping[str, Any] = {"num_layers": 4, "hidden_size": 128, "intermediate_size": 512, "num_heads": 8,
                            "num_kv_heads": 8, "head_dim": 128, "max_context": 512}
 WIDE_PROMPT = 256
-ROUNDS = 6
-
-Test = TypeVar("Test", bound=Callable[..., None])
-
-
-def everywhere(test: Test) -> Test:
-    """Has a test run for every variant, device and dtype, and not only for the first variant in the best dtype."""
-    test.everywhere = True  # type: ignore[attr-defined]
-    return test
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model to load: which, where, and in what."""
-
-    variant: str
-    device: str
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.variant}-{self.device}-{self.dtype}"
-
-
-@dataclass(frozen=True)
-class Running:
-    """A loaded model, and the reference for it: the same weights as float32."""
-
-    case: Case
-    model: LoadedModel
-    reference: Transformer
-    tolerance: float
-
-    def expected(self, tokens: Sequence[int], session: Session) -> Tensor:
-        """Logits [n, vocab] that the session has to give at each of the tokens, if it holds nothing before them."""
-        return reference_logits(self.reference, tokens, session.limit)
-
-    def compare(self, given: Tensor, expected: Tensor, what: str, mend: str) -> None:
-        """Demands that logits agree within the tolerance, relative to the largest of those expected."""
-        __tracebackhide__ = True
-        demand(given.shape == expected.shape, f"{what}: logits of shape {list(given.shape)} instead of "
-               f"{list(expected.shape)}", "return logits [vocab] of the last position, without a batch dimension")
-        error = float((given - expected).abs().max() / expected.abs().max())
-        demand(error <= self.tolerance, f"{what} ({self.case}): logits are off by {error:.2g} of the largest one; "
-               f"{self.tolerance:.2g} is permitted", mend)
-
 
 class SessionContract:
     """The tests of sessions; subclasses say how a model is loaded."""
@@ -278,8 +233,8 @@ class SessionContract:
         lengths.append(session.length)
         session.truncate(2)
         lengths.append(session.length)
-        demand(lengths == [0, 3, 4, 2], f"the length is {lengths} at first, after 3 tokens, after another, and cut to 2; "
-               "it should be [0, 3, 4, 2]", "count each token once, when its keys and values are held")
+        demand(lengths == [0, 3, 4, 2], f"the length is {lengths} at first, after 3 tokens, after another, and cut to "
+               "2; it should be [0, 3, 4, 2]", "count each token once, when its keys and values are held")
 
     def test_a_session_holds_as_much_as_its_limit(self, running: Running) -> None:
         """Also the last place is there, and without a limit the whole context."""
@@ -421,7 +376,7 @@ class SessionContract:
             session.close()
             kept.append(session)
 
-        _demand_no_growth(use, case.device, taken, "a session")
+        demand_no_growth(use, case.device, taken, "a session")
         model.close()
 
     def test_closing_a_model_frees_its_memory(self, case: Case, tmp_path: Path) -> None:
@@ -438,33 +393,7 @@ class SessionContract:
             model.close()
             kept.append((model, session))
 
-        _demand_no_growth(use, case.device, taken, "a model")
-
-
-def _demand_no_growth(use: Callable[[], None], device: str, taken: int, what: str) -> None:
-    """Demands that using and closing `what`, which takes so many bytes, again and again needs no further memory."""
-    for _ in range(2):  # what is made once for all of them
-        use()
-    before = bytes_held(device)
-    for _ in range(ROUNDS):
-        use()
-    growth = max(after - first for first, after in zip(before, bytes_held(device), strict=True))
-    demand(growth < ROUNDS * taken / 2, f"{what} of {taken / 1e6:.1f} MB was used and closed {ROUNDS} times, and "
-           f"{growth / 1e6:.1f} MB stay", "drop every reference to tensors and native objects in close()")
-
-
-def available(device: str) -> bool:
-    """Whether this machine has the device."""
-    if device == "cuda":
-        return torch.cuda.is_available()
-    return device == "cpu" or (device == "mps" and torch.backends.mps.is_available())
-
-
-def device_parameter(device: str, value: object = None) -> Any:
-    """A parameter of tests that are skipped where this machine lacks the device; the device itself without `value`."""
-    marks = () if available(device) else (pytest.mark.skip(reason=f"this machine has no {device}"),)
-    parameter = device if value is None else value
-    return pytest.param(parameter, id=str(parameter), marks=marks)
+        demand_no_growth(use, case.device, taken, "a model")
 
 
 def _form(value: Any) -> str:

@@ -17,7 +17,7 @@ DIFFICULT_TEXTS: Sequence[str] = (
     "na\u00efve caf\u00e9", "e\u0301 a\u0308\u0323 Z\u0351\u036b\u0343", "\u1e9e \u0130 \u01c5 \ufb01", "\u212b \u2126",
     "\N{GRINNING FACE}", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f44d\U0001f3fd \U0001f1e9\U0001f1ea",
     "\u4f60\u597d\uff0c\u4e16\u754c", "\u3053\u3093\u306b\u3061\u306f", "\uc548\ub155\ud558\uc138\uc694", "\U00020000",
-    "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd", "\u202eabc\u202c", 
+    "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd", "\u202eabc\u202c",
     "\u0928\u092e\u0938\u094d\u0924\u0947", "\ufffd",
     "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "\x00\x01\x07\x1b[0m\x7f", "\x85\u2028\u2029", "\ufeffbom", "\ue000",
     "\u2581", "a\u2581b", "\u0120\u010a", "<0x41>", "##ing", "a" * 3000, " " * 300, "\n" * 300, "ab \N{SNOWMAN}" * 500,
