@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "docs" / "plugins" / "examples"
-NAMES = ("tc_ternary", "tc_zip")
+NAMES = ("tc_float8", "tc_zip")
 Shell = Callable[..., str]
 
 
@@ -22,9 +22,9 @@ def installed(environment: Path, wheels: dict[str, Path], shell: Shell) -> Itera
     torchchat = environment / "bin/torchchat"
     shell(torchchat, "install", *(wheels[name] for name in NAMES))
     yield environment
-    shell(torchchat, "uninstall", "--yes", "tc-ternary", "tc-zip")
-    assert "ternary" not in shell(torchchat, "plugins")
-    assert not list(environment.rglob("tc_ternary*"))
+    shell(torchchat, "uninstall", "--yes", "tc-float8", "tc-zip")
+    assert "float8" not in shell(torchchat, "plugins")
+    assert not list(environment.rglob("tc_float8*"))
     assert not list(environment.rglob("tc_zip*"))
 
 
@@ -43,9 +43,9 @@ def test_the_tutorial_shows_the_files_as_they_are() -> None:
 
 def test_installed_examples_are_listed_and_fit(installed: Path, shell: Shell) -> None:
     listed = shell(installed / "bin/torchchat", "plugins")
-    assert "tc-ternary:ternary 0.1.0" in listed
+    assert "tc-float8:float8 0.1.0" in listed
     assert "tc-zip:zip 0.1.0" in listed
-    assert "| tc-eager:eager | in memory | linear:ternary | fp32, bf16, fp16 |" in shell(
+    assert "| tc-eager:eager | in memory | linear:float8 | fp32, bf16, fp16 |" in shell(
         installed / "bin/torchchat", "plugins", "--matrix")
     shell(installed / "bin/torchchat", "doctor", "--offline")
 
@@ -55,9 +55,9 @@ def test_the_quantizer_runs_in_generate(installed: Path, shell: Shell) -> None:
         return shell(installed / "bin/torchchat", "generate", "--prompt", "Who are you?", "--temperature", "0",
                      "--max-new-tokens", "12", *flags)
 
-    assert answer("--quantize", "linear:ternary") != answer()
-    other = answer("--quantize", '{"linear:ternary": {"threshold": 1.5}}')
-    assert other != answer("--quantize", "linear:ternary")
+    assert answer("--quantize", "linear:float8") != answer()
+    other = answer("--quantize", '{"linear:float8": {"output_layer": true}}')
+    assert other != answer("--quantize", "linear:float8")
 
 
 def test_the_source_runs_in_generate(installed: Path, shell: Shell, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheels: dict[str, Path]) -> 
     for name, wheel in wheels.items():
         names = zipfile.ZipFile(wheel).namelist()
         assert {entry.split("/")[0] for entry in names} == {name, names[-1].split("/")[0]}
-        assert f"{name}/py.typed" in names or name in ("tc_ternary", "tc_zip")  # the examples keep to what is needed
+        assert f"{name}/py.typed" in names or name in ("tc_float8", "tc_zip")  # the examples keep to what is needed
     core = zipfile.ZipFile(wheels["torchchat_core"]).namelist()
     assert {"torchchat_core/data/embedded/model.safetensors", "torchchat_core/data/embedded/tokenizer.json",
             "torchchat_core/data/templates/llama3.jinja"} <= set(core)

@@ -183,7 +183,7 @@ def learning_rate_share(step: int, progress: float) -> float:
 def add_dropout(model: Transformer) -> None:
     """Drops part of what is added to the residual stream, and of the embedding, while the model trains."""
     for name, module in model.named_modules():
-        if name.endswith(("embed_tokens", "o_proj", "down_proj")):
+        if name.endswith(("embed_tokens", "down_proj")):
             module.register_forward_hook(lambda _, __, output: F.dropout(output, DROPOUT))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -57,6 +57,21 @@ class Running:
         error = float((given - expected).abs().max() / expected.abs().max())
         demand(error <= self.tolerance, f"{what} ({self.case}): logits are off by {error:.2g} of the largest one; "
                f"{self.tolerance:.2g} is permitted", mend)
+
+
+class FewThreads:
+    """A part of the contracts that compute."""
+
+    threads = 1  # that PyTorch computes with during the tests
+
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def few_threads(cls) -> Iterator[None]:
+        """Tiny models gain nothing from more threads, and lose much where other programs want the processor."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(cls.threads)
+        yield
+        torch.set_num_threads(before)
 
 
 def available(device: str) -> bool:

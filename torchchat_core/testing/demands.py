@@ -43,19 +43,22 @@ def refusal(what: str) -> Iterator[None]:
     raise AssertionError(f"{what} was accepted\n  to mend it: {REFUSE}")
 
 
-def registered(plugin: str) -> tuple[Registry, Plugin]:
-    """A registry of core's own offers and those of the module `plugin`, and the plugin's row in it."""
+def load_plugin(plugin: str) -> Plugin:
+    """The row that the module `plugin` gets in a registry of its own."""
+    return Registry().add(importlib.import_module(plugin), plugin, plugin)
+
+
+def registry_with(plugin: str) -> Registry:
+    """A registry of core's own offers and those of the module `plugin`."""
     registry = Registry()
-    core = registry.add(builtins, "builtins", CORE)
-    if plugin == builtins.__name__:
-        return registry, core
-    row = registry.add(importlib.import_module(plugin), plugin, plugin)
-    return registry, row
+    for module in dict.fromkeys((builtins, importlib.import_module(plugin))):
+        registry.add(module, module.__name__, CORE if module is builtins else plugin)
+    return registry
 
 
 def described(plugin: str, kind: type[Info], name: str) -> Info:
     """The description called `name` that the plugin offers."""
-    _, row = registered(plugin)
+    row = load_plugin(plugin)
     demand(row.state == "loaded", f"the plugin {plugin!r} cannot be loaded: {row.reason}", "see PluginContract")
     found = [info for info in row.offers if isinstance(info, kind) and info.name == name]
     known = [info.name for info in row.offers if isinstance(info, kind)]

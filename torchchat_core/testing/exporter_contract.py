@@ -15,7 +15,7 @@ from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import TORCH_DTYPES
 from torchchat_core.specs import ExecutorInfo, ExporterInfo, LoadRequest
 from torchchat_core.testing.cases import Case
-from torchchat_core.testing.demands import demand, described, options_of, registered
+from torchchat_core.testing.demands import demand, described, load_plugin, options_of
 from torchchat_core.testing.models import PROMPTS, reference_logits, seeded, variant_config
 from torchchat_core.testing.session_contract import SessionContract
 
@@ -44,7 +44,7 @@ class ExporterContract(SessionContract):
 
     def executor_info(self) -> ExecutorInfo:
         written, plugin = self.exporter_info().writes, self.executor_plugin or self.plugin
-        offers = registered(plugin)[1].offers
+        offers = load_plugin(plugin).offers
         readers = [info for info in offers if isinstance(info, ExecutorInfo) and written in info.reads]
         demand(readers, f"the plugin {plugin!r} has no executor that reads {written!r} files", "let `writes` of the "
                "exporter be among `reads` of an executor; set `executor_plugin` where another plugin offers that")

@@ -31,7 +31,7 @@ from torchchat_core.specs import (
     QuantizerInfo,
     TokenizerInfo,
 )
-from torchchat_core.testing.demands import demand, demand_none, registered
+from torchchat_core.testing.demands import demand, demand_none, load_plugin
 
 HEAVY = ("torch", "torchao", "torchtune", "transformers", "executorch", "sentencepiece", "tokenizers", "tiktoken",
          "huggingface_hub", "safetensors", "streamlit", "numpy", "scipy", "pandas", "pydantic", "fastapi", "requests",
@@ -78,7 +78,7 @@ class PluginContract:
 
     def test_its_hooks_are_known_and_return_descriptions(self) -> None:
         """A plugin with a misspelt hook, or one that returns something else, would be left out by every command."""
-        _, row = registered(self.plugin)
+        row = load_plugin(self.plugin)
         demand(row.state == "loaded", f"the plugin {self.plugin!r} cannot be loaded: {row.reason}",
                "implement hooks of torchchat_core.hookspecs, marked with @hookimpl, each returning a list of the "
                "descriptions of torchchat_core.specs")
@@ -122,7 +122,7 @@ class PluginContract:
         demand_none(faults, "correct the description; the known names stand in torchchat_core.specs")
 
     def _offers(self) -> list[Description]:
-        return registered(self.plugin)[1].offers
+        return load_plugin(self.plugin).offers
 
 
 def _fresh_probe(plugin: str) -> tuple[float, list[str]]:

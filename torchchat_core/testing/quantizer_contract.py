@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import TORCH_DTYPES
 from torchchat_core.specs import DEVICES, DTYPES, LayerReport, QuantizerInfo, QuantReport
-from torchchat_core.testing.cases import available, device_parameter
+from torchchat_core.testing.cases import FewThreads, available, device_parameter
 from torchchat_core.testing.demands import demand, demand_none, described, options_of
 from torchchat_core.testing.models import PROMPTS, VARIANTS, reference_logits, seeded, tiny_config
 
@@ -50,7 +50,7 @@ class Quantised:
         return [layer for layer in self.report.layers if layer.scheme is None]
 
 
-class QuantizerContract:
+class QuantizerContract(FewThreads):
     """A quantizer's report is true, its error is bounded, and its options say all that there is to say.
 
         class TestQuantizer(QuantizerContract):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import TORCH_DTYPES
 from torchchat_core.specs import ABILITIES, DTYPES, ExecutorInfo, LoadedModel, LoadRequest, Session
-from torchchat_core.testing.cases import Case, Running, available, device_parameter, everywhere
+from torchchat_core.testing.cases import Case, FewThreads, Running, available, device_parameter, everywhere
 from torchchat_core.testing.demands import demand, refusal
 from torchchat_core.testing.memory import demand_no_growth
 from torchchat_core.testing.models import PROMPTS, VARIANTS, seeded, tiny_config, variant_config
@@ -27,13 +27,12 @@ WIDE: Mapping[str, Any] = {"num_layers": 4, "hidden_size": 128, "intermediate_si
                            "num_kv_heads": 8, "head_dim": 128, "max_context": 512}
 WIDE_PROMPT = 256
 
-class SessionContract:
+class SessionContract(FewThreads):
     """The tests of sessions; subclasses say how a model is loaded."""
 
     variants: Sequence[str] = tuple(VARIANTS)  # of models.VARIANTS: the architectures that the runtime knows
     tolerances: Mapping[str, float] = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.01}  # of logits, relative to the largest
 
-    threads = 1  # that PyTorch computes with during the tests
 
     def executor_info(self) -> ExecutorInfo:
         """The description of the executor that runs the models."""
@@ -57,15 +56,6 @@ class SessionContract:
         return loaded
 
     # ---- fixtures -------------------------------------------------------------------------------------------------
-
-    @pytest.fixture(scope="class", autouse=True)
-    @classmethod
-    def few_threads(cls) -> Iterator[None]:
-        """Tiny models gain nothing from more threads, and lose much where other programs want the processor."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(cls.threads)
-        yield
-        torch.set_num_threads(before)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         devices, dtypes = self.devices_and_dtypes()

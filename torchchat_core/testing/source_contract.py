@@ -14,7 +14,7 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.models.weights import build_model
 from torchchat_core.sources.reference import resolve
 from torchchat_core.specs import Checkpoint, ModelFiles, ModelRef, ModelSource, ModelSourceInfo
-from torchchat_core.testing.demands import demand, demand_none, described, refusal, registered
+from torchchat_core.testing.demands import demand, demand_none, described, refusal, registry_with
 
 ELSEWHERE = "no/such-model"
 
@@ -192,7 +192,7 @@ class ModelSourceContract:
         return self.info.make()
 
     def _resolve(self, reference: str) -> ModelRef:
-        found = resolve(reference, registered(self.plugin)[0])
+        found = resolve(reference, registry_with(self.plugin))
         demand(found.scheme in self.info.schemes or not self.info.schemes, f"{reference!r} is of the scheme "
                f"{found.scheme!r}, which {self.name!r} does not declare",
                "let `references` give references of this source")
@@ -201,14 +201,14 @@ class ModelSourceContract:
     def _fetch(self, reference: str) -> ModelFiles:
         """The files, by this source or, where it only opens what others find, by the source of the scheme."""
         found = self._resolve(reference)
-        finders = [info for info in registered(self.plugin)[0].infos(ModelSourceInfo) if found.scheme in info.schemes]
+        finders = [info for info in registry_with(self.plugin).infos(ModelSourceInfo) if found.scheme in info.schemes]
         source: ModelSource = self._source if self.info.schemes else finders[0].make()
         return source.fetch(found)
 
     def _open(self, reference: str) -> Checkpoint:
         """The checkpoint, by this source or, where another one reads the format, by that."""
         files = self._fetch(reference)
-        readers = [info for info in registered(self.plugin)[0].infos(ModelSourceInfo) if files.format in info.formats]
+        readers = [info for info in registry_with(self.plugin).infos(ModelSourceInfo) if files.format in info.formats]
         chosen = next((info for info in readers if info.name == self.name), next(iter(readers), None))
         demand(chosen, f"nothing opens the format {files.format!r}", "declare it in `formats`, and implement "
                "open(); or give the files one of the formats that core reads, which are safetensors and pytorch")

@@ -8,13 +8,13 @@ from torchchat_core.specs import QuantizerInfo
 
 
 @dataclass(frozen=True, kw_only=True)
-class TernaryOptions:
-    threshold: float = option(0.5, "weights below this share of a row's mean size become 0", minimum=0.0, maximum=2.0)
+class Float8Options:
+    output_layer: bool = option(False, "quantise the output layer too")
 
 
 @hookimpl
 def torchchat_quantizers() -> list[QuantizerInfo]:
     return [QuantizerInfo(
-        name="ternary", summary="weights -1, 0 and 1, one scale for each row", scheme="linear:ternary",
-        factory="tc_ternary.quantizer:TernaryQuantizer", options=TernaryOptions,
+        name="float8", summary="weights in eight-bit floating point, one scale for each row", scheme="linear:float8",
+        factory="tc_float8.quantizer:Float8Quantizer", options=Float8Options,
         devices=frozenset({"cpu", "cuda"}), dtypes=frozenset({"fp32", "bf16", "fp16"}))]

@@ -1,0 +1,155 @@
+"""The plugin contract finds each kind of fault, in plugins that are written to disk as a third party's would be."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+
+import pytest
+
+from torchchat_core.testing import PluginContract
+
+RIGHT = '''
+from __future__ import annotations
+from dataclasses import dataclass
+from torchchat_core.hookspecs import hookimpl
+from torchchat_core.options import option
+from torchchat_core.specs import CommandInfo, ExecutorInfo, ExporterInfo, ModelSourceInfo, QuantizerInfo, TokenizerInfo
+
+CPU, FP32 = frozenset({"cpu"}), frozenset({"fp32"})
+
+@dataclass(frozen=True)
+class Options:
+    groupsize: int | None = option(64, "weights that share one scale", minimum=1)
+    ratio: float = option(0.5, "between two things", minimum=0, maximum=1)
+    exact: bool = option(False, "slower")
+    layers: tuple[str, ...] = option((), "only these")
+
+class Maker:
+    def fetch(self, ref): ...
+    def open(self, files): ...
+    def remove(self, ref): ...
+    def accepts(self, path): ...
+    def read(self, path, settings): ...
+    def apply(self, model, options): ...
+    def load(self, request): ...
+    def export(self, module, path, options): ...
+
+@hookimpl
+def torchchat_model_sources():
+    return [ModelSourceInfo(name="s", summary="s", factory=f"{__name__}:Maker", schemes=frozenset({"mine"}),
+                            formats=frozenset({"mine"}), aliases={"tiny-1b": "mine:tiny"}, keeps=True)]
+
+@hookimpl
+def torchchat_tokenizers():
+    return [TokenizerInfo(name="t", summary="t", factory=f"{__name__}:Maker", files=("*.mine",))]
+
+@hookimpl
+def torchchat_quantizers():
+    return [QuantizerInfo(name="q", summary="q", factory=f"{__name__}:Maker", scheme="linear:int8", options=Options,
+                          devices=CPU, dtypes=FP32)]
+
+@hookimpl
+def torchchat_executors():
+    return [ExecutorInfo(name="e", summary="e", factory=f"{__name__}:Maker", reads=frozenset({"module"}), devices=CPU,
+                         dtypes=FP32, schemes=frozenset({"linear:int8"}), platforms=frozenset({"linux", "darwin"}))]
+
+@hookimpl
+def torchchat_exporters():
+    return [ExporterInfo(name="x", summary="x", factory=f"{__name__}:Maker", writes="mine", suffix=".mine", devices=CPU,
+                         dtypes=FP32)]
+
+@hookimpl
+def torchchat_commands():
+    return [CommandInfo(name="c", summary="c", factory="torchchat_core.cli.generate:generate")]
+'''
+
+# What is replaced in the right plugin by what, the test that has to fail, and words that it has to say.
+TABLE = {
+    "misspelt": ("torchchat_executors", "torchchat_executor", "test_its_hooks_are_known_and_return_descriptions",
+                 "did you mean torchchat_executors"),
+    "unmarked": ("@hookimpl\ndef torchchat_tok", "def torchchat_tok", "test_its_hooks_are_known_and_return_descriptions",
+                 "lacks the @hookimpl decorator"),
+    "returns_names": ("return [TokenizerInfo", "return ['t'] or [TokenizerInfo",
+                      "test_its_hooks_are_known_and_return_descriptions", "has to return a list of TokenizerInfo"),
+    "bad_name": ('name="e"', 'name="My Executor"', "test_its_hooks_are_known_and_return_descriptions", "'My Executor'"),
+    "empty": ("torchchat_", "_torchchat_", "test_its_hooks_are_known_and_return_descriptions", "offers nothing"),
+    "heavy": ("from dataclasses", "import numpy\nfrom dataclasses", "test_loading_it_imports_nothing_heavy",
+              "imports numpy"),
+    "heavy_hook": ("    return [ExecutorInfo", "    import torch\n    return [ExecutorInfo",
+                   "test_loading_it_imports_nothing_heavy", "torch"),
+    "here_only": ("from dataclasses", "import pytest\nassert 'pytest_timeout' in __import__('sys').modules\n"
+                  "from dataclasses", "test_loading_it_imports_nothing_heavy", "fails in a fresh process: AssertionError"),
+    "slow": ("CPU, FP32", "sum(range(20_000_000))\nCPU, FP32", "test_loading_it_takes_little_time", "ms of CPU time"),
+    "no_factory": (':Maker", files', ':Absent", files', "test_its_factories_make_what_their_kind_asks_for",
+                   "has no attribute 'Absent'"),
+    "needs_arguments": ("class Maker:", "class Maker:\n    def __init__(self, path): ...",
+                        "test_its_factories_make_what_their_kind_asks_for", "raises TypeError"),
+    "no_method": ("def load", "def run", "test_its_factories_make_what_their_kind_asks_for", "has no method load()"),
+    "no_remove": ("def remove", "def delete", "test_its_factories_make_what_their_kind_asks_for", "no method remove()"),
+    "wrong_arguments": ("def apply(self, model, options)", "def apply(self, model)",
+                        "test_its_factories_make_what_their_kind_asks_for", "apply() does not take 2 argument(s)"),
+    "no_command": ("generate:generate", "generate:COLUMNS", "test_its_factories_make_what_their_kind_asks_for", "factory"),
+    "bare_field": ('exact: bool = option(False, "slower")', "exact: bool = False", "test_its_options_are_well_formed",
+                   "'exact' was not declared with"),
+    "no_help": ('"slower"', '" "', "test_its_options_are_well_formed", "'exact' has no help"),
+    "bad_default": ("option(0.5", "option(1.5", "test_its_options_are_well_formed", "ratio is 1.5; it has to be 0 to 1"),
+    "bad_type": ("exact: bool = option(False", "exact: complex = option(1j", "test_its_options_are_well_formed",
+                 "'exact' is of type complex"),
+    "needed_option": ("groupsize: int | None", "needed: int\n    groupsize: int | None", "test_its_options_are_well_formed",
+                      "cannot be made without arguments"),
+    "no_json": ("exact: bool = option(False", "exact: bytes = option(b''", "test_its_options_survive_json",
+                "cannot be written as JSON"),
+    "forgets": ("class Maker:", "_init = Options.__init__\nOptions.__init__ = lambda self, **named: _init(self, "
+                "**{**named, 'ratio': 0.25 if named else 0.5})\nclass Maker:", "test_its_options_survive_json",
+                "come back from JSON as Options(groupsize=64, ratio=0.25"),
+    "bad_device": ('"cpu"', '"gpu"', "test_its_capabilities_are_known_and_complete", "declares the devices 'gpu'"),
+    "bad_dtype": ('"fp32"', '"float32"', "test_its_capabilities_are_known_and_complete", "declares the dtypes 'float32'"),
+    "bad_scheme": ('schemes=frozenset({"linear:int8"})', 'schemes=frozenset({"int8"})',
+                   "test_its_capabilities_are_known_and_complete", "declares the schemes 'int8'"),
+    "bad_platform": ('"darwin"', '"macos"', "test_its_capabilities_are_known_and_complete", "the platforms 'macos'"),
+    "bad_suffix": ('suffix=".mine"', 'suffix="mine"', "test_its_capabilities_are_known_and_complete", "suffix 'mine'"),
+    "text_for_set": ('reads=frozenset({"module"})', 'reads="module"', "test_its_capabilities_are_known_and_complete",
+                     "declares reads as the text 'module'"),
+    "runs_nowhere": ("devices=CPU,\n                         dtypes=FP32, schemes", "schemes",
+                     "test_its_capabilities_are_known_and_complete", "'e' declares no devices and no dtypes"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plugins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """All of them, importable from a folder."""
+    folder = tmp_path_factory.mktemp("plugins")
+    (folder / "plugin_right.py").write_text(RIGHT)
+    for name, (old, new, *_) in TABLE.items():
+        assert old in RIGHT, name
+        (folder / f"plugin_{name}.py").write_text(RIGHT.replace(old, new))
+    sys.path.insert(0, str(folder))
+    yield
+    sys.path.remove(str(folder))
+    for name in [name for name in sys.modules if name.startswith("plugin_")]:
+        del sys.modules[name]
+
+
+class TestRight(PluginContract):
+    plugin = "plugin_right"
+
+
+def contract(plugin: str) -> type[PluginContract]:
+    """The contract of one of the plugins, as a test class of this module."""
+    name = f"Contract_{plugin}"
+    globals()[name] = type(name, (PluginContract,), {"plugin": f"plugin_{plugin}", "__module__": __name__})
+    return globals()[name]
+
+
+FAULTS = [(contract(name), test, words) for name, (_, _, test, words) in TABLE.items()]
+
+
+@pytest.mark.parametrize(("contract", "test", "words"), FAULTS)
+def test_the_fault_is_found(contract: type, test: str, words: str, failures: Mapping[tuple[str, str], str]) -> None:
+    assert words in failures[contract.__name__, test]
+    assert "to mend it: " in failures[contract.__name__, test]
+
+
+def test_every_demand_has_a_fault() -> None:
+    assert {name for name in dir(PluginContract) if name.startswith("test_")} == {test for _, test, _ in FAULTS}
