@@ -1,17 +1,15 @@
-"""What several tests need: the test data, and tiny models made on the spot."""
+"""What several tests need beside the fixtures of torchchat_core.testing."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from torchchat_core.chat_template import ChatTemplate
-from torchchat_core.models.config import ModelConfig
-from torchchat_core.models.transformer import Transformer
+from torchchat_core.testing.models import TinyTokenizer
 from torchchat_core.text_format import TextFormat
 
 TESTDATA = Path(__file__).resolve().parents[2] / "shared" / "testdata"
@@ -25,53 +23,6 @@ def testdata() -> Path:
     return TESTDATA
 
 
-def tiny_config(**changes: object) -> ModelConfig:
-    """A model of some ten thousand parameters."""
-    sizes = {"architecture": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2,
-             "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "max_context": 128}
-    return ModelConfig(**{**sizes, **changes})  # type: ignore[arg-type]
-
-
-def seeded(config: ModelConfig, seed: int = 0) -> Transformer:
-    """A transformer with random weights that are the same in every run."""
-    generator = torch.Generator().manual_seed(seed)
-    model = Transformer(config).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.2 * noise)
-    return model
-
-
-@pytest.fixture
-def make_transformer() -> Callable[..., Transformer]:
-    """Makes a seeded tiny transformer; keyword arguments change its configuration."""
-    return lambda seed=0, **changes: seeded(tiny_config(**changes), seed)
-
-
-class ByteTokenizer:
-    """Every byte a token (ids 3 to 258), with <s>, </s> and <|turn|> before them."""
-
-    vocab_size = 259
-    bos_id = 0
-    eos_id = 1
-    special_tokens: Mapping[str, int] = {"<s>": 0, "</s>": 1, "<|turn|>": 2}
-    adds_bos = True
-    adds_prefix_space = False
-
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
-        if not special:
-            return [byte + 3 for byte in text.encode()]
-        parts = re.split("(" + "|".join(map(re.escape, self.special_tokens)) + ")", text)
-        return [token for part in parts for token in
-                ([self.special_tokens[part]] if part in self.special_tokens else self.encode(part))]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(token - 3 for token in ids if token > 2).decode(errors="replace")
-
-    def token_bytes(self, token: int) -> bytes:
-        return bytes([token - 3]) if token > 2 else b"<s>"
-
-
 TURNS = "{{ bos_token }}{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}</s>{% endfor %}" \
         "{% if add_generation_prompt %}<|turn|>assistant: {% endif %}"
 
@@ -80,7 +31,7 @@ TURNS = "{{ bos_token }}{% for m in messages %}<|turn|>{{ m.role }}: {{ m.conten
 def byte_format() -> TextFormat:
     """Text as bytes, with a chat template."""
     template = ChatTemplate(TURNS, bos_token="<s>", eos_token="</s>")
-    return TextFormat(ByteTokenizer(), template, frozenset({1}), {})
+    return TextFormat(TinyTokenizer(), template, frozenset({1}), {})
 
 
 class ScriptedSession:
@@ -110,7 +61,7 @@ class ScriptedSession:
         self.length = 0
 
     def _next(self) -> torch.Tensor:
-        logits = torch.zeros(ByteTokenizer.vocab_size)
+        logits = torch.zeros(TinyTokenizer.vocab_size)
         logits[self._script[self._said % len(self._script)]] = 10.0
         self._said += 1
         return logits
@@ -119,4 +70,4 @@ class ScriptedSession:
 @pytest.fixture
 def scripted() -> Callable[..., ScriptedSession]:
     """Makes a session that says a text, then </s>, again and again."""
-    return lambda text, limit=4096: ScriptedSession([*ByteTokenizer().encode(text), 1], limit)
+    return lambda text, limit=4096: ScriptedSession([*TinyTokenizer().encode(text), 1], limit)

@@ -47,10 +47,10 @@ def test_a_second_turn_of_a_long_conversation_prefills_only_its_new_tokens(scrip
     assert second.statistics.prefilled_tokens == len(byte_format.tokenizer.encode(new_text, special=True))
 
 
-def test_an_answer_of_unusual_tokens_is_not_encoded_anew(make_transformer: Callable[..., Any],
+def test_an_answer_of_unusual_tokens_is_not_encoded_anew(make_tiny_model: Callable[..., Any],
                                                          byte_format: TextFormat) -> None:
     """Random tokens are no UTF-8, so that encoding their text would give other ids."""
-    module = make_transformer(vocab_size=259, max_context=600)
+    module = make_tiny_model(vocab_size=259, max_context=600)
     model = EagerExecutor().load(LoadRequest(device="cpu", dtype="fp32", module=module))
     conversation = Conversation(TokenSequence(model.session()), byte_format)
     first = answer(conversation, "Hi")

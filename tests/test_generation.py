@@ -113,9 +113,9 @@ def test_what_two_prompts_share_is_computed_once(scripted: Any, byte_format: Tex
     assert (finished.statistics.prefilled_tokens, session.prefilled) == (1, [50, 2, 1])
 
 
-def test_a_reused_cache_gives_the_same_tokens_as_a_fresh_one(make_transformer: Callable[..., Any],
+def test_a_reused_cache_gives_the_same_tokens_as_a_fresh_one(make_tiny_model: Callable[..., Any],
                                                              byte_format: TextFormat) -> None:
-    module = make_transformer(vocab_size=259, sliding_window=9)
+    module = make_tiny_model(vocab_size=259, sliding_window=9)
     model = EagerExecutor().load(LoadRequest(device="cpu", dtype="fp32", module=module))
     reused = TokenSequence(model.session())
     for prompt in ([7] * 20, [7] * 12 + [30] * 5, [7] * 12 + [30] * 5 + [8] * 9, [40]):

@@ -51,7 +51,8 @@ def registry() -> Registry:
 @pytest.mark.parametrize(("wanted", "sentence"), [
     ({"executor": "d:general", "device": "cuda", "dtype": "bf16"}, None),
     ({"executor": "d:general", "device": "mps", "dtype": "bf16"}, "does not run on mps; it runs on cpu, cuda"),
-    ({"executor": "d:general", "device": "cpu", "dtype": "fp16"}, "does not compute in fp16; it computes in bf16, fp32"),
+    ({"executor": "d:general", "device": "cpu", "dtype": "fp16"},
+     "does not compute in fp16; it computes in bf16, fp32"),
     ({"executor": "d:quick", "device": "cpu", "dtype": "bf16", "scheme": "linear:int8"},
      "does not run linear:int8; it runs no quantised layers"),
     ({"executor": "d:general", "device": "cpu", "dtype": "bf16", "scheme": "linear:int8"}, None),

@@ -109,8 +109,8 @@ def test_golden_logits_of_a_trained_model(testdata: Path) -> None:
     assert float((logits - expected).abs().max()) < 1e-4
 
 
-def test_training_rows_agree_with_cached_sequences(make_transformer: Any) -> None:
-    module = make_transformer(sliding_window=5, rope_interleaved=True)
+def test_training_rows_agree_with_cached_sequences(make_tiny_model: Any) -> None:
+    module = make_tiny_model(sliding_window=5, rope_interleaved=True)
     rows = torch.randint(0, 96, (3, 20), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(20).repeat(3)
     together = module(rows.flatten(), positions, RowAttention(module.config, 3)).unflatten(0, (3, 20))

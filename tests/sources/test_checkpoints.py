@@ -71,8 +71,8 @@ def split_parallel(state: dict[str, torch.Tensor], parts: int,
 
 
 @pytest.fixture
-def state(make_transformer: Callable[..., Transformer]) -> dict[str, torch.Tensor]:
-    return dict(make_transformer().state_dict())
+def state(make_tiny_model: Callable[..., Transformer]) -> dict[str, torch.Tensor]:
+    return dict(make_tiny_model().state_dict())
 
 
 @pytest.fixture

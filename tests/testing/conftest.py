@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 
 import pytest
+import torch
 
 from torchchat_core.testing.pytest_plugin import (
     golden_tokens,
@@ -17,6 +18,15 @@ from torchchat_core.testing.pytest_plugin import (
 )
 
 __all__ = ["golden_tokens", "isolated_registry", "make_plugin", "make_tiny_model", "tiny_llama", "tiny_tokenizer"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models gain nothing from more threads, and lose much where other programs want the processor."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Recorder:

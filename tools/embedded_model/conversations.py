@@ -16,7 +16,7 @@ SYSTEM_MESSAGES = (
     "You are a small demo model.", "Answer the user's questions.", "You are an expert.", "Be polite.",
 )
 KINDS = ("question", "conversation", "story", "free story", "long conversation")
-SHARES = (0.78, 0.06, 0.14, 0.012, 0.008)
+SHARES = (0.856, 0.04, 0.10, 0.002, 0.002)
 STORY_SHARE = 0.12  # of the turns of a conversation
 INVENTED_SHARE = 0.3  # of stories: about a made-up word, so that the model learns to take up any word
 SYLLABLES = ("ba", "ko", "ri", "mu", "ta", "le", "zo", "fin", "gar", "pel", "dro", "wick", "sna", "vim")
@@ -40,7 +40,11 @@ class Document:
 
     def whole_text(self) -> str:
         """All words of it."""
-        return "\n".join((self.text, *(message.content for message in self.messages)))
+        return "\n".join(self.texts())
+
+    def texts(self) -> tuple[str, ...]:
+        """What is said at one time each."""
+        return (self.text, *(message.content for message in self.messages))
 
 
 class DocumentMaker:
@@ -57,9 +61,8 @@ class DocumentMaker:
         """Without end. Raises `ValueError` if a held-out phrasing comes up in one of them."""
         while True:
             document = self.document()
-            leaked = self.detector.find(document.whole_text())
-            if leaked is not None:
-                raise ValueError(f"held-out phrasing {leaked!r} in training text {document!r}")
+            if any(self.detector.find(text) is not None for text in document.texts()):
+                raise ValueError("a held-out phrasing in the training text")
             yield document
 
     def document(self) -> Document:

@@ -64,13 +64,13 @@ MODEL = {
 WARM_UP_STEPS = 100
 DECAY_SHARE = 0.6  # of the run, at its end
 LONGEST_ANSWER = 80  # tokens: what is longer is a story
-SHORTENED_SHARE = 0.8  # of single answers and of stories
-LEARNED_BEGINNING = 15  # tokens
+SHORTENED_SHARE = 0.9  # of single answers and of stories
+LEARNED_BEGINNINGS = (6, 10, 16)  # tokens
 LEARNED_STORY_BEGINNING = 45
 DROPOUT = 0.1
 INTENT_WEIGHT = 0.5  # of the loss of telling the intent before the answer begins
 LONGEST_SHORT_ROW = 96  # tokens
-GROUP = 4096  # documents sorted by length together, so that a batch has little padding
+GROUP = 1536  # documents sorted by length together, so that a batch has little padding
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def shortened(document: Document, encoded: Encoded, chance: random.Random) -> En
     if len(document.messages) not in (2, 3) or chance.random() >= SHORTENED_SHARE:
         return encoded
     is_story = sum(encoded.learned) > LONGEST_ANSWER
-    count = LEARNED_STORY_BEGINNING if is_story else LEARNED_BEGINNING
+    count = LEARNED_STORY_BEGINNING if is_story else chance.choice(LEARNED_BEGINNINGS)
     return encoded.beginning(encoded.learned.index(True) + count)
 
 

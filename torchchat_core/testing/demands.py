@@ -45,7 +45,12 @@ def refusal(what: str) -> Iterator[None]:
 
 def load_plugin(plugin: str) -> Plugin:
     """The row that the module `plugin` gets in a registry of its own."""
-    return Registry().add(importlib.import_module(plugin), plugin, plugin)
+    try:
+        module = importlib.import_module(plugin)
+    except Exception as error:
+        raise AssertionError(f"the module {plugin!r} cannot be imported: {type(error).__name__}: {error}\n"
+                             "  to mend it: set `plugin` to the module that the entry point names") from error
+    return Registry().add(module, plugin, plugin)
 
 
 def registry_with(plugin: str) -> Registry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -90,7 +91,7 @@ class ExporterContract(SessionContract):
         for path in made:
             self.export(module, path)
         moved = [path.rename(tmp_path / path.name) for path in made]
-        (tmp_path / "made").rmdir()
+        shutil.rmtree(tmp_path / "made")
         expected = self._expected(case)
         for path in moved:
             given = self._answer(path, case)
