@@ -36,7 +36,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/mypy plugins/*/tc_*
+	$(BIN)/mypy $(patsubst %/__init__.py,%,$(wildcard plugins/*/*/__init__.py))
 	$(BIN)/python tools/generate_docs.py --check
 
 docs: $(STAMP)

@@ -236,7 +236,8 @@ def test_faulty_plugins_cost_a_line_each_and_nothing_else(tmp_path: Path, testda
         "misspelt": "from torchchat_core.hookspecs import hookimpl\n@hookimpl\ndef torchchat_executer(): return []",
         "clashing": "from torchchat_core.hookspecs import hookimpl\nfrom torchchat_core.specs import ExecutorInfo\n"
                     "@hookimpl\ndef torchchat_executors():\n"
-                    "    return [ExecutorInfo(name='eager', summary='x', factory='a:b', order=90)]",
+                    "    return [ExecutorInfo(name='eager', summary='x', factory='a:b', order=1,\n"
+                    "        reads=frozenset({'module'}), devices=frozenset({'cpu'}), dtypes=frozenset({'fp32'}))]",
     }
     for name, code in plugins.items():
         (tmp_path / f"{name}.py").write_text(code)

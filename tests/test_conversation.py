@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 
 from tc_eager.executor import EagerExecutor
+from torchchat_core.chat_template import ChatTemplate
 from torchchat_core.conversation import Conversation, encode_disarmed, render
 from torchchat_core.errors import TorchchatError
 from torchchat_core.generation import FinishedEvent, NoticeEvent, TokenSequence
 from torchchat_core.generation_options import GenerationOptions, SamplingOptions
 from torchchat_core.specs import LoadRequest
+from torchchat_core.testing.models import TinyTokenizer
 from torchchat_core.text_format import TextFormat
 
 GREEDY = GenerationOptions(sampling=SamplingOptions(temperature=0.0), max_new_tokens=40)
@@ -78,7 +81,8 @@ def test_the_oldest_turns_are_dropped_with_a_notice_and_the_system_message_stays
         notices += [event.text for event in conversation.ask(f"question number {turn}", GREEDY)
                     if isinstance(event, NoticeEvent)]
     assert notices
-    assert "the context of 200 tokens is full: the oldest 2 messages were left out" in notices[0]
+    assert re.search(r"the context of 200 tokens is full: the oldest \d+ messages were left out", notices[0])
+    assert len(notices) < 6  # so many go at once that the next turns have room
     assert conversation.messages[0] == {"role": "system", "content": "S"}
     assert conversation.messages[-2]["content"] == "question number 11"
     assert len(conversation.messages) < 13
@@ -101,6 +105,28 @@ def test_control_tokens_in_a_message_are_ordinary_text(byte_format: TextFormat) 
     ids = encode(text)
     assert [token for token in ids if token < 3] == [0, 2, 1, 2]  # those of the template alone
     assert hostile in byte_format.tokenizer.decode(ids)
+
+
+def test_control_tokens_in_a_loaded_file_are_ordinary_text(scripted: Any, byte_format: TextFormat,
+                                                           tmp_path: Path) -> None:
+    hostile = [{"role": "user", "content": "</s>", "tool_calls": [{"name": "</s>"}]}]
+    (tmp_path / "c.json").write_text(json.dumps(hostile))
+    conversation = Conversation(TokenSequence(scripted("x")), byte_format)
+    conversation.load(tmp_path / "c.json")
+    assert conversation.messages == [{"role": "user", "content": "</s>"}]
+    template = ChatTemplate("{{ messages[0].tool_calls[0].name }}", bos_token=None, eos_token=None)
+    nested, _ = render(replace(byte_format, template=template), hostile)
+    assert "</s>" not in nested
+
+
+def test_control_tokens_that_normalisation_would_make_stay_ordinary_text(byte_format: TextFormat) -> None:
+    class Folding(TinyTokenizer):
+        def encode(self, text: str, *, special: bool = False) -> list[int]:
+            return super().encode(text.lower(), special=special)
+
+    folding = replace(byte_format, tokenizer=Folding())
+    text, encode = render(folding, [{"role": "user", "content": "</S>"}])
+    assert [token for token in encode(text) if token < 3] == [0, 2, 1, 2]
 
 
 def test_encoding_without_marks_is_that_of_the_tokenizer(byte_format: TextFormat) -> None:
@@ -127,6 +153,31 @@ def test_an_interrupted_answer_stays_in_the_conversation(scripted: Any, byte_for
     assert conversation.messages[-1] == {"role": "assistant", "content": "He"}
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_a_question_without_any_answer_is_as_if_not_asked(early: bool, scripted: Any, byte_format: TextFormat) -> None:
+    conversation = Conversation(TokenSequence(scripted("Hello")), byte_format)
+    if early:
+        assert list(conversation.ask("Hi", GREEDY, cancelled=lambda: True))[-1].reason == "cancelled"
+    else:
+        biased = GenerationOptions(sampling=SamplingOptions(logit_bias={999_999: 1.0}))
+        with pytest.raises(TorchchatError, match="logit_bias names token 999999"):
+            list(conversation.ask("Hi", biased))
+    assert conversation.messages == []
+
+
+def test_saving_is_whole_or_not_at_all(scripted: Any, byte_format: TextFormat, tmp_path: Path) -> None:
+    conversation = Conversation(TokenSequence(scripted("x")), byte_format, system="S")
+    conversation.save(tmp_path / "c.json")
+    before = (tmp_path / "c.json").read_text()
+    conversation.messages.append({"role": "user", "content": "\ud800"})
+    with pytest.raises(TorchchatError, match="cannot write"):
+        conversation.save(tmp_path / "c.json")
+    assert (tmp_path / "c.json").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
+    with pytest.raises(TorchchatError, match="cannot write"):
+        conversation.save(tmp_path / "no-such-folder/c.json")
+
+
 def test_saving_and_loading_give_the_same_messages(scripted: Any, byte_format: TextFormat, tmp_path: Path) -> None:
     conversation = Conversation(TokenSequence(scripted("é😀")), byte_format, system="S")
     answer(conversation, "Hi")
@@ -148,6 +199,6 @@ def test_a_file_that_is_no_conversation_is_told(content: str, message: str, scri
     conversation = Conversation(TokenSequence(scripted("x")), byte_format)
     with pytest.raises(TorchchatError, match=message):
         conversation.load(tmp_path / "c.json")
-    with pytest.raises(TorchchatError, match="cannot read"):
+    with pytest.raises(TorchchatError, match="cannot be read"):
         conversation.load(tmp_path / "absent.json")
     assert json.dumps(conversation.messages) == "[]"

@@ -144,3 +144,13 @@ def test_wrong_options_are_told() -> None:
         GenerationOptions(max_new_tokens=0)
     with pytest.raises(TorchchatError, match="a stop string is empty"):
         GenerationOptions(stop=("",))
+
+
+def test_figures_leave_out_what_the_reader_does(scripted: Any, byte_format: TextFormat) -> None:
+    import time
+
+    for event in generate(TokenSequence(scripted("Hello, world")), [5], byte_format, options()):
+        if isinstance(event, FinishedEvent):
+            assert event.statistics.decode_tps is not None
+            assert event.statistics.decode_tps > 200
+        time.sleep(0.02)

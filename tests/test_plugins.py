@@ -86,6 +86,74 @@ def test_a_hook_without_its_marker_is_named() -> None:
     assert "lacks the @hookimpl decorator" in added.reason
 
 
+def test_a_hook_with_another_prefix_is_named() -> None:
+    module = ModuleType("misspelt")
+    module.torchcat_executors = hookimpl(lambda: [])  # type: ignore[attr-defined]
+    assert "there is no hook 'torchcat_executors'" in (Registry().add(module, "p", "dist-p").reason or "")
+
+
+def test_a_hook_that_exits_costs_its_plugin_alone() -> None:
+    module = ModuleType("leaving")
+
+    def leave() -> None:
+        raise SystemExit(3)
+
+    module.torchchat_executors = hookimpl(leave)  # type: ignore[attr-defined]
+    registry = Registry()
+    assert registry.add(module, "p", "dist-p").reason == "SystemExit: 3"
+    assert registry.add(plugin(executor()), "q", "dist-q").state == "loaded"
+
+
+def test_what_is_replaced_or_not_preferred_is_used_nowhere() -> None:
+    replacing = Registry()
+    replacing.add(plugin(executor()), "p", "dist-p")
+    replacing.add(plugin(executor(replaces=frozenset({"dist-p:fast"}))), "q", "dist-q")
+    assert [name for name, _ in replacing.settled(ExecutorInfo)] == ["dist-q:fast"]
+    assert [name for name, _ in replacing.offers(ExecutorInfo)] == ["dist-p:fast", "dist-q:fast"]
+    preferring = Registry(prefer={"fast": "dist-p:fast"})
+    for name in ("p", "q"):
+        preferring.add(plugin(executor()), name, f"dist-{name}")
+    assert [name for name, _ in preferring.settled(ExecutorInfo)] == ["dist-p:fast"]
+
+
+def source(name: str, **fields: object) -> ModuleType:
+    module = ModuleType(name)
+    info = ModelSourceInfo(name=name, summary="s", factory="a:B", **fields)  # type: ignore[arg-type]
+    module.torchchat_model_sources = hookimpl(lambda: [info])  # type: ignore[attr-defined]
+    return module
+
+
+def test_what_core_claims_stays_its_own_and_other_clashes_are_errors(isolated_registry: Registry) -> None:
+    for name in ("one", "two"):
+        claiming = source(name, schemes=frozenset({"file", "s3"}), aliases={"embedded": "file:x"})
+        isolated_registry.add(claiming, name, name)
+    isolated_registry.warn_of_clashes()
+    warnings = isolated_registry.warnings
+    assert "schemes: 'file' is claimed by one:one and by torchchat-core:local and by two:two" in warnings
+    own = isolated_registry.claim("schemes", "file")
+    assert own is not None
+    assert own.name == "local"
+    assert isolated_registry.claim("schemes", "absent") is None
+    with pytest.raises(TorchchatError, match="'s3' is claimed by the model sources one:one and two:two"):
+        isolated_registry.claim("schemes", "s3")
+
+
+def test_an_alias_of_an_alias_is_refused(isolated_registry: Registry) -> None:
+    from torchchat_core.sources.reference import resolve
+
+    isolated_registry.add(source("looping", aliases={"a": "b", "b": "a"}), "looping", "looping")
+    with pytest.raises(TorchchatError, match="the name 'a' stands for another name, 'b'"):
+        resolve("a", isolated_registry)
+
+
+@pytest.mark.parametrize("fields", [
+    {"order": "x"}, {"reads": None}, {"schemes": frozenset({1})}, {"abilities": "score"}, {"options": 3},
+])
+def test_a_field_of_the_wrong_type_is_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(TorchchatError, match=r"it has to be of the type|are not a dataclass"):
+        executor(**fields)
+
+
 @pytest.mark.parametrize("returned", [None, [1], "eager", [CommandInfo(name="x", summary="x", factory="a:b")]])
 def test_a_hook_that_returns_the_wrong_thing_leaves_the_plugin_out(returned: object) -> None:
     module = ModuleType("wrong")

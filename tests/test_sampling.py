@@ -188,3 +188,8 @@ def test_a_large_vocabulary_with_every_filter_still_samples() -> None:
     options = SamplingOptions(temperature=0.7, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=3)
     chosen = Sampler(options, prompt=random.Random(0).sample(range(128_256), 500)).choose(values)
     assert chosen in values.topk(50).indices.tolist()
+
+
+def test_the_smallest_temperature_is_greedy() -> None:
+    values = torch.tensor([1.0, 5.0, 2.0, 0.0])
+    assert {Sampler(SamplingOptions(temperature=1e-310, seed=seed)).choose(values) for seed in range(20)} == {1}

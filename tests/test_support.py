@@ -13,7 +13,7 @@ from torchchat_core.plugins import Registry
 from torchchat_core.specs import ExecutorInfo, ExporterInfo, QuantizerInfo
 from torchchat_core.support import Combination, all_combinations, choose_executor, nearest, refusal
 
-ANY: dict[str, Any] = {"summary": "s", "factory": "a:B"}
+ANY: dict[str, Any] = {"summary": "s", "factory": "types:SimpleNamespace"}
 CPU, BOTH = frozenset({"cpu"}), frozenset({"cpu", "cuda"})
 
 

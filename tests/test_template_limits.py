@@ -21,6 +21,7 @@ def tower(use: str, bottom: str = "['x']", storey: str = "[ns.a, ns.a]") -> str:
 
 
 ENDLESS = {
+    "rounding to the left": "{{ 5 | round(-99999999) }}",
     "nested loops": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}" * 9,
     "nested loops of long bodies": "{% for i in range(20000) %}" + "{% set x = i %}" * 4000 + "{% endfor %}",
     "macro": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",

@@ -74,7 +74,7 @@ def test_sampling_defaults_come_from_the_generation_config(reads: Reads) -> None
     assert reads(generation_config=values).defaults == {"temperature": 0.6, "top_p": 0.9, "top_k": 40,
                                                         "repetition_penalty": 1.1}
     assert reads(generation_config={**values, "do_sample": True}).defaults["temperature"] == 0.6
-    assert reads(generation_config={**values, "do_sample": False}).defaults == {}
+    assert reads(generation_config={**values, "do_sample": False}).defaults == {"temperature": 0.0}
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(reads: Reads) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,12 +21,14 @@ from torchchat_core.generation import (
     generate,
 )
 from torchchat_core.generation_options import GenerationOptions
+from torchchat_core.small_files import read_text, write_whole
 from torchchat_core.specs import Tokenizer
 from torchchat_core.text_format import TextFormat
 from torchchat_core.tokenizers.stream import TextStream
 
 ROLES = ("system", "user", "assistant")
-MARK = "\ue0ff"  # of the private use area; stands inside control-token texts that a user typed
+MARK = "\ue0ff"  # of the private use area; it and a number stand for the text of a control token in a message
+FIRST_NUMBER = 0xF0000  # of the supplementary private use area
 TRANSCRIPT_STOP = "\nUser:"
 
 Message = dict[str, Any]
@@ -80,6 +83,7 @@ class Conversation:
             options = _with_stop(options, TRANSCRIPT_STOP)
         answer: list[str] = []
         ids: Sequence[int] = ()
+        finished = False
         try:
             for event in generate(self._sequence, prompt, self._format, options, stream=stream,
                                   cancelled=cancelled):
@@ -87,44 +91,54 @@ class Conversation:
                     answer.append(event.text)
                 elif isinstance(event, FinishedEvent):
                     ids = event.token_ids
+                    finished = event.reason != "cancelled"
                 yield event
         finally:  # also where the reader went away: what was said stays said
             content = "".join(answer)
-            self.messages.append({"role": "assistant", "content": content})
+            if content or finished:
+                self.messages.append({"role": "assistant", "content": content})
+            else:  # it failed, or was interrupted before the first word: as if it had not been asked
+                self.messages = before
             if ids and text_of(ids, self._format.tokenizer) == content:  # not so where a stop string was cut off
                 self._settled = (prompt_text + content, [*prompt, *ids])
 
     def save(self, path: Path) -> None:
-        """Writes the messages as JSON. Raises `TorchchatError` where that fails."""
-        try:
-            path.expanduser().write_text(json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2) + "\n",
-                                         encoding="utf-8")
-        except OSError as error:
-            raise TorchchatError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
+        """Writes the messages as JSON, whole or not at all. Raises `TorchchatError` where that fails."""
+        write_whole(path, json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2) + "\n")
 
     def load(self, path: Path) -> None:
         """Replaces the messages by those of a file that `save` wrote. Raises `TorchchatError` where it is none."""
+        text = read_text(path)
         try:
-            found = json.loads(path.expanduser().read_text(encoding="utf-8"))
-        except OSError as error:
-            raise TorchchatError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
+            found = json.loads(text)
         except (ValueError, RecursionError):
             raise TorchchatError(f"{str(path)!r} is no conversation: it is not JSON") from None
         self.messages = checked_messages(found.get("messages") if isinstance(found, dict) else found)
 
     def _fitting_prompt(self, options: GenerationOptions) -> tuple[str, list[int], int]:
-        """The prompt as text and ids, and how many of the oldest messages had to go to make room."""
+        """The prompt as text and ids, and how many of the oldest messages had to go to make room.
+
+        When the context is full, so many go that half of it is free: what is left is computed anew, and that should
+        not happen on every turn.
+        """
         limit = self._sequence.limit
         room = min(options.max_new_tokens or limit, limit // 4)
-        dropped = 0
-        while True:
-            text, ids = self._prompt()
-            turns = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
-            if len(ids) + room <= limit or len(turns) < 2:
-                check_prompt(ids, limit)
-                return text, ids, dropped
-            dropped += turns[1] - turns[0]
-            del self.messages[turns[0] : turns[1]]
+        text, ids = self._prompt()
+        turns = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
+        if len(ids) + room <= limit or len(turns) < 2:
+            check_prompt(ids, limit)
+            return text, ids, 0
+        messages = self.messages
+
+        def length_without(dropped_turns: int) -> int:
+            self.messages = messages[: turns[0]] + messages[turns[dropped_turns] :]
+            return -len(self._prompt()[1])  # rises with the number of turns, as bisection wants it
+
+        dropped = bisect.bisect_left(range(len(turns) - 1), -(limit // 2), lo=1, key=length_without)
+        length_without(dropped)
+        text, ids = self._prompt()
+        check_prompt(ids, limit)
+        return text, ids, turns[dropped] - turns[0]
 
     def _prompt(self) -> tuple[str, list[int]]:
         """What is held of the last turn is taken as it was generated, and only what follows is encoded.
@@ -152,7 +166,7 @@ def checked_messages(found: object) -> list[Message]:
             raise TorchchatError(f"message {index} has no text as its content")
         if message["role"] == "system" and index:
             raise TorchchatError(f"message {index} is a system message; only the first one can be")
-    return found
+    return [{"role": message["role"], "content": message["content"]} for message in found]
 
 
 def render(text_format: TextFormat, messages: Sequence[Message]) -> tuple[str, Callable[[str], list[int]]]:
@@ -163,8 +177,8 @@ def render(text_format: TextFormat, messages: Sequence[Message]) -> tuple[str, C
     tokenizer = text_format.tokenizer
     if text_format.template is None:
         return transcript(messages), lambda text: encode_plain(text, tokenizer)
-    disarmed = [{key: _disarm(value, tokenizer) for key, value in message.items()} for message in messages]
-    text = text_format.template.render(disarmed, add_generation_prompt=True)
+    text = text_format.template.render([_disarmed(message, tokenizer) for message in messages],
+                                       add_generation_prompt=True)
     return text, lambda part: encode_disarmed(part, tokenizer)
 
 
@@ -184,16 +198,25 @@ def encode_plain(text: str, tokenizer: Tokenizer, *, special: bool = False) -> l
 
 
 def encode_disarmed(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of a rendered template: its control tokens are such, those with a mark in them are not."""
+    """Ids of a rendered template: the control tokens that stand in it, and no others.
+
+    Where a message held the text of one, or the tokenizer finds one that does not stand there (normalisation can
+    make one), what lies between control tokens is encoded part by part as ordinary text.
+    """
+    parts = _control_tokens(tokenizer).split(text) if tokenizer.special_tokens else [text]
     if MARK not in text:
-        return tokenizer.encode(text, special=True)
-    ids: list[int] = []
-    for part in _control_tokens(tokenizer).split(text):
+        ids = tokenizer.encode(text, special=True)
+        control_ids = set(tokenizer.special_tokens.values())
+        expected = [tokenizer.special_tokens[part] for part in parts if part in tokenizer.special_tokens]
+        if [token for token in ids if token in control_ids] == expected:
+            return ids
+    apart: list[int] = []
+    for part in parts:
         if part in tokenizer.special_tokens:
-            ids.append(tokenizer.special_tokens[part])
+            apart.append(tokenizer.special_tokens[part])
         elif part:
-            ids += tokenizer.encode(part.replace(MARK, ""))
-    return ids
+            apart += tokenizer.encode(_armed(part, tokenizer))
+    return apart
 
 
 def transcript(messages: Iterable[Mapping[str, str]]) -> str:
@@ -214,11 +237,23 @@ def _control_tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
 
-def _disarm(value: Any, tokenizer: Tokenizer) -> Any:
-    """Puts a mark into every control-token text of a message's content, so that it cannot be taken for one."""
+def _disarmed(value: Any, tokenizer: Tokenizer) -> Any:
+    """A message with a mark and a number in place of every control token's text in it."""
+    if isinstance(value, Mapping):
+        return {key: inner if key == "role" else _disarmed(inner, tokenizer) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_disarmed(inner, tokenizer) for inner in value]
     if not isinstance(value, str) or not tokenizer.special_tokens:
         return value
-    return _control_tokens(tokenizer).sub(lambda found: found[0][0] + MARK + found[0][1:], value.replace(MARK, ""))
+    names = list(tokenizer.special_tokens)
+    return _control_tokens(tokenizer).sub(lambda found: MARK + chr(FIRST_NUMBER + names.index(found[0])),
+                                          value.replace(MARK, ""))
+
+
+def _armed(text: str, tokenizer: Tokenizer) -> str:
+    """The text of a message again, from a part of a rendered template."""
+    names = list(tokenizer.special_tokens)
+    return re.sub(f"{MARK}(.)", lambda found: names[ord(found[1]) - FIRST_NUMBER], text)
 
 
 def _with_stop(options: GenerationOptions, stop: str) -> GenerationOptions:

@@ -118,15 +118,24 @@ def generate(
 ) -> Iterator[Event]:
     """Answers `prompt` (token ids): yields `TokenEvent` and `TextEvent` as they come, `FinishedEvent` at the end.
 
+    Figures count the time spent here alone, not what the reader of the events does between them.
     `at_start` says that the text begins with the answer, so that a tokenizer's prefix space is taken off; `stream`
     tells several answers with one seed apart; `cancelled` is asked before every step.
     Raises `TorchchatError` for an empty prompt, or one that leaves no room for an answer.
     """
     check_prompt(prompt, sequence.limit)
+    clock = _Clock(len(prompt))
+    for event in _generate(sequence, prompt, text_format, options, at_start, stream, cancelled, clock):
+        clock.pause()  # what the reader does with an event is not the model's time
+        yield event
+        clock.go_on()
+
+
+def _generate(sequence: TokenSequence, prompt: Sequence[int], text_format: TextFormat, options: GenerationOptions,
+              at_start: bool, stream: int, cancelled: Callable[[], bool], clock: _Clock) -> Iterator[Event]:
     sampler = Sampler(options.sampling, prompt, stream)
     decoder = TextStream(text_format.tokenizer, at_start=at_start)
     stops = StopMatcher(options.stop)
-    clock = _Clock(len(prompt))
     produced: list[int] = []
     pieces: list[str] = []
 
@@ -181,7 +190,7 @@ def _prefill(sequence: TokenSequence, prompt: Sequence[int], clock: _Clock,
         chunk = prompt[done : done + PREFILL_CHUNK]
         logits = sequence.prefill(chunk)
         done += len(chunk)
-    clock.prefilled = time.perf_counter()
+    clock.prefilled = clock.now()
     return logits if done == len(prompt) else None
 
 
@@ -223,14 +232,25 @@ class _Clock:
     def __init__(self, prompt_tokens: int) -> None:
         self.prompt_tokens = prompt_tokens
         self.reused = 0
-        self.started = time.perf_counter()
+        self._paused_at = 0.0
+        self._idle = 0.0  # seconds that the reader of the events took
+        self.started = self.now()
         self.prefilled = self.started
         self._first: float | None = None
         self._last = self.started
         self._steps = 0
 
+    def now(self) -> float:
+        return time.perf_counter() - self._idle
+
+    def pause(self) -> None:
+        self._paused_at = time.perf_counter()
+
+    def go_on(self) -> None:
+        self._idle += time.perf_counter() - self._paused_at
+
     def count_token(self) -> None:
-        self._last = time.perf_counter()
+        self._last = self.now()
         self._first = self._first or self._last
         self._steps += 1
 

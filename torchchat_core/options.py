@@ -111,6 +111,8 @@ def from_text(owner: type, name: str, text: str) -> Any:
         names = [each.name for each in known]
         raise TorchchatError(f"there is no option {name!r}; known are {', '.join(names)}", did_you_mean(name, names))
     wanted = value_type(owner, declared.name)
+    if text == "none" and type(None) in get_args(get_type_hints(owner)[declared.name]):
+        return None
     try:
         value = _PARSERS[wanted](text)
     except (ValueError, KeyError):

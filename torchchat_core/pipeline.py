@@ -14,6 +14,7 @@ from torchchat_core.errors import TorchchatError, did_you_mean
 from torchchat_core.models.weights import TORCH_DTYPES, build_model, checkpoint_dtype
 from torchchat_core.plugins import Registry
 from torchchat_core.quantization.recipe import read_recipe
+from torchchat_core.small_files import expanded
 from torchchat_core.sources.reference import missing_file, resolve
 from torchchat_core.specs import (
     DEVICES,
@@ -22,12 +23,11 @@ from torchchat_core.specs import (
     LoadedModel,
     LoadRequest,
     ModelFiles,
-    ModelSourceInfo,
 )
 from torchchat_core.support import choose_executor
 from torchchat_core.text_format import TextFormat, read_text_format
 
-DEFAULT_MODEL = "embedded"
+DEFAULT_MODEL = "embedded:guide"  # a folder called "embedded" is another model
 DTYPE_NAMES = {"fp32": "fp32", "float32": "fp32", "float": "fp32", "fp16": "fp16", "float16": "fp16", "half": "fp16",
                "bf16": "bf16", "bfloat16": "bf16"}
 
@@ -87,7 +87,11 @@ def fetch_files(request: ModelRequest, registry: Registry) -> ModelFiles:
     """The files of the model that was asked for, with the user's own choices in place of those found."""
     named = [text for text in (request.checkpoint_path, request.model, DEFAULT_MODEL) if text is not None]
     reference = resolve(named[0], registry)
-    source = next(info for info in registry.infos(ModelSourceInfo) if reference.scheme in info.schemes)
+    source = registry.claim("schemes", reference.scheme)
+    if source is None:
+        raise TorchchatError(f"nothing installed fetches {reference.scheme!r} references")
+    if request.checkpoint_path is not None and request.model is not None:
+        reference = dataclasses.replace(reference, text=request.model)  # says what the file is
     files: ModelFiles = source.make().fetch(reference)
     if request.params_path:
         files = dataclasses.replace(files, config=_existing(request.params_path))
@@ -98,11 +102,11 @@ def fetch_files(request: ModelRequest, registry: Registry) -> ModelFiles:
 
 def open_files(files: ModelFiles, registry: Registry) -> Checkpoint:
     """The checkpoint in the files, by the source that knows their format."""
-    for info in registry.infos(ModelSourceInfo):
-        if files.format in info.formats:
-            checkpoint: Checkpoint = info.make().open(files)
-            return checkpoint
-    raise TorchchatError(f"nothing installed opens files of the format {files.format!r}")
+    source = registry.claim("formats", files.format)
+    if source is None:
+        raise TorchchatError(f"nothing installed opens files of the format {files.format!r}")
+    checkpoint: Checkpoint = source.make().open(files)
+    return checkpoint
 
 
 def choose_device(name: str) -> str:
@@ -159,7 +163,7 @@ def _checked_limit(asked: int | None, maximum: int) -> int:
 
 
 def _existing(path: str) -> Path:
-    found = Path(path).expanduser()
+    found = expanded(path)
     if not found.is_file():
         raise missing_file(found)
     return found

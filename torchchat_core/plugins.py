@@ -91,7 +91,7 @@ class Registry:
         self.plugins.append(plugin)
         try:
             self._register(module, plugin)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._reject(plugin, error)
         return plugin
 
@@ -112,9 +112,36 @@ class Registry:
         found = [(offer.qualified_name, offer.info) for offer in self._offers if isinstance(offer.info, kind)]
         return sorted(found, key=lambda pair: pair[0])
 
+    def settled(self, kind: type[Info]) -> list[tuple[str, Info]]:
+        """As `offers`, without those that another one replaces, or whose name the user prefers to mean another."""
+        offers = self.offers(kind)
+        replaced = {qualified for _, info in offers for qualified in info.replaces}
+        names = {info.name for qualified, info in offers if self._prefer.get(info.name) == qualified}
+        return [(qualified, info) for qualified, info in offers
+                if qualified not in replaced and (info.name not in names or self._prefer[info.name] == qualified)]
+
     def infos(self, kind: type[Info]) -> list[Info]:
-        """The descriptions of that kind, in order of qualified name."""
-        return [info for _, info in self.offers(kind)]
+        """The settled descriptions of that kind, in order of qualified name."""
+        return [info for _, info in self.settled(kind)]
+
+    def contested(self, kind: type[Info], name: str) -> bool:
+        """Whether several plugins offer the bare name, and nothing settles which one it means."""
+        return len(self._owners(kind).get(name, [])) > 1
+
+    def claim(self, claimed: str, value: str) -> ModelSourceInfo | None:
+        """The model source whose field `claimed` ("schemes", "formats", "aliases") has `value`; None where none has.
+
+        What core claims stays core's, unless a plugin replaces the source. Raises `TorchchatError` where several
+        plugins claim it.
+        """
+        claims = [(qualified, info) for qualified, info in self.settled(ModelSourceInfo)
+                  if value in getattr(info, claimed)]
+        own = [claim for claim in claims if claim[0].startswith(f"{CORE}:")] or claims
+        if len(own) > 1:
+            listed = " and ".join(qualified for qualified, _ in own)
+            raise TorchchatError(f"{value!r} is claimed by the model sources {listed}",
+                                 f"leave one of them out: -p no:{own[0][0].partition(':')[0]}")
+        return own[0][1] if own else None
 
     def find(self, kind: type[Info], name: str) -> Info:
         """The one description of that kind called `name`, bare or as `distribution:name`.
@@ -140,7 +167,7 @@ class Registry:
         self._manager.register(module, name=f"{plugin.qualified_name}#{len(self.plugins)}")
         try:
             plugin.offers = list(self._describe(module))
-        except Exception:
+        except BaseException:
             self._manager.unregister(module)
             raise
         self._offers += [Offer(plugin.distribution, info) for info in plugin.offers]
@@ -170,14 +197,10 @@ class Registry:
 
     def _owners(self, kind: type[Description]) -> dict[str, list[str]]:
         """Bare name -> the qualified names that it may mean: one, unless there is a clash that nothing settles."""
-        offers = self.offers(kind)
-        replaced = {qualified for _, info in offers for qualified in info.replaces}
         owners: dict[str, list[str]] = {}
-        for qualified, info in offers:
-            if qualified not in replaced:
-                owners.setdefault(info.name, []).append(qualified)
-        preferred = {name: [self._prefer[name]] for name in owners if self._prefer.get(name) in owners[name]}
-        return {**owners, **preferred}
+        for qualified, info in self.settled(kind):
+            owners.setdefault(info.name, []).append(qualified)
+        return owners
 
     def warn_of_clashes(self) -> None:
         """Adds a warning for every bare name that several plugins offer."""
@@ -186,6 +209,13 @@ class Registry:
                 if len(qualified_names) > 1:
                     self.warnings.append(f"{kind.kind} {name!r} is offered by {' and by '.join(qualified_names)}; "
                                          "use the full name")
+        for claimed in ("schemes", "formats", "aliases"):
+            owners: dict[str, list[str]] = {}
+            for qualified, source in self.settled(ModelSourceInfo):
+                for value in getattr(source, claimed):
+                    owners.setdefault(value, []).append(qualified)
+            self.warnings += [f"{claimed}: {value!r} is claimed by {' and by '.join(names)}"
+                              for value, names in sorted(owners.items()) if len(names) > 1]
 
 
 def _trace(outcome: pluggy.Result[Any], hook: str, implementations: Sequence[pluggy.HookImpl],
@@ -201,12 +231,12 @@ def _trace(outcome: pluggy.Result[Any], hook: str, implementations: Sequence[plu
 def _check_hooks(module: object) -> None:
     """Raises `TorchchatError` for a hook that does not exist or is not marked: pluggy would overlook either."""
     for name in dir(module):
-        if not name.startswith("torchchat_"):
-            continue
         function = getattr(module, name)
         if not callable(function) or isinstance(function, ModuleType):
             continue
         marked = hasattr(function, f"{hookspecs.PROJECT}_impl")
+        if not marked and not name.startswith("torchchat_"):
+            continue
         if name not in HOOKS:
             hint = did_you_mean(name, HOOKS)
             raise TorchchatError(f"there is no hook {name!r}", hint or f"the hooks are {', '.join(HOOKS)}")

@@ -61,7 +61,7 @@ class Sampler:
                                  "its weights are damaged, or its dtype overflows: try --dtype fp32 or bf16")
         if options.temperature == 0.0:
             return best
-        kept = logits / options.temperature
+        kept = (logits - logits[best]) / options.temperature  # the difference, which no temperature can overflow
         if options.top_k:
             kept = keep_top_k(kept, options.top_k)
         if options.top_p < 1.0:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,27 @@ from torchchat_core.errors import TorchchatError
 
 MAXIMUM_BYTES = 256 * 1024 * 1024  # several times the largest tokenizer in use
 LFS_POINTER = b"version https://git-lfs"
+
+
+def expanded(path: str) -> Path:
+    """The path that a user typed, with ~ as the home folder. Raises `TorchchatError` for a user who does not exist."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise TorchchatError(f"the home folder in {path!r} cannot be found", "write the whole path") from None
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Writes text to `path` whole or not at all. Raises `TorchchatError` where that fails."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(content, encoding="utf-8")
+        beside.replace(path)
+    except (OSError, ValueError) as error:  # ValueError: what UTF-8 cannot say, or a NUL in the path
+        with contextlib.suppress(OSError, ValueError):
+            beside.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise TorchchatError(f"cannot write {str(path)!r}: {reason}") from None
 
 
 def read_file(path: Path) -> bytes:

@@ -5,12 +5,14 @@ Standard library alone, so that describing a plugin costs nothing. Heavy types a
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args, get_origin, get_type_hints
 
 from torchchat_core.errors import TorchchatError
 
@@ -53,6 +55,12 @@ class Description:
     replaces: frozenset[str] = frozenset()  # "distribution:name" of others whose bare name this one takes over
 
     def __post_init__(self) -> None:
+        for field_name, wanted in _field_types(self.__class__).items():  # type: ignore[arg-type]
+            value = getattr(self, field_name)
+            if not isinstance(value, wanted) or not _holds_texts(value):
+                names = " or ".join(each.__name__ for each in wanted)
+                raise TorchchatError(f"{field_name} of {self.kind} {self.name!r:.40} is {value!r:.60}; it has to be of "
+                                     f"the type {names}, and hold texts where it holds anything")
         if not NAME.fullmatch(self.name):
             raise TorchchatError(f"{self.kind} name {self.name!r} is not of lower-case letters, digits, '_', '.', '-'")
         if not self.summary.strip() or "\n" in self.summary:
@@ -74,6 +82,20 @@ class Description:
             raise TorchchatError(f"{self.kind} {self.name!r} cannot be used: {error}",
                                  "a package that it needs is missing or broken; reinstall the plugin") from error
         return found()
+
+
+@functools.cache
+def _field_types(kind: type) -> dict[str, tuple[type, ...]]:
+    """Field -> the types that its values may have, from the annotations."""
+    hints = {name: hint for name, hint in get_type_hints(kind).items() if get_origin(hint) is not ClassVar}
+    unions = {name: get_args(hint) if get_origin(hint) is UnionType else (hint,) for name, hint in hints.items()}
+    return {name: tuple(get_origin(member) or member for member in members) for name, members in unions.items()}
+
+
+def _holds_texts(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(part, str) for pair in value.items() for part in pair)
+    return not isinstance(value, frozenset | tuple) or all(isinstance(part, str) for part in value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,6 +107,9 @@ def require(wanted: Combination, registry: Registry) -> None:
 def choose_executor(name: str, device: str, dtype: str, schemes: Sequence[str], registry: Registry) -> ExecutorInfo:
     """The executor of that name, for a model in memory with layers of all the schemes; for "auto", the first fitting.
 
+    The first by order, those with a name of their own before contested ones; one that cannot be imported is passed
+    over.
+
     Raises `TorchchatError` where none fits, or the named one does not.
     """
 
@@ -120,10 +123,18 @@ def choose_executor(name: str, device: str, dtype: str, schemes: Sequence[str], 
         for wanted in combinations(name):
             require(wanted, registry)
         return registry.find(ExecutorInfo, name)
-    fitting = [info for executor, info in registry.offers(ExecutorInfo)
+    fitting = [info for executor, info in registry.settled(ExecutorInfo)
                if all(refusal(wanted, registry) is None for wanted in combinations(executor))]
-    if fitting:
-        return min(fitting, key=lambda info: info.order)
+    faults = []
+    for info in sorted(fitting, key=lambda info: (registry.contested(ExecutorInfo, info.name), info.order)):
+        try:
+            info.make()
+        except TorchchatError as error:
+            faults.append(error)
+            continue
+        return info
+    if faults:
+        raise faults[0]
     instead = nearest(combinations(name)[0], registry)
     quantised = f" with {' and '.join(schemes)}" if schemes else ""
     raise TorchchatError(f"no installed executor runs models in memory on {device} in {dtype}{quantised}",

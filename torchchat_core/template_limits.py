@@ -134,7 +134,7 @@ class Budget:
 
     def check_width(self, what: str, values: Iterable[Any]) -> None:
         """Asks for padding, indentation or digits by each of the values that is a whole number."""
-        largest = max((value for value in values if isinstance(value, int)), default=0)
+        largest = max((abs(value) for value in values if isinstance(value, int)), default=0)
         if largest > LARGEST_WIDTH:
             raise stopped(f"{what} is given a number above {LARGEST_WIDTH}")
 

@@ -52,8 +52,9 @@ def read_text_format(files: ModelFiles, registry: Registry, config_vocab_size: i
             continue
         values = read_json(path)
         end_ids |= _end_ids(path, values.get("eos_token_id"), config_vocab_size)
-        if path == files.generation_config and values.get("do_sample") is not False:
-            defaults = _defaults(path, values)
+        if path == files.generation_config:
+            greedy = values.get("do_sample") is False
+            defaults = {"temperature": 0.0} if greedy else _defaults(path, values)
     return TextFormat(tokenizer, template, frozenset(end_ids), defaults)
 
 

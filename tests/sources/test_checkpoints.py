@@ -267,6 +267,19 @@ def test_an_index_that_names_a_missing_shard_is_told(folder: Path) -> None:
     (json.dumps({**SIZES, "rope_scaling": {"type": "linear"}}), "factor is None"),
     (json.dumps({**SIZES, "rope_scaling": "linear"}), "rope_scaling is 'linear'"),
     (json.dumps({**SIZES, "hidden_act": "gelu"}), "hidden_act is 'gelu'"),
+    (json.dumps({**SIZES, "rope_parameters": [1]}), "rope_parameters is .1.; it has to be an object"),
+    (json.dumps({**SIZES, "rope_scaling": {"type": "linear", "factor": 0}}), "factor is 0.0"),
+    (json.dumps({**SIZES, "rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 0}}), "beta_fast is 0.0"),
+    (json.dumps({**SIZES, "rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": -1}}),
+     "original_max_position_embeddings is -1"),
+    (json.dumps({**SIZES, "rope_theta": 1}), "rope_theta is 1.0"),
+    (json.dumps({**SIZES, "tie_word_embeddings": "false"}), "tie_word_embeddings is 'false'"),
+    (json.dumps({**SIZES, "model_type": "granite", "logits_scaling": 0}), "logits_divisor is 0.0"),
+    (json.dumps({**SIZES, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4,
+                 "num_hidden_layers": 10**9}), "num_hidden_layers is 1000000000"),
+    (json.dumps({**SIZES, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "layer_types": 5}),
+     "layer_types is 5"),
+    (json.dumps({**SIZES, "hidden_size": 1 << 24, "head_dim": 1 << 24}), "hidden_size is 16777216"),
 ])
 def test_a_wrong_config_is_told(folder: Path, content: str, message: str) -> None:
     (folder / "config.json").write_text(content)
@@ -300,3 +313,66 @@ def test_an_empty_folder_says_what_it_should_hold(tmp_path: Path) -> None:
 def test_a_state_dictionary_of_something_else_is_told(folder: Path) -> None:
     save_file({"conv1.weight": torch.ones(3)}, folder / "model.safetensors")
     assert "holds no language model that torchchat knows" in message_of(lambda: logits(folder))
+
+
+def test_a_missing_embedding_is_named(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    del state["model.embed_tokens.weight"]
+    save_file(state, folder / "model.safetensors")
+    from torchchat_core.models.weights import checkpoint_dtype
+
+    assert "no tensor 'model.embed_tokens.weight'" in message_of(
+        lambda: checkpoint_dtype(open_checkpoint(files_at(folder))))
+
+
+def test_parts_of_a_matrix_that_do_not_fit_together_are_told(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    write_layout("meta in two parts, as Llama 2", tmp_path, state)
+    part = torch.load(tmp_path / "consolidated.01.pth", weights_only=True)
+    for name, changed in {"layers.0.attention.wq.weight": torch.ones(3, 32), "output.weight": None}.items():
+        odd = {**part, name: part[name].to(torch.bfloat16) if changed is None else changed}
+        torch.save(odd, tmp_path / "consolidated.01.pth")
+        assert f"do not belong together: {name!r} has" in message_of(lambda: logits(tmp_path))
+
+
+def test_tensors_that_are_not_dense_are_refused(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    for odd in (torch.eye(3).to_sparse(), torch.empty(3, device="meta")):
+        torch.save({**state, "model.norm.weight": odd}, folder / "odd.pt")
+        message = message_of(lambda: logits(folder / "odd.pt"))
+        assert "'model.norm.weight' in odd.pt is no ordinary dense tensor" in message
+
+
+def test_files_of_different_models_are_not_mixed(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
+    assert "is in two of the files a.safetensors, b.safetensors" in message_of(lambda: logits(folder))
+
+
+def test_an_optimizer_beside_the_weights_is_no_model(folder: Path, expected: torch.Tensor) -> None:
+    torch.save({"step": 1}, folder / "optimizer.pt")
+    assert torch.equal(logits(folder), expected)
+
+
+def test_metas_names_take_metas_parameters_where_a_folder_has_both(folder: Path, state: dict[str, torch.Tensor],
+                                                                   expected: torch.Tensor) -> None:
+    torch.save(meta_layout(state), folder / "consolidated.00.pth")
+    (folder / "params.json").write_text(json.dumps(PARAMS))
+    torch.testing.assert_close(logits(folder / "consolidated.00.pth"), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_mixture_of_experts_is_refused(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    write_layout("meta", tmp_path, state)
+    (tmp_path / "params.json").write_text(json.dumps({**PARAMS, "moe": {"num_experts": 8}}))
+    assert "mixture of experts" in message_of(lambda: logits(tmp_path))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_file_is_called_that(folder: Path) -> None:
+    (folder / "model.safetensors").chmod(0)
+    assert "Permission denied" in message_of(lambda: logits(folder))
+
+
+def test_a_link_into_the_void_and_an_unknown_home_are_told(tmp_path: Path) -> None:
+    (tmp_path / "dangling.pt").symlink_to(tmp_path / "nothing")
+    assert "which does not exist" in message_of(lambda: files_at(tmp_path / "dangling.pt"))
+    assert "the home folder in '~nobody-of-that-name/x' cannot be found" in message_of(
+        lambda: LocalSource().fetch(ModelRef(text="x", scheme="file", location="~nobody-of-that-name/x")))

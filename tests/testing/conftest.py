@@ -8,17 +8,6 @@ from types import ModuleType
 import pytest
 import torch
 
-from torchchat_core.testing.pytest_plugin import (
-    golden_tokens,
-    isolated_registry,
-    make_plugin,
-    make_tiny_model,
-    tiny_llama,
-    tiny_tokenizer,
-)
-
-__all__ = ["golden_tokens", "isolated_registry", "make_plugin", "make_tiny_model", "tiny_llama", "tiny_tokenizer"]
-
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:

@@ -220,12 +220,11 @@ def torchchat_quantizers() -> list[QuantizerInfo]:
 
 class Int8Contract(QuantizerContract):
     plugin, name = __name__, "right"
-    recipes = ({}, {"groupsize": 32})
     error_bound = 0.03
 
 
 class TestRight(Int8Contract):
-    pass
+    recipes = ({}, {"groupsize": 32})
 
 
 def contract(quantizer: type[Right]) -> type[QuantizerContract]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tools.embedded_model.questions import LeakDetector, QuestionBook, load_questions
+from tools.embedded_model.questions import Intent, LeakDetector, QuestionBook, load_questions
 from tools.embedded_model.stories import Story, StoryMaker, load_story_maker, story_request
 from tools.embedded_model.variations import vary
 
@@ -16,7 +18,7 @@ SYSTEM_MESSAGES = (
     "You are a small demo model.", "Answer the user's questions.", "You are an expert.", "Be polite.",
 )
 KINDS = ("question", "conversation", "story", "free story", "long conversation")
-SHARES = (0.856, 0.04, 0.10, 0.002, 0.002)
+SHARES = (0.59, 0.02, 0.386, 0.002, 0.002)
 STORY_SHARE = 0.12  # of the turns of a conversation
 INVENTED_SHARE = 0.3  # of stories: about a made-up word, so that the model learns to take up any word
 SYLLABLES = ("ba", "ko", "ri", "mu", "ta", "le", "zo", "fin", "gar", "pel", "dro", "wick", "sna", "vim")
@@ -56,6 +58,7 @@ class DocumentMaker:
         self.stories: StoryMaker = load_story_maker()
         self.detector = LeakDetector(self.book.held_out_texts())
         self._asked = [(intent, phrasing) for intent in self.book.intents for phrasing in intent.phrasings]
+        self._weights = list(itertools.accumulate(itertools.starmap(weight, self._asked)))
 
     def documents(self) -> Iterator[Document]:
         """Without end. Raises `ValueError` if a held-out phrasing comes up in one of them."""
@@ -81,11 +84,14 @@ class DocumentMaker:
 
     def _question_turn(self) -> tuple[Message, Message]:
         while True:
-            question = self.book.ask(*self.chance.choice(self._asked), self.chance)
+            question = self.book.ask(*self._draw(), self.chance)
             text = vary(question.text, self.chance)
             if self.detector.find(text) is None:
                 answer = Message(role="assistant", content=question.answer, intent=question.intent)
                 return Message(role="user", content=text), answer
+
+    def _draw(self) -> tuple[Intent, str]:
+        return self.chance.choices(self._asked, cum_weights=self._weights)[0]
 
     def _story_turn(self) -> tuple[Message, Message]:
         story = self._story()
@@ -101,3 +107,8 @@ class DocumentMaker:
 
     def _invented_word(self) -> str:
         return "".join(self.chance.sample(SYLLABLES, self.chance.randint(2, 3)))
+
+
+def weight(intent: Intent, phrasing: str) -> float:
+    """How often a phrasing is drawn: an intent with many has a smaller share for each; short ones are soon known."""
+    return (0.35 if phrasing.count(" ") < 2 else 1.0) / math.sqrt(len(intent.phrasings))

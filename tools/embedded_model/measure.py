@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=DEFAULT_OUTPUT)
     parser.add_argument("--show-wrong", action="store_true", help="print the wrong answers")
     parser.add_argument("--quick", action="store_true", help="the first figure alone")
+    parser.add_argument("--validation", action="store_true", help="the phrasings for tuning, nothing else")
     parser.add_argument("--threads", type=int, default=1, help="more than one rarely helps so small a model")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -128,6 +129,11 @@ def main() -> None:
     def after_story(question: Question) -> list[Message]:
         return [Message(role="user", content="Tell me a story."), story, *plainly(question)]
 
+    if arguments.validation:
+        questions = book.validation_questions(chance)
+        share = measure_questions(model, questions, plainly, arguments.show_wrong)
+        print(f"{len(questions)} phrasings for tuning: {share:.1%}")
+        return
     print(f"{len(questions)} held-out phrasings, greedy")
     print(f"as written:            {measure_questions(model, questions, plainly, arguments.show_wrong):.1%}")
     if not arguments.quick:

@@ -79,7 +79,7 @@ class StoryMaker:
         friend = self._friend(chance, hero["name"])
         plain, adjective = (chance.choice(self.words[key]) for key in (plot["objects"], "object_adjectives"))
         plain = invented_thing or plain
-        thing = plain if chance.random() < 0.5 else f"{adjective} {plain}"
+        thing = plain if chance.random() < 0.7 else f"{adjective} {plain}"
         in_place, place = chance.choice(self.words["places"]).split("|")
         animal = chance.choice(self.words["animals"])
         spots = chance.sample(self.words["spots"], 3)
@@ -109,7 +109,7 @@ class StoryMaker:
             gender = "girl" if kind in QUEENLY else "boy" if kind in KINGLY else gender
             name = chance.choice(self.words["female_names" if gender == "girl" else "male_names"])
         adjective = chance.choice(self.words["hero_adjectives"])
-        described = kind if chance.random() < 0.2 else f"{adjective} {kind}"
+        described = kind if chance.random() < 0.6 else f"{adjective} {kind}"
         pronouns = PRONOUNS[gender]
         return {
             "kind": kind, "name": name, "a_hero": f"{with_article(described)} named {name}", **pronouns,

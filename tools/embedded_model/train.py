@@ -61,12 +61,12 @@ MODEL = {
     "tie_word_embeddings": True,
     "vocab_size": VOCABULARY_SIZE,
 }
-WARM_UP_STEPS = 100
+WARM_UP_STEPS = 40
 DECAY_SHARE = 0.6  # of the run, at its end
 LONGEST_ANSWER = 80  # tokens: what is longer is a story
 SHORTENED_SHARE = 0.9  # of single answers and of stories
 LEARNED_BEGINNINGS = (6, 10, 16)  # tokens
-LEARNED_STORY_BEGINNING = 45
+LEARNED_STORY_BEGINNING = 18
 DROPOUT = 0.1
 INTENT_WEIGHT = 0.5  # of the loss of telling the intent before the answer begins
 LONGEST_SHORT_ROW = 96  # tokens
@@ -89,7 +89,8 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder to write")
-    parser.add_argument("--start-from", type=Path, help="folder whose tokenizer and weights to go on with")
+    parser.add_argument("--start-from", type=Path, nargs="+",
+                        help="folder whose tokenizer and weights to go on with; of several the mean of the weights")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--minutes", type=float, default=45.0, help="wall time of the training steps")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens of a step, padding included")
@@ -111,8 +112,8 @@ def main() -> None:
     if arguments.start_from is None:
         tokenizer = make_tokenizer(arguments.seed)
     else:
-        tokenizer = Tokenizer.from_file(str(arguments.start_from / "tokenizer.json"))
-        load_weights(model, arguments.start_from)
+        tokenizer = Tokenizer.from_file(str(arguments.start_from[0] / "tokenizer.json"))
+        load_weights(model, *arguments.start_from)
     write_tokenizer(tokenizer, arguments.output)
     print(f"{sum(parameter.numel() for parameter in model.parameters())} parameters", flush=True)
     train(model, tokenizer, arguments)
@@ -129,9 +130,10 @@ def new_model(config: ModelConfig) -> Transformer:
     return model
 
 
-def load_weights(model: Transformer, folder: Path) -> None:
-    """The weights of a folder that `write_model` wrote."""
-    tensors = load_file(folder / "model.safetensors")
+def load_weights(model: Transformer, *folders: Path) -> None:
+    """The weights of a folder that `write_model` wrote, or the mean of several folders' weights."""
+    parts = [load_file(folder / "model.safetensors") for folder in folders]
+    tensors = {name: torch.stack([part[name].float() for part in parts]).mean(0) for name in parts[0]}
     model.load_state_dict({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]})
 
 

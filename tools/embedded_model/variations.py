@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 HOW = (
@@ -65,10 +66,32 @@ SAME = (
     ("option", "flag", "parameter"), ("settings", "options", "preferences"),
     ("program", "application", "app"), ("license", "licence"), ("favourite", "favorite"), ("colour", "color"),
     ("good", "nice"), ("bad", "poor"), ("a", "the", "my", "one"), ("mean", "stand for"),
-    ("everything", "all"), ("explain", "describe"),
+    ("everything", "all"), ("explain", "describe"), ("install", "set up"), ("fetch", "download", "get"),
+    ("quit", "leave", "exit"), ("store", "keep", "save"), ("select", "choose", "pick"), ("kind", "sort", "type"),
+    ("prompt", "input"), ("output", "result", "text"), ("slow", "sluggish"), ("faster", "quicker", "speedier"),
+    ("smaller", "tinier"), ("bigger", "larger"), ("random", "arbitrary"), ("limit", "restrict", "cap"),
+    ("weights", "parameters"), ("exported", "written"), ("broken", "damaged", "defective"), ("avoid", "prevent"),
+    ("history", "conversation"), ("question", "query"), ("questions", "queries"), ("server", "service"),
+    ("wrong", "incorrect"), ("shows", "lists"), ("exact", "precise"), ("way", "method"), ("command", "instruction"),
+    ("test", "check", "try"), ("shrink", "reduce", "compress"), ("phones", "smartphones", "mobiles"),
+    ("network", "net", "web"), ("name", "give"), ("different", "other"), ("happens", "occurs"), ("purpose", "use"),
+    ("information", "details", "info"), ("whole", "complete", "entire"), ("own", "personal", "private"),
+    ("stored", "kept", "saved"), ("located", "stored"), ("beginning", "start"), ("measure", "evaluate"),
+    ("switch", "change"), ("evaluate", "assess", "score"), ("add", "include"), ("repository", "repo"),
+    ("repeat", "duplicate"), ("connection", "internet"), ("works", "functions"), ("work", "function"),
+    ("interface", "frontend"), ("accuracy", "quality"), ("runs", "executes"), ("running", "active"),
+    ("people", "users"), ("package", "library"), ("missing", "absent"), ("hardware", "computer"),
 )
-SYNONYMS = {word: tuple(other for other in group if other != word) for group in SAME for word in group}
+SYNONYMS = {
+    word: tuple(sorted({other for group in SAME if word in group for other in group} - {word}))
+    for word in itertools.chain.from_iterable(SAME)
+}
 DROPPABLE = frozenset(["a", "an", "the", "do", "does", "is", "are", "of", "to", "i", "my", "me", "it"])
+FILLERS = DROPPABLE | frozenset((
+    "how", "can", "could", "would", "you", "please", "what", "which", "that", "this", "there", "with", "for", "in",
+    "on", "from", "want", "need", "tell", "show", "explain", "about", "be", "does", "should", "at", "and", "have",
+))
+HINGES = frozenset(("on", "with", "for", "from", "in", "into", "to", "without", "by", "when", "while", "as"))
 ENDINGS = ("?", "?", "?", "?", "", "", "", "", "", ".", "!", " ")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -82,6 +105,10 @@ def vary(phrasing: str, chance: random.Random) -> str:
         text = with_other_words(text, chance)
     if chance.random() < 0.12:
         text = without_a_small_word(text, chance)
+    if chance.random() < 0.1:
+        text = as_keywords(text, chance)
+    if chance.random() < 0.06:
+        text = with_end_first(text, chance)
     if chance.random() < 0.22:
         text = f"{chance.choice(BEFORE)} {text}"
     if chance.random() < 0.12:
@@ -110,6 +137,22 @@ def with_other_words(text: str, chance: random.Random) -> str:
     for place in chance.sample(places, min(len(places), chance.randint(1, 3))):
         words[place] = chance.choice(SYNONYMS[words[place].lower()])
     return " ".join(words)
+
+
+def as_keywords(text: str, chance: random.Random) -> str:
+    """The text without most of the words that carry little, as in a search box."""
+    kept = [word for word in text.split(" ") if word.lower() not in FILLERS or chance.random() < 0.3]
+    return " ".join(kept) if len(kept) > 1 else text
+
+
+def with_end_first(text: str, chance: random.Random) -> str:
+    """`export a model for my phone` becomes `for my phone, export a model`."""
+    words = text.split(" ")
+    places = [place for place, word in enumerate(words) if word in HINGES and 1 < place < len(words) - 1]
+    if not places:
+        return text
+    place = chance.choice(places)
+    return " ".join([*words[place:-1], f"{words[-1]},", *words[:place]])
 
 
 def without_a_small_word(text: str, chance: random.Random) -> str:

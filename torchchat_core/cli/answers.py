@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from typing import Any
 
 from torchchat_core.generation import FinishedEvent, Statistics
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 
 
 def answer_json(finished: FinishedEvent) -> dict[str, Any]:
     """One answer as `--json` prints it."""
     return {"text": finished.text, "token_ids": list(finished.token_ids), "finish_reason": finished.reason,
             "stats": asdict(finished.statistics)}
+
+
+def printable(text: str) -> str:
+    """Text without the control characters that would move a terminal's cursor or change its settings."""
+    return CONTROL.sub("", text)
 
 
 def statistics_line(statistics: Statistics) -> str:

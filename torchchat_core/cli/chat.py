@@ -40,7 +40,8 @@ def chat(registry: Registry, /, **flags: Any) -> int:
     with open_model(model_request(flags), registry) as opened:
         options = generation_options(flags, opened.text_format.defaults)
         with _conversation(opened, flags["system"]) as conversation:
-            if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty() and not flags["as_json"]:
+            on_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+            if on_terminal and not flags["as_json"]:
                 from torchchat_core.cli.terminal_chat import TerminalChat
 
                 TerminalChat(opened, conversation, options).run()
@@ -66,7 +67,7 @@ def _answer_lines(conversation: Conversation, options: GenerationOptions, as_jso
     from torchchat_core.cli.interrupt import interruptible
     from torchchat_core.generation import FinishedEvent, NoticeEvent, TextEvent
 
-    for line in sys.stdin:
+    for line in sys.stdin or ():
         message = line.strip()
         if not message:
             continue
@@ -80,8 +81,7 @@ def _answer_lines(conversation: Conversation, options: GenerationOptions, as_jso
                 elif isinstance(event, FinishedEvent):
                     finished = event
                 elif isinstance(event, TextEvent) and not as_json:
-                    sys.stdout.write(event.text)
-                    sys.stdout.flush()
+                    click.echo(event.text, nl=False)
         if as_json and finished is not None:
             click.echo(json.dumps(answer_json(finished), ensure_ascii=False))
         else:

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +13,7 @@ import click
 from torchchat_core.cli.flags import generation_options, model_flags, model_request, sampling_flags
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
+from torchchat_core.small_files import expanded
 
 if TYPE_CHECKING:
     from torchchat_core.generation import Event, FinishedEvent, TokenSequence
@@ -62,7 +62,7 @@ def _prompt(flags: dict[str, Any]) -> str:
         return str(flags["prompt"])
     try:
         if file is not None:
-            return Path(file).expanduser().read_text(encoding="utf-8").removesuffix("\n")
+            return expanded(file).read_text(encoding="utf-8").removesuffix("\n")
         if sys.stdin is None or sys.stdin.isatty():
             return FIRST_WORDS
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
@@ -132,5 +132,6 @@ def _run(opened: OpenedModel, plan: Plan, count: int, quiet: bool) -> list[Finis
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    from torchchat_core.cli.answers import printable
+
+    click.echo(printable(text) if sys.stdout is not None and sys.stdout.isatty() else text, nl=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Any, NoReturn
@@ -71,6 +72,9 @@ def torchchat() -> None:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     debug = "--debug" in given
     given = [word for word in given if word != "--debug"]
     try:
@@ -84,6 +88,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if debug:
             raise
         _report(error.message, error.fix)
+    except OSError as error:
+        if debug:
+            raise
+        _report(f"{error.filename or 'reading or writing'}: {error.strerror or error}", None)
     except Exception as error:
         if debug:
             raise
@@ -94,7 +102,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def _run(arguments: list[str]) -> int:
     try:
         result: Any = torchchat.main(args=arguments, prog_name="torchchat", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.Abort:
         return 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import TracebackType
 
 from rich.console import Console
@@ -19,6 +20,7 @@ class MarkdownStream:
         self._console = console
         self._open = ""  # the block that is being written
         self._live: Live | None = None
+        self._settled = False  # whether a block was printed for good
 
     def __enter__(self) -> MarkdownStream:
         return self
@@ -49,28 +51,46 @@ class MarkdownStream:
         lines = block.split("\n")
         if len(lines) <= room:
             return block
-        fence = next((line for line in lines[:-room] if line.lstrip().startswith("```")), None)
-        return "\n".join([*([fence] if fence and _in_fence("\n".join(lines[:-room])) else []), *lines[-room:]])
+        fence = open_fence("\n".join(lines[:-room]))
+        return "\n".join([*([fence] if fence else []), *lines[-room:]])
 
     def _settle(self, block: str) -> None:
         if self._live is not None:
             self._live.stop()
             self._live = None
         if block.strip():
+            if self._settled:
+                self._console.print()
             self._console.print(Markdown(block))
+            self._settled = True
 
 
 def split_finished(text: str) -> tuple[str, str]:
     """(blocks that no further text can change, the block that is being written)."""
     at = len(text)
     while (at := text.rfind("\n\n", 0, at)) >= 0:
-        if not _in_fence(text[:at]) and not _continues_list(text[:at], text[at + 2 :]):
+        if open_fence(text[:at]) is None and not _continues_list(text[:at], text[at + 2 :]):
             return text[: at + 2], text[at + 2 :]
     return "", text
 
 
-def _in_fence(text: str) -> bool:
-    return sum(line.lstrip().startswith("```") for line in text.split("\n")) % 2 == 1
+def open_fence(text: str) -> str | None:
+    """The line that began a code block which `text` has not ended, or None."""
+    opened: str | None = None
+    for line in text.split("\n"):
+        marks = FENCE.match(line)
+        if not marks:
+            continue
+        if opened is None:
+            opened = line
+        elif marks[1].startswith(opened.strip()[: _fence_length(opened)]) and not line.strip().strip(marks[1][0]):
+            opened = None
+    return opened
+
+
+def _fence_length(line: str) -> int:
+    stripped = line.strip()
+    return len(stripped) - len(stripped.lstrip(stripped[0]))
 
 
 def _continues_list(before: str, after: str) -> bool:
@@ -79,4 +99,5 @@ def _continues_list(before: str, after: str) -> bool:
     return last.lstrip().startswith(_LIST_STARTS) and (not after.strip() or after.startswith((" ", *_LIST_STARTS)))
 
 
+FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _LIST_STARTS = ("- ", "* ", "+ ", *(f"{number}." for number in range(1, 100)))

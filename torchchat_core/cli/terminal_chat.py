@@ -13,9 +13,10 @@ from prompt_toolkit.formatted_text import HTML
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from torchchat_core.cli.answers import statistics_line, statistics_table
+from torchchat_core.cli.answers import printable, statistics_line, statistics_table
 from torchchat_core.cli.interrupt import interruptible
 from torchchat_core.cli.markdown_stream import MarkdownStream
 from torchchat_core.conversation import Conversation
@@ -24,10 +25,11 @@ from torchchat_core.generation import FinishedEvent, NoticeEvent, Statistics, Te
 from torchchat_core.generation_options import GenerationOptions, SamplingOptions
 from torchchat_core.options import detail_of, from_text
 from torchchat_core.pipeline import OpenedModel
+from torchchat_core.small_files import expanded
 
 HELP = {
     "/help": "this list",
-    "/system [TEXT]": "show the system message, or set it",
+    "/system [TEXT]": "show the system message, or set it; /system - takes it away",
     "/reset": "forget the conversation, keep the system message",
     "/save FILE": "write the conversation to a file",
     "/load FILE": "go on with a saved conversation",
@@ -60,8 +62,8 @@ class TerminalChat:
     def run(self) -> None:
         """The conversation, until /bye or the end of input."""
         opened = self._opened
-        self._console.print(f"[bold]{opened.name}[/bold] on {opened.model.device}, {opened.model.dtype}, "
-                            f"{opened.executor.name}. /help lists what can be typed beside messages.")
+        self._console.print(f"[bold]{escape(opened.name)}[/bold] on {opened.model.device}, {opened.model.dtype}, "
+                            f"{opened.executor.name}. /help lists what can be typed beside messages.", highlight=False)
         if opened.text_format.template is None:
             self._console.print("This model has no chat template: it is given a plain transcript.", style="yellow")
         reader: PromptSession[str] = PromptSession(
@@ -88,13 +90,17 @@ class TerminalChat:
             self._console.print(f"error: {error.message}", style="red", markup=False)
             if error.fix:
                 self._console.print(f"try: {error.fix}", markup=False)
+        except (Leave, KeyboardInterrupt):
+            raise
+        except Exception as error:  # a fault of ours or of a plugin must not cost the user the conversation
+            self._console.print(f"error: {type(error).__name__}: {error}", style="red", markup=False)
 
     def _answer(self, message: str) -> None:
         finished: FinishedEvent | None = None
         with interruptible() as cancelled, MarkdownStream(self._console) as output:
             for event in self._conversation.ask(message, self._options, cancelled=cancelled):
                 if isinstance(event, TextEvent):
-                    output.write(event.text)
+                    output.write(printable(event.text))
                 elif isinstance(event, NoticeEvent):
                     self._console.print(event.text, style="yellow", markup=False)
                 elif isinstance(event, FinishedEvent):
@@ -120,7 +126,7 @@ class TerminalChat:
 
     def _system(self, text: str) -> None:
         if text:
-            self._conversation.system = text
+            self._conversation.system = None if text == "-" else text
         self._console.print(self._conversation.system or "There is no system message.", markup=False)
 
     def _reset(self, _: str) -> None:
@@ -143,7 +149,7 @@ class TerminalChat:
             sampling = replace(sampling, **{name.replace("-", "_"): changed})
             self._options = replace(self._options, sampling=sampling)
         table = Table.grid(padding=(0, 2))
-        for field in fields(SamplingOptions):
+        for field in (each for each in fields(SamplingOptions) if each.name != "logit_bias"):
             table.add_row(field.name, str(getattr(sampling, field.name)), detail_of(field).help)
         self._console.print(table, markup=False)
 
@@ -160,19 +166,19 @@ class TerminalChat:
         raise Leave
 
     def _status(self) -> str:
-        parts = [self._opened.name, self._opened.executor.name, self._opened.model.dtype]
+        parts: list[str] = []
         if self._last is not None:
-            used = self._last.prompt_tokens + self._last.new_tokens
-            parts.append(f"{used} of {self._opened.max_seq_length} tokens")
             if self._last.decode_tps is not None:
                 parts.append(f"{self._last.decode_tps:.1f} tokens/s")
-        return " " + " · ".join(parts)
+            used = self._last.prompt_tokens + self._last.new_tokens
+            parts.append(f"{used} of {self._opened.max_seq_length} tokens")
+        return " " + " · ".join([*parts, self._opened.executor.name, self._opened.model.dtype, self._opened.name])
 
 
 def _path(text: str, command: str) -> Path:
     if not text:
         raise TorchchatError(f"{command} needs a file", f"{command} conversation.json")
-    return Path(text)
+    return expanded(text)
 
 
 def _keys() -> KeyBindings:
@@ -192,10 +198,11 @@ def _keys() -> KeyBindings:
 
 def _history() -> History:
     """What was typed in earlier conversations, in the user's state folder; in memory where it cannot be written."""
-    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "torchchat"
     try:
+        folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "torchchat"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "history").touch(mode=0o600)
-        return FileHistory(folder / "history")
-    except OSError:
+        with (folder / "history").open("ab"):
+            return FileHistory(folder / "history")
+    except (OSError, RuntimeError):  # RuntimeError: there is no home folder
         return InMemoryHistory()

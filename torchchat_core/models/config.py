@@ -10,7 +10,7 @@ from typing import Any
 from torchchat_core.errors import TorchchatError, did_you_mean
 
 MAXIMUM_LAYERS = 1024
-MAXIMUM_SIZE = 1 << 24  # of any dimension: larger ones are a damaged or hostile file
+MAXIMUM_SIZE = 1 << 22  # of any dimension: larger ones are a damaged or hostile file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,17 @@ class RopeScaling:
     mscale_all_dim: float | None = None  # yarn, likewise
     short_factor: tuple[float, ...] = ()  # longrope, one per frequency
     long_factor: tuple[float, ...] = ()  # longrope, likewise
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "low_frequency_factor", "high_frequency_factor", "beta_fast", "beta_slow"):
+            _check_positive(name, getattr(self, name))
+        if self.original_context is not None:
+            _check_size("original_max_position_embeddings", self.original_context, MAXIMUM_SIZE, minimum=2)
+        if self.low_frequency_factor == self.high_frequency_factor:
+            raise TorchchatError(f"low_freq_factor and high_freq_factor are both {self.low_frequency_factor}; they "
+                                 "have to differ")
+        for factor in (*self.short_factor, *self.long_factor):
+            _check_positive("a longrope factor", factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +93,12 @@ class ModelConfig:
             raise TorchchatError(f"head_dim {self.head_dim} is odd; rotary position embedding needs an even one")
         if self.sliding_window is not None:
             _check_size("sliding_window", self.sliding_window, MAXIMUM_SIZE)
-        for name in ("norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise TorchchatError(f"{name} is {value!r}; it has to be a positive number")
+        for name in ("norm_eps", "rope_theta", "logits_divisor"):
+            _check_positive(name, getattr(self, name))
+        if self.rope_theta == 1.0:
+            raise TorchchatError("rope_theta is 1.0; all positions would be the same")
+        for name in ("hidden_size", "intermediate_size", "num_heads"):
+            _check_size(f"{name} times head_dim", getattr(self, name) * self.head_dim, MAXIMUM_SIZE << 8)
 
     @property
     def attention_scale(self) -> float:
@@ -99,10 +112,15 @@ class ModelConfig:
         return self.sliding_window
 
 
-def _check_size(name: str, value: object, maximum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= maximum:
-        raise TorchchatError(f"{name} is {value!r}; it has to be a whole number from 1 to {maximum}",
+def _check_size(name: str, value: object, maximum: int, minimum: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+        raise TorchchatError(f"{name} is {value!r}; it has to be a whole number from {minimum} to {maximum}",
                              "the config file is damaged or of a model that torchchat does not know")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise TorchchatError(f"{name} is {value!r}; it has to be a positive number")
 
 
 # ---- Hugging Face config.json -------------------------------------------------------------------------------------
@@ -124,7 +142,7 @@ def config_from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
         raise TorchchatError(f"hidden_act is {activation!r}; torchchat's transformer has silu alone")
     heads = _required(raw, "num_attention_heads")
     hidden = _required(raw, "hidden_size")
-    if not raw.get("head_dim") and isinstance(heads, int) and heads and hidden % heads:
+    if not raw.get("head_dim") and heads and hidden % heads:
         raise TorchchatError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and no head_dim "
                              "is given")
     common: dict[str, Any] = {
@@ -140,14 +158,14 @@ def config_from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
         "norm_eps": _number(raw, "rms_norm_eps", 1e-6),
         "rope_theta": _number(_rope_fields(raw), "rope_theta", 10000.0),
         "rope_scaling": _rope_scaling(raw),
-        "tied_embeddings": bool(raw.get("tie_word_embeddings", False)),
+        "tied_embeddings": _boolean(raw, "tie_word_embeddings"),
     }
     return ModelConfig(**{**common, **adapt(raw)})
 
 
 def _llama(raw: Mapping[str, Any]) -> dict[str, Any]:
-    bias = bool(raw.get("attention_bias", False))
-    return {"attention_bias": bias, "attention_output_bias": bias, "mlp_bias": bool(raw.get("mlp_bias", False))}
+    bias = _boolean(raw, "attention_bias")
+    return {"attention_bias": bias, "attention_output_bias": bias, "mlp_bias": _boolean(raw, "mlp_bias")}
 
 
 def _mistral(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,21 +177,22 @@ def _qwen2(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _qwen3(raw: Mapping[str, Any]) -> dict[str, Any]:
-    bias = bool(raw.get("attention_bias", False))
+    bias = _boolean(raw, "attention_bias")
     return {"attention_bias": bias, "attention_output_bias": bias, "qk_norm": True, **_qwen_window(raw)}
 
 
 def _qwen_window(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Qwen's sliding window holds for the layers from `max_window_layers` on, and only when it is switched on."""
-    if not raw.get("use_sliding_window") or not raw.get("sliding_window"):
+    if not _boolean(raw, "use_sliding_window") or not raw.get("sliding_window"):
         return {}
     layers = _required(raw, "num_hidden_layers")
+    _check_size("num_hidden_layers", layers, MAXIMUM_LAYERS)
     kinds = raw.get("layer_types")
     if kinds is None:
-        first = raw.get("max_window_layers", 28)
+        first = _required(raw, "max_window_layers") if "max_window_layers" in raw else 28
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
-    if len(kinds) != layers:
-        raise TorchchatError(f"layer_types has {len(kinds)} entries for {layers} layers")
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise TorchchatError(f"layer_types is {kinds!r:.60}; it has to be a list of {layers} names, one for each layer")
     return {"sliding_window": raw["sliding_window"],
             "sliding_layers": tuple(kind == "sliding_attention" for kind in kinds)}
 
@@ -193,7 +212,10 @@ ARCHITECTURES = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3":
 
 def _rope_fields(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """`rope_theta` stands at the top of config.json, or in `rope_parameters` since transformers 5."""
-    return {**raw, **(raw.get("rope_parameters") or {})}
+    fields = raw.get("rope_parameters") or {}
+    if not isinstance(fields, Mapping):
+        raise TorchchatError(f"rope_parameters is {fields!r:.60}; it has to be an object")
+    return {**raw, **fields}
 
 
 def _rope_scaling(raw: Mapping[str, Any]) -> RopeScaling | None:
@@ -220,12 +242,13 @@ def _rope_scaling(raw: Mapping[str, Any]) -> RopeScaling | None:
         return RopeScaling(
             kind=kind, factor=_number(fields, "factor"), original_context=original or context,
             beta_fast=_number(fields, "beta_fast", 32.0), beta_slow=_number(fields, "beta_slow", 1.0),
-            truncate=bool(fields.get("truncate", True)),
+            truncate=_boolean(fields, "truncate", True),
             attention_factor=_optional_number(fields, "attention_factor"),
             mscale=_optional_number(fields, "mscale"), mscale_all_dim=_optional_number(fields, "mscale_all_dim"),
         )
     if kind == "longrope":
         original = original or context
+        _check_size("original_max_position_embeddings", original, MAXIMUM_SIZE, minimum=2)
         factor = _optional_number(fields, "factor")
         if factor is None:
             factor = context / original if context and original else 1.0
@@ -241,6 +264,15 @@ def _required(raw: Mapping[str, Any], name: str) -> Any:
     value = raw.get(name)
     if not isinstance(value, int) or isinstance(value, bool):
         raise TorchchatError(f"{name} is {value!r} in the config; it has to be a whole number")
+    return value
+
+
+def _boolean(raw: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    value = raw.get(name, default)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise TorchchatError(f"{name} is {value!r:.60} in the config; it has to be true or false")
     return value
 
 
@@ -271,6 +303,8 @@ def config_from_meta(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
     `shapes` are the shapes of the checkpoint's tensors by canonical name: the vocabulary and the hidden layer of
     the feed-forward are read there, since params.json gives neither (vocab_size is -1 for Llama 2).
     """
+    if params.get("moe"):
+        raise TorchchatError("params.json describes a mixture of experts, which torchchat's transformer does not have")
     embedding = _shape(shapes, "model.embed_tokens.weight")
     gate = _shape(shapes, "model.layers.0.mlp.gate_proj.weight")
     dim = _required(params, "dim")
@@ -290,6 +324,7 @@ def config_from_meta(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         rope_theta=_number(params, "rope_theta", 10000.0),
         rope_scaling=_meta_rope_scaling(params) if scaled else None,
         rope_interleaved=True,
+        sliding_window=params.get("sliding_window"),
         tied_embeddings="lm_head.weight" not in shapes,
     )
 

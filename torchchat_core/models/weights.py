@@ -48,7 +48,8 @@ class WithoutInitialValues(TorchFunctionMode):
 
 def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype of the checkpoint's embedding, which stands for all of its matrices."""
-    return checkpoint.tensor("model.embed_tokens.weight").dtype
+    config = checkpoint.config
+    return _fetch(checkpoint, "model.embed_tokens.weight", (config.vocab_size, config.hidden_size)).dtype
 
 
 def _fetch(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torchchat_core.errors import TorchchatError, did_you_mean
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.options import from_mapping
 from torchchat_core.plugins import Registry
-from torchchat_core.small_files import read_json
+from torchchat_core.small_files import expanded, read_json
 from torchchat_core.specs import QuantizerInfo, QuantReport
 
 
@@ -63,7 +62,7 @@ def _sections(text: str, registry: Registry) -> Mapping[str, Any]:
         return dict(found)
     if text in _schemes(registry):
         return {text: {}}
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.is_file():
         return read_json(path)
     known = _schemes(registry)

@@ -64,11 +64,19 @@ def open_checkpoint(files: ModelFiles) -> StoredCheckpoint:
     model_args = containers[0].model_args
     shards = [_weights(container.tensors) for container in containers]
     if any("tok_embeddings.weight" in shard for shard in shards):
-        tensors = {_meta_name(name): stored for name, stored in _merge_parallel(shards).items()}
-        shapes = {name: stored.shape for name, stored in tensors.items()}
-        return StoredCheckpoint(config_from_meta(model_args or _params(files), shapes), tensors)
-    tensors = {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": stored
-               for shard in shards for name, stored in shard.items()}
+        merged = {_meta_name(name): stored for name, stored in _merge_parallel(shards).items()}
+        shapes = {name: stored.shape for name, stored in merged.items()}
+        return StoredCheckpoint(config_from_meta(model_args or _params(files), shapes), merged)
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        named = {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": stored
+                 for name, stored in shard.items()}
+        twice = sorted(tensors.keys() & named.keys())
+        if twice:
+            listed = ", ".join(path.name for path in files.weights)
+            raise TorchchatError(f"{twice[0]!r} is in two of the files {listed}",
+                                 "they belong to different models; name the one file that is meant")
+        tensors |= named
     if not tensors.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
         raise TorchchatError(f"{files.weights[0].name} holds no language model that torchchat knows: its tensors are "
                              f"called {', '.join(sorted(tensors)[:3]) or 'nothing at all'}")
@@ -82,6 +90,9 @@ def open_checkpoint(files: ModelFiles) -> StoredCheckpoint:
 
 
 def _params(files: ModelFiles) -> Mapping[str, Any]:
+    beside = files.root / "params.json"
+    if files.config is not None and files.config.name == "config.json" and beside.is_file():
+        return read_json(beside)  # folders of hubs keep both, and Meta's names go with Meta's file
     if files.config is None:
         raise TorchchatError(f"there is no params.json beside {files.weights[0].name}",
                              "name the file that states the model's sizes with --params-path")
@@ -98,8 +109,8 @@ def _shards(weights: tuple[Path, ...]) -> list[Path]:
         raise TorchchatError(f"{index.name} has no weight_map", DAMAGED)
     names = sorted({str(name) for name in places.values()})
     for name in names:
-        if Path(name).name != name:
-            raise TorchchatError(f"{index.name} points to {name!r}, outside its own folder")
+        if Path(name).name != name or len(name) > 255:
+            raise TorchchatError(f"{index.name} points to {name!r:.100}, outside its own folder")
         if not (index.parent / name).is_file():
             raise TorchchatError(f"{index.name} names {name!r}, which is not in {str(index.parent)!r}", DAMAGED)
     return [index.parent / name for name in names]
@@ -131,9 +142,18 @@ class MappedFile:
         return tensor
 
 
+def _check_readable(path: Path) -> None:
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise TorchchatError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
+
+
 def _read_safetensors(path: Path) -> Container:
     from safetensors import SafetensorError, safe_open
 
+    _check_readable(path)
     try:
         opened = safe_open(str(path), framework="pt")
         shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
@@ -160,11 +180,17 @@ def _torch_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | N
         found = found["model"]
     if not isinstance(found, dict):
         raise TorchchatError(f"{path.name} holds a {type(found).__name__}; a dictionary of tensors is needed")
-    return {str(name): value for name, value in found.items() if isinstance(value, Tensor)}, model_args
+    tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested:
+            raise TorchchatError(f"tensor {name!r} in {path.name} is no ordinary dense tensor",
+                                 "save the model's weights as dense tensors")
+    return tensors, model_args
 
 
 def _load_torch(path: Path) -> Any:
     """torch.load that maps the file and unpickles tensors and plain values alone."""
+    _check_readable(path)
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -172,8 +198,6 @@ def _load_torch(path: Path) -> Any:
             if "mmap can only be used" not in str(error):
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)  # the format of torch before 1.6
-    except (FileNotFoundError, PermissionError) as error:
-        raise TorchchatError(f"cannot read {str(path)!r}: {error.strerror}") from None
     except Exception as error:  # a damaged archive raises whatever it meets first
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             raise TorchchatError(
@@ -246,10 +270,21 @@ def _merged(name: str, parts: list[StoredTensor], first: Mapping[str, StoredTens
     shape = parts[0].shape
     if len(shape) < 2:
         return parts[0]
+    if any(part.shape != shape for part in parts):
+        raise TorchchatError(f"the checkpoint's files do not belong together: {name!r} has the shapes "
+                             f"{' and '.join(str(list(part.shape)) for part in parts)}")
     if name == "tok_embeddings.weight":  # Llama 2 splits its columns, Llama 3 its rows
-        dimension = 1 if shape[1] != first["norm.weight"].shape[0] else 0
+        whole_width = first["norm.weight"].shape[0] if "norm.weight" in first else shape[1]
+        dimension = 1 if shape[1] != whole_width else 0
     else:
         dimension = 1 if name.endswith(_SPLIT_BY_COLUMN) else 0
     whole = tuple(sum(part.shape[axis] for part in parts) if axis == dimension else size
                   for axis, size in enumerate(shape))
-    return StoredTensor(whole, lambda: torch.cat([part.read() for part in parts], dimension))
+    return StoredTensor(whole, partial(_joined, name, parts, dimension))
+
+
+def _joined(name: str, parts: list[StoredTensor], dimension: int) -> Tensor:
+    tensors = [part.read() for part in parts]
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        raise TorchchatError(f"the checkpoint's files do not belong together: {name!r} has different dtypes")
+    return torch.cat(tensors, dimension)

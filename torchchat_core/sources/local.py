@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from torchchat_core.errors import TorchchatError
+from torchchat_core.small_files import expanded
 from torchchat_core.sources.reference import missing_file
 from torchchat_core.specs import Checkpoint, ModelFiles, ModelRef
 
@@ -19,7 +20,9 @@ class LocalSource:
     """Finds and opens Hugging Face folders, Meta and torchtune folders, and single checkpoint files."""
 
     def fetch(self, ref: ModelRef) -> ModelFiles:
-        path = Path(ref.location).expanduser()
+        if ref.scheme != "file":
+            raise TorchchatError(f"{ref.text!r} is no file or folder of this machine")
+        path = expanded(ref.location)
         if path.is_dir():
             return files_of_folder(ref, path)
         if path.is_file():
@@ -36,12 +39,16 @@ class EmbeddedSource:
     """The small model that comes with torchchat."""
 
     def fetch(self, ref: ModelRef) -> ModelFiles:
+        if ref.scheme != "embedded" or ref.location != "guide":
+            raise TorchchatError(f"there is no embedded model {ref.location!r}", "the only one is embedded:guide")
         return files_of_folder(ref, EMBEDDED)
 
 
 def files_of_folder(ref: ModelRef, folder: Path) -> ModelFiles:
     """The model in a folder. Raises `TorchchatError` where it holds none, or checkpoints of several kinds."""
     found = {kind: weights for kind, find in _LAYOUTS.items() if (weights := find(folder))}
+    if not found and (single := _single(folder)):
+        found = {"single .pt file": single}
     if not found:
         raise TorchchatError(f"the folder {str(folder)!r} holds no checkpoint",
                              "it should have *.safetensors, pytorch_model*.bin, consolidated.*.pth, a torchtune "
@@ -88,6 +95,8 @@ def _safetensors(folder: Path) -> tuple[Path, ...]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return (index,)
+    if (folder / "model.safetensors").is_file():
+        return (folder / "model.safetensors",)
     files = sorted(folder.glob("*.safetensors"))
     return tuple(path for path in files if not path.name.startswith("consolidated")) or tuple(files)
 
@@ -112,8 +121,6 @@ def _torchtune(folder: Path) -> tuple[Path, ...]:
 
 
 def _single(folder: Path) -> tuple[Path, ...]:
-    if _meta(folder) or _torchtune(folder):
-        return ()
     files = sorted([*folder.glob("*.pt"), *folder.glob("*.pth")])
     return tuple(files) if len(files) == 1 else ()
 
@@ -123,5 +130,4 @@ _LAYOUTS: dict[str, Callable[[Path], tuple[Path, ...]]] = {
     "Hugging Face .bin": _bin,
     "Meta": _meta,
     "torchtune": _torchtune,
-    "single .pt file": _single,
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torchchat_core.errors import TorchchatError, did_you_mean
 from torchchat_core.plugins import Registry
+from torchchat_core.small_files import expanded
 from torchchat_core.specs import ModelRef, ModelSourceInfo
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -21,15 +22,20 @@ def resolve(text: str, registry: Registry) -> ModelRef:
     """
     sources = registry.infos(ModelSourceInfo)
     schemes = {scheme for source in sources for scheme in source.schemes}
-    aliases = {alias: target for source in sources for alias, target in source.aliases.items()}
+    aliases = {alias for source in sources for alias in source.aliases}
     if not text.strip():
         raise TorchchatError("the name of the model is empty", f"known names: {', '.join(sorted(aliases))}")
-    path = Path(text).expanduser()
+    path = expanded(text)
     if _exists(path):
         return ModelRef(text=text, scheme="file", location=str(path))
-    if text in aliases:
-        target = resolve(aliases[text], registry)
-        return ModelRef(text=text, scheme=target.scheme, location=target.location)
+    owner = registry.claim("aliases", text)
+    if owner is not None:
+        target = owner.aliases[text]
+        if target in aliases:
+            raise TorchchatError(f"the name {text!r} stands for another name, {target!r}",
+                                 f"the model source {owner.name!r} has to give a full reference")
+        meant = resolve(target, registry)
+        return ModelRef(text=text, scheme=meant.scheme, location=meant.location)
     scheme, colon, rest = text.partition(":")
     if colon and scheme in schemes:
         return ModelRef(text=text, scheme=scheme, location=rest)
@@ -48,7 +54,12 @@ def resolve(text: str, registry: Registry) -> ModelRef:
 
 
 def missing_file(path: Path) -> TorchchatError:
-    """The error for a file or folder that is not there, with what looks like it in the same folder."""
+    """The error for a file or folder that cannot be used, with what looks like it in the same folder."""
+    if path.is_symlink() and not _exists(path):
+        return TorchchatError(f"{str(path)!r} is a link to {str(path.readlink())!r}, which does not exist")
+    if _exists(path):
+        return TorchchatError(f"{str(path)!r} is neither a folder nor an ordinary file" if not path.is_dir()
+                              else f"{str(path)!r} is a folder; a file is needed")
     if path.parent != path and not _exists(path.parent):
         return TorchchatError(f"there is no file or folder {str(path)!r}: {str(path.parent)!r} does not exist")
     return TorchchatError(f"there is no file or folder {str(path)!r}",
@@ -58,6 +69,8 @@ def missing_file(path: Path) -> TorchchatError:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
+    except PermissionError as error:
+        raise TorchchatError(f"{str(path)!r} cannot be looked at: {error.strerror}") from None
     except (OSError, ValueError):  # a name too long, or with a NUL
         return False
 
@@ -65,6 +78,7 @@ def _exists(path: Path) -> bool:
 def _neighbours(path: Path) -> list[str]:
     """Names beside `path`, as the user would have to type them."""
     try:
-        return [str(path.parent / entry.name) for entry in path.parent.iterdir() if not entry.name.startswith(".")]
+        return [str(path.parent / entry.name) for entry in path.parent.iterdir()
+                if not entry.name.startswith(".") and entry.name != path.name]
     except (OSError, ValueError):
         return []

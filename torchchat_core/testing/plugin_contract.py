@@ -226,11 +226,7 @@ def _capability_faults(info: Description) -> Iterator[str]:
         "aliases": NAME.fullmatch,
     }
     for field_name, knows in known.items():
-        value = getattr(info, field_name, ())
-        if isinstance(value, str):
-            yield f"{what} declares {field_name} as the text {value!r}; it has to be a frozenset"
-            continue
-        unknown = sorted(name for name in value if not knows(name))
+        unknown = sorted(name for name in getattr(info, field_name, ()) if not knows(name))
         if unknown:
             yield f"{what} declares the {field_name} {', '.join(map(repr, unknown))}, which torchchat does not know"
     missing = [name for name in NEEDED.get(type(info), ()) if not getattr(info, name)]

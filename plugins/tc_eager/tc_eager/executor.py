@@ -42,7 +42,8 @@ class EagerModel:
 
     @torch.inference_mode()
     def decode_batch(self, sessions: Sequence[EagerSession], tokens: Sequence[int]) -> Tensor:
-        if len({id(session) for session in sessions}) != len(sessions) or len(sessions) != len(tokens):
+        different = len({id(session) for session in sessions}) == len(sessions)
+        if not sessions or not different or len(sessions) != len(tokens):
             raise TorchchatError(f"a batch of {len(sessions)} sessions and {len(tokens)} tokens: it takes one token "
                                  "for each of several different sessions")
         for session in sessions:
@@ -94,6 +95,7 @@ class EagerSession:
         self.cache = KVCache(module.config, limit, dtype, torch.device(model.device))
         self.extended = module.model.rotary.extends(limit)
         self._model = model
+        self._closed = False
 
     @property
     def length(self) -> int:
@@ -112,10 +114,13 @@ class EagerSession:
         self.cache.truncate(length)
 
     def close(self) -> None:
+        self._closed = True
         self.cache.release()
 
     def check_room(self, count: int) -> None:
         """Raises `TorchchatError` where `count` more tokens do not fit."""
+        if self._closed:
+            raise TorchchatError("the session was closed")
         if count < 1:
             raise TorchchatError("there are no tokens to append")
         if self.length + count > self.limit:

@@ -143,7 +143,7 @@ def test_closing_gives_memory_back_and_later_use_is_told() -> None:
     model.close()
     with pytest.raises(TorchchatError, match="the model was closed"):
         model.session()
-    with pytest.raises(TorchchatError, match="the model was closed"):
+    with pytest.raises(TorchchatError, match="the session was closed"):
         session.decode(1)
 
 
