@@ -18,7 +18,7 @@ SYSTEM_MESSAGES = (
     "You are a small demo model.", "Answer the user's questions.", "You are an expert.", "Be polite.",
 )
 KINDS = ("question", "conversation", "story", "free story", "long conversation")
-SHARES = (0.59, 0.02, 0.386, 0.002, 0.002)
+SHARES = (0.76, 0.04, 0.196, 0.002, 0.002)
 STORY_SHARE = 0.12  # of the turns of a conversation
 INVENTED_SHARE = 0.3  # of stories: about a made-up word, so that the model learns to take up any word
 SYLLABLES = ("ba", "ko", "ri", "mu", "ta", "le", "zo", "fin", "gar", "pel", "dro", "wick", "sna", "vim")

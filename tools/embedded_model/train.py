@@ -293,7 +293,7 @@ def write_model(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
     begin, end = tokenizer.token_to_id(BEGIN), tokenizer.token_to_id(END)
     tokens = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
     write_json(folder / "config.json", {**MODEL, **tokens})
-    write_json(folder / "generation_config.json", tokens)
+    write_json(folder / "generation_config.json", {**tokens, "do_sample": True, "temperature": 0.2})
     tensors = {name: parameter.detach().to(torch.bfloat16) for name, parameter in model.named_parameters()}
     partial = folder / "model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
