@@ -15,6 +15,11 @@ from torchchat_core.text_format import TextFormat
 TESTDATA = Path(__file__).resolve().parents[2] / "shared" / "testdata"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones last: wheels, environments, a gigabyte of weights."""
+    items.sort(key=lambda item: "packaging" in item.path.parts or item.path.stem == "test_loading_memory")
+
+
 @pytest.fixture(scope="session")
 def testdata() -> Path:
     """The folder of real models and golden results, which is not part of the repository."""
