@@ -98,6 +98,21 @@ def test_config_sets_gets_lists_and_unsets(run: Any) -> None:
     assert "did you mean device" in run("config", "set", "devise", "cpu").stderr
 
 
+@pytest.mark.parametrize("content", ["device = ", "devise = 'cpu'", None])
+def test_a_damaged_file_leaves_help_and_doctor_working(content: str | None, run: Any, tmp_path: Path) -> None:
+    path = tmp_path / "damaged"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_text(content)
+    place = {"TORCHCHAT_CONFIG": str(path)}
+    assert run("--help", **place).returncode == 0
+    done = run("doctor", "--offline", **place)
+    assert (done.returncode, "WRONG settings" in done.stdout) == (1, True)
+    refused = run("generate", "--prompt", "x", **place)
+    assert (refused.returncode, refused.stdout, "\nerror: " in refused.stderr) == (1, "", True)
+
+
 def test_a_preference_settles_a_clash_and_its_warning(run: Any, tmp_path: Path) -> None:
     path = fake_plugin(tmp_path, "rival", "from torchchat_core.hookspecs import hookimpl\n"
                        "from torchchat_core.specs import ExecutorInfo\n@hookimpl\ndef torchchat_executors():\n"

@@ -43,11 +43,20 @@ class Verbs(click.Group):
 def _registry(context: click.Context) -> Registry:
     root = context.find_root()
     if root.obj is None:
-        root.obj = load_registry(disabled=root.meta.get(DISABLED, ()), prefer=load_settings().prefer)
+        root.obj = load_registry(disabled=root.meta.get(DISABLED, ()), prefer=_preferences())
         for warning in root.obj.warnings:
             click.echo(f"warning: {warning}", err=True)
     found: Registry = root.obj
     return found
+
+
+def _preferences() -> dict[str, str]:
+    """What the user prefers for contested names; a damaged file must not keep `doctor` and `config` from helping."""
+    try:
+        return load_settings().prefer
+    except TorchchatError as error:
+        click.echo(f"warning: {error}", err=True)
+        return {}
 
 
 def _switch_off(context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> None:
