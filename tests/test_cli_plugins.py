@@ -67,6 +67,7 @@ def test_doctor_is_content_with_a_sound_installation(run: Any) -> None:
     ("", "nothing-of-that-name>=2", "needs nothing-of-that-name>=2; it is not installed", "pip install 'nothing-of"),
     ("", "click<1", "needs click<1; 8", "pip install 'click<1'"),
     ("", "nothing-of-that-name; extra == 'x'", "", ""),
+    ("", "foo bar baz", "needs foo bar baz; which cannot be read", ""),
 ])
 def test_doctor_tells_what_a_plugin_lacks_and_the_command_that_mends_it(code: str, requires: str, detail: str, fix: str,
                                                                         run: Any, tmp_path: Path) -> None:
@@ -85,6 +86,19 @@ def test_doctor_tells_a_setting_that_cannot_work(key: str, value: str, detail: s
     assert run("config", "set", key, value).returncode == 0
     done = run("doctor", "--offline")
     assert (done.returncode, detail in done.stdout) == (1, True), done.stdout
+
+
+def test_doctor_tells_a_choice_that_does_not_go_together_and_an_address_that_is_none(run: Any, tmp_path: Path) -> None:
+    path = fake_plugin(tmp_path, "late", "from torchchat_core.hookspecs import hookimpl\n"
+                       "from torchchat_core.specs import ExecutorInfo\n@hookimpl\ndef torchchat_executors():\n"
+                       "    return [ExecutorInfo(name='late', summary='x', factory='a:b',\n"
+                       "        reads=frozenset({'module'}), devices=frozenset({'cpu'}), dtypes=frozenset({'fp32'}))]")
+    chosen = {"PYTHONPATH": path, "TORCHCHAT_EXECUTOR": "late"}
+    assert "'late' does not compute in bf16" in run("doctor", "--offline", TORCHCHAT_DTYPE="bf16", **chosen).stdout
+    assert "cannot be used: No module named 'a'" in run("doctor", "--offline", **chosen).stdout
+    wrong = run("doctor", "--offline", TORCHCHAT_DEVICE="banana")
+    assert "unset TORCHCHAT_DEVICE, or set it to another value" in wrong.stdout
+    assert "HF_ENDPOINT is 'http://x:abc'" in run("doctor", HF_ENDPOINT="http://x:abc").stdout
 
 
 def test_config_sets_gets_lists_and_unsets(run: Any) -> None:
@@ -152,7 +166,8 @@ def test_install_and_uninstall_say_what_pip_could_not_do(run: Any) -> None:
     done = run("install", "/nonexistent/no-such-package-1.0-py3-none-any.whl")
     assert (done.returncode, "error: pip install failed with status" in done.stderr) == (1, True)
     assert "'--index-url' is no package" in run("install", "--", "--index-url").stderr
-    assert "torchchat-core is torchchat itself" in run("uninstall", "torchchat_core").stderr
+    for name in ("torchchat_core", "torchchat.core", "TorchChat--Core>=0", " torchchat-core[testing]"):
+        assert "torchchat-core is torchchat itself" in run("uninstall", "--yes", name).stderr
     assert run("install").returncode == 2
 
 

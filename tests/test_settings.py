@@ -56,7 +56,10 @@ def test_setting_and_unsetting_keep_the_rest_of_the_file(config: Path) -> None:
     write_setting("prefer.eager", "tc-eager:eager")
     assert load_settings().prefer == {"eager": "tc-eager:eager"}
     write_setting("device", None)
-    write_setting("device", None)
+    with pytest.raises(TorchchatError, match="device is not set in"):
+        write_setting("device", None)
+    with pytest.raises(TorchchatError, match="cannot write"):
+        write_setting("model", "\udcff")
     text = config.read_text()
     assert "# mine" in text
     assert load_settings().values == {"dtype": "bf16", "prefer.eager": "tc-eager:eager"}
@@ -71,6 +74,7 @@ def test_the_folder_is_made_when_the_first_setting_is(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("content", "message"), [
     ("device = ", "is not TOML"), ("devise = 'cpu'", "no setting 'devise' in .*known are model.*did you mean device"),
     ("device = 3", "'device' in .* is 3; it has to be a text"), ("prefer = 1", "has to be a table"),
+    ("[prefer]\neager = 'eager'", "it has to be a full name"),
     ("[prefer]\neager = 2", "'prefer.eager' in .* is 2"), ("[device]\nx = 1", "has to be a text"),
 ])
 def test_a_wrong_file_is_told_and_not_overwritten(content: str, message: str, config: Path) -> None:

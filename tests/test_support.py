@@ -10,6 +10,7 @@ import pytest
 from torchchat_core.errors import TorchchatError
 from torchchat_core.hookspecs import hookimpl
 from torchchat_core.plugins import Registry
+from torchchat_core.quantization.recipe import read_recipe
 from torchchat_core.specs import ExecutorInfo, ExporterInfo, QuantizerInfo
 from torchchat_core.support import Combination, all_combinations, choose_executor, nearest, refusal
 
@@ -59,7 +60,7 @@ def registry() -> Registry:
     ({"executor": "d:general", "device": "cuda", "dtype": "bf16", "scheme": "linear:int8"},
      "linear:int8 is not made for cuda; it is for cpu"),
     ({"executor": "d:general", "device": "cpu", "dtype": "fp32", "scheme": "linear:int8"},
-     "linear:int8 does not compute in fp32; it computes in bf16"),
+     "linear:int8 does not compute in fp32; on cpu it does in bf16"),
     ({"executor": "d:general", "device": "cpu", "dtype": "fp32", "scheme": "linear:int2"},
      "no installed quantizer makes linear:int2"),
     ({"executor": "d:phone", "device": "cpu", "dtype": "fp32"}, "does not run models in memory; it runs pte files"),
@@ -102,3 +103,40 @@ def test_a_command_refuses_with_the_sentence_of_the_matrix_and_names_what_works(
 def test_every_combination_stands_in_the_matrix_once(registry: Registry) -> None:
     combinations = list(all_combinations(registry))
     assert len(combinations) == len(set(combinations)) == 4 * 2 * 3 * 3 * 3
+
+
+def test_the_hint_is_the_same_for_a_bare_and_a_full_name(registry: Registry) -> None:
+    hints = [nearest(Combination(executor=name, device="cpu", dtype="fp32"), registry) for name in ("quick", "d:quick")]
+    assert hints[0] == hints[1] == Combination(executor="d:quick", device="cpu", dtype="bf16")
+
+
+def test_auto_refuses_with_the_sentence_that_all_executors_share(registry: Registry) -> None:
+    with pytest.raises(TorchchatError, match="no installed quantizer makes linear:int2"):
+        choose_executor("d:general", "cpu", "bf16", ("linear:int2",), registry)
+    with pytest.raises(TorchchatError) as caught:
+        choose_executor("auto", "cpu", "fp16", (), registry)
+    assert "fp16" in caught.value.message
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "there is no recipe, file or scheme ''"), ("{}", "the recipe is empty"), ("{", "the recipe is not JSON"),
+    ('{"linear:int8": {}, "linear:int8": {}}', "the recipe has 'linear:int8' twice"),
+    ('{"linear:int9": {}}', "no installed quantizer makes 'linear:int9'.*did you mean"),
+    ('{"linear:int8": null}', "the options of 'linear:int8' are None"),
+    ('{"linear:int8": {"x": 1}}', "'linear:int8' has no options; 'x' was given"), ("[1]", "there is no recipe"),
+])
+def test_a_wrong_recipe_is_told(text: str, message: str, registry: Registry) -> None:
+    with pytest.raises(TorchchatError, match=message):
+        read_recipe(text, registry, "cpu", "bf16")
+
+
+def test_of_several_makers_of_a_scheme_the_one_for_the_device_is_taken(registry: Registry) -> None:
+    module = ModuleType("q")
+    cuda = QuantizerInfo(name="aa", scheme="linear:int8", devices=frozenset({"cuda"}), dtypes=frozenset({"fp32"}),
+                         **ANY)
+    module.torchchat_quantizers = hookimpl(lambda: [cuda])  # type: ignore[attr-defined]
+    registry.add(module, "q", "e")
+    assert read_recipe("linear:int8", registry, "cuda", "fp32").steps[0].quantizer.name == "aa"
+    assert read_recipe("linear:int8", registry, "cpu", "bf16").steps[0].quantizer.name == "int8"
+    crossed = Combination(executor="d:general", device="cpu", dtype="fp32", scheme="linear:int8")
+    assert refusal(crossed, registry) == "linear:int8 does not compute in fp32; on cpu it does in bf16"

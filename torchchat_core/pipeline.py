@@ -70,7 +70,7 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
     limit = _checked_limit(request.max_seq_length, checkpoint.config.max_context)
     text_format = read_text_format(files, registry, checkpoint.config.vocab_size)
     dtype = choose_dtype(request.dtype, device, checkpoint_dtype(checkpoint))
-    recipe = read_recipe(request.quantize, registry) if request.quantize else None
+    recipe = read_recipe(request.quantize, registry, device, dtype) if request.quantize is not None else None
     executor = choose_executor(request.executor, device, dtype, recipe.schemes if recipe else (), registry)
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
     if recipe is not None:

@@ -178,7 +178,10 @@ class Registry:
         seen = set()
         for hook, kind in HOOKS.items():
             caller = self._manager.subset_hook_caller(hook, others)
-            for returned in caller():
+            returns = caller()
+            if len(returns) < len(caller.get_hookimpls()):  # pluggy drops None
+                raise TorchchatError(f"{hook} has to return a list of {kind.__name__}, not None")
+            for returned in returns:
                 if not isinstance(returned, list | tuple) or not all(isinstance(info, kind) for info in returned):
                     raise TorchchatError(f"{hook} has to return a list of {kind.__name__}, not {returned!r:.80}")
                 for info in returned:

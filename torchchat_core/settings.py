@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.small_files import expanded, write_whole
 
 CONFIG_FILE = "TORCHCHAT_CONFIG"
 KEYS = {
@@ -46,7 +47,7 @@ def config_path() -> Path:
     """Where config.toml is, or would be."""
     named = os.environ.get(CONFIG_FILE)
     if named:
-        return Path(named).expanduser()
+        return expanded(named)
     home = os.environ.get("XDG_CONFIG_HOME")
     return (Path(home) if home else Path.home() / ".config") / "torchchat" / "config.toml"
 
@@ -88,20 +89,22 @@ def read_config(path: Path) -> dict[str, str]:
     return flat
 
 
-def check_setting(key: str, value: object = "x", where: str = "") -> None:
+def check_setting(key: str, value: object = "any:text", where: str = "") -> None:
     """Raises `TorchchatError` for a key that nobody knows, or a value that is no text."""
     if key not in KEYS and not (key.startswith(PREFER) and key != PREFER):
         raise TorchchatError(f"there is no setting {key!r}{where}; known are {', '.join(KEYS)} and prefer.NAME",
                              did_you_mean(key, KEYS))
     if not isinstance(value, str) or not value:
         raise TorchchatError(f"the setting {key!r}{where} is {value!r}; it has to be a text")
+    if key.startswith(PREFER) and ":" not in value:
+        raise TorchchatError(f"the setting {key!r}{where} is {value!r}; it has to be a full name, distribution:name")
 
 
 def write_setting(key: str, value: str | None) -> Path:
     """Sets a key in config.toml, or removes it for None; comments and the rest stay as they are."""
     import tomlkit
 
-    check_setting(key, "x" if value is None else value)
+    check_setting(key, "any:text" if value is None else value)
     path = config_path()
     read_config(path)  # a damaged file is told, not overwritten
     document = tomlkit.parse(path.read_text(encoding="utf-8")) if path.exists() else tomlkit.document()
@@ -110,12 +113,14 @@ def write_setting(key: str, value: str | None) -> Path:
         table = document.setdefault("prefer", tomlkit.table())
         key = key.removeprefix(PREFER)
     if value is None:
-        table.pop(key, None)
+        if key not in table:
+            raise TorchchatError(f"{key} is not set in {str(path)!r}")
+        del table[key]
     else:
         table[key] = value
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(tomlkit.dumps(document), encoding="utf-8")
     except OSError as error:
-        raise TorchchatError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
+        raise TorchchatError(f"cannot make {str(path.parent)!r}: {error.strerror or error}") from None
+    write_whole(path.resolve(), tomlkit.dumps(document))
     return path

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
@@ -51,10 +51,13 @@ def refusal(wanted: Combination, registry: Registry, platform: str = sys.platfor
     quantizers = [each for each in registry.infos(QuantizerInfo) if wanted.scheme == each.scheme]
     if not quantizers:
         return f"no installed quantizer makes {wanted.scheme}"
-    if not any(wanted.device in each.devices for each in quantizers):
-        return f"{wanted.scheme} is not made for {wanted.device}; it is for {_listed(quantizers[0].devices)}"
-    if not any(wanted.dtype in each.dtypes for each in quantizers):
-        return f"{wanted.scheme} does not compute in {wanted.dtype}; it computes in {_listed(quantizers[0].dtypes)}"
+    there = [each for each in quantizers if wanted.device in each.devices]
+    if not there:
+        devices = {device for each in quantizers for device in each.devices}
+        return f"{wanted.scheme} is not made for {wanted.device}; it is for {_listed(devices)}"
+    if not any(wanted.dtype in each.dtypes for each in there):
+        dtypes = {dtype for each in there for dtype in each.dtypes}
+        return f"{wanted.scheme} does not compute in {wanted.dtype}; on {wanted.device} it does in {_listed(dtypes)}"
     return _export_refusal(wanted, registry)
 
 
@@ -87,12 +90,18 @@ def all_combinations(registry: Registry) -> Iterator[Combination]:
 def nearest(wanted: Combination, registry: Registry) -> Combination | None:
     """The working combination that differs least: in dtype before executor, device, scheme and format."""
     weights = {"dtype": 1, "executor": 2, "device": 4, "scheme": 8, "format": 16}
+    wanted = replace(wanted, executor=_qualified(wanted.executor, registry))
 
     def distance(other: Combination) -> int:
         return sum(weight for name, weight in weights.items() if getattr(other, name) != getattr(wanted, name))
 
     working = [each for each in all_combinations(registry) if refusal(each, registry) is None]
     return min(working, key=distance, default=None)
+
+
+def _qualified(name: str, registry: Registry) -> str:
+    """The full name of the executor that `name` means; `name` itself where there is none."""
+    return next((qualified for qualified, each in registry.settled(ExecutorInfo) if each.name == name), name)
 
 
 def require(wanted: Combination, registry: Registry) -> None:
@@ -136,6 +145,10 @@ def choose_executor(name: str, device: str, dtype: str, schemes: Sequence[str], 
     if faults:
         raise faults[0]
     instead = nearest(combinations(name)[0], registry)
+    reasons = {reason for executor, info in registry.settled(ExecutorInfo) if IN_MEMORY in info.reads
+               for wanted in combinations(executor) if (reason := refusal(wanted, registry)) is not None}
+    if len(reasons) == 1:
+        raise TorchchatError(reasons.pop(), f"what works is {instead}" if instead else "pip install tc-eager")
     quantised = f" with {' and '.join(schemes)}" if schemes else ""
     raise TorchchatError(f"no installed executor runs models in memory on {device} in {dtype}{quantised}",
                          f"what works is {instead}" if instead else "pip install tc-eager")

@@ -19,7 +19,7 @@ import click
 from torchchat_core import __version__
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import CORE, Plugin, Registry
-from torchchat_core.settings import PREFER, config_path, load_settings
+from torchchat_core.settings import KEYS, PREFER, Settings, config_path, load_settings, variable
 
 MINIMUM_PYTHON = (3, 11)
 NETWORK_SECONDS = 2.0
@@ -94,7 +94,7 @@ def machine_checks() -> Iterator[Check]:
         yield Check("memory", None, f"{total / 2**30:.1f} GiB{free}")
     cache = cache_folder()
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    usable = os.access(existing, os.W_OK)
+    usable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
     yield Check("cache", usable, f"{cache}, {shutil.disk_usage(existing).free / 2**30:.1f} GiB free on its disk",
                 None if usable else f"make {existing} writable, or set XDG_CACHE_HOME")
 
@@ -107,10 +107,15 @@ def cache_folder() -> Path:
 
 def network_checks(offline: bool) -> Iterator[Check]:
     """Whether the hub can be reached. Being offline is no fault."""
-    endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    host, port = endpoint.hostname or "", endpoint.port or (443 if endpoint.scheme == "https" else 80)
     if offline:
         yield Check("network", None, "not tried")
+        return
+    address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        endpoint = urlsplit(address)
+        host, port = endpoint.hostname or "", endpoint.port or (443 if endpoint.scheme == "https" else 80)
+    except ValueError as error:
+        yield Check("network", False, f"HF_ENDPOINT is {address!r}: {error}", "unset HF_ENDPOINT, or set it to a URL")
         return
     try:
         socket.create_connection((host, port), timeout=NETWORK_SECONDS).close()
@@ -156,8 +161,12 @@ def _unmet(distribution: str) -> Iterator[tuple[str, str]]:
     except metadata.PackageNotFoundError:
         return
     for text in declared:
-        requirement = Requirement(text)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        try:
+            requirement = Requirement(text)
+            if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+                continue
+        except ValueError as error:  # of packaging, for a requirement that is none
+            yield text, f"which cannot be read: {str(error).splitlines()[0]}"
             continue
         requirement.marker = None
         try:
@@ -181,7 +190,32 @@ def setting_checks(registry: Registry) -> Iterator[Check]:
         reason = _setting_fault(key, value, registry)
         yield Check(f"  {key}", reason is None, f"{value} (from {settings.origins[key]})"
                     + (f": {reason}" if reason else ""),
-                    f"torchchat config set {key} VALUE" if reason else None)
+                    _setting_fix(key, settings.origins[key]) if reason else None)
+    yield from _chosen_combination(settings, registry)
+
+
+def _setting_fix(key: str, origin: str) -> str:
+    from_environment = key in KEYS and origin == variable(key)
+    return f"unset {origin}, or set it to another value" if from_environment else f"torchchat config set {key} VALUE"
+
+
+def _chosen_combination(settings: Settings, registry: Registry) -> Iterator[Check]:
+    """Whether the executor, device and dtype that were chosen go together, and the executor can be imported."""
+    from torchchat_core.pipeline import choose_device, choose_dtype
+    from torchchat_core.specs import ExecutorInfo
+    from torchchat_core.support import choose_executor
+
+    name = settings.get("executor")
+    if name is None or name == "auto":
+        return
+    try:
+        import torch
+
+        device = choose_device(settings.get("device") or "fast")
+        choose_executor(name, device, choose_dtype(settings.get("dtype"), device, torch.float32), (), registry)
+        registry.find(ExecutorInfo, name).make()
+    except TorchchatError as error:
+        yield Check("  chosen", False, error.message, error.fix)
 
 
 def _setting_fault(key: str, value: str, registry: Registry) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -28,9 +29,15 @@ def install(packages: tuple[str, ...]) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def uninstall(packages: tuple[str, ...], yes: bool) -> None:
     """Uninstall plugins: pip uninstall, for the Python that runs torchchat."""
-    if any(package.lower().replace("_", "-") == "torchchat-core" for package in packages):
+    if any(_distribution(package) == "torchchat-core" for package in packages):
         raise TorchchatError("torchchat-core is torchchat itself", "pip uninstall torchchat-core removes it")
     _pip("uninstall", *(["--yes"] if yes else []), *packages)
+
+
+def _distribution(package: str) -> str:
+    """The distribution that a requirement such as "Name[extra]>=1" names, as indexes spell it."""
+    name = re.match(r"\s*([A-Za-z0-9._-]*)", package)
+    return re.sub(r"[-_.]+", "-", name[1]).lower() if name else ""
 
 
 def _plugin_names() -> set[str]:

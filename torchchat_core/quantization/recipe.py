@@ -44,19 +44,22 @@ class Recipe:
         return [step.quantizer.make().apply(model, step.options) for step in self.steps]
 
 
-def read_recipe(text: str, registry: Registry) -> Recipe:
+def read_recipe(text: str, registry: Registry, device: str, dtype: str) -> Recipe:
     """The recipe that a user means: a JSON object, a file, or the name of a scheme.
 
-    Raises `TorchchatError` for what is none of them, a scheme that no installed quantizer makes, or wrong options.
+    Where several quantizers make a scheme, the one for the device and the dtype is taken. Raises `TorchchatError`
+    for what is no recipe, a scheme that no installed quantizer makes, or wrong options.
     """
     sections = _sections(text, registry)
-    return Recipe(tuple(_step(scheme, options, registry) for scheme, options in sections.items()))
+    if not sections:
+        raise TorchchatError("the recipe is empty", 'give a scheme, such as {"linear:int8": {}}')
+    return Recipe(tuple(_step(scheme, options, registry, device, dtype) for scheme, options in sections.items()))
 
 
 def _sections(text: str, registry: Registry) -> Mapping[str, Any]:
     if text.lstrip().startswith("{"):
         try:
-            found = json.loads(text)
+            found = json.loads(text, object_pairs_hook=_without_repetition)
         except (ValueError, RecursionError) as error:
             raise TorchchatError(f"the recipe is not JSON: {error}") from None
         return dict(found)
@@ -70,14 +73,22 @@ def _sections(text: str, registry: Registry) -> Mapping[str, Any]:
                          did_you_mean(text, known) or "give a scheme, a JSON file, or a JSON object")
 
 
-def _step(scheme: str, options: object, registry: Registry) -> Step:
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise TorchchatError(f"the recipe has {max(names, key=names.count)!r} twice")
+    return found
+
+
+def _step(scheme: str, options: object, registry: Registry, device: str, dtype: str) -> Step:
     makers = [info for info in registry.infos(QuantizerInfo) if info.scheme == scheme]
     known = _schemes(registry)
     if not makers:
         raise TorchchatError(f"no installed quantizer makes {scheme!r}; schemes here: {', '.join(known) or 'none'}",
                              did_you_mean(scheme, known) or "install the plugin that makes it")
-    names = {info.name for info in makers}
-    quantizer = registry.find(QuantizerInfo, min(names))  # several owners of one name are an error there
+    fitting = [info for info in makers if device in info.devices and dtype in info.dtypes] or makers
+    quantizer = registry.find(QuantizerInfo, fitting[0].name)  # several owners of one name are an error there
     if not isinstance(options, Mapping):
         raise TorchchatError(f"the options of {scheme!r} are {options!r}; they have to be a JSON object")
     if quantizer.options is None:
