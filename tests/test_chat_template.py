@@ -203,7 +203,7 @@ def test_instruct_models_without_a_template_get_the_built_in_one(tokenizer: Toke
 @pytest.mark.parametrize(("tokenizer", "described"), [
     (LLAMA3, files("meta-llama/Meta-Llama-3-8B")),
     (LLAMA3, files("/home/me/chat/Meta-Llama-3-8B")),
-    (LLAMA3, files("/work/torchchat/Llama-3.2-1B", root="/work/torchchat")),
+    (LLAMA3, files("/data/torchchat/Llama-3.2-1B", root="/data/torchchat")),
     (LLAMA2, files("meta-llama/Llama-2-7b-hf")),
     (LLAMA2, files("stories260K")),
     (LLAMA2, files("my-chat-model")),
