@@ -111,7 +111,7 @@ def open_files(files: ModelFiles, registry: Registry) -> Checkpoint:
 
 def choose_device(name: str) -> str:
     """ "fast" is the GPU where there is one. Raises `TorchchatError` for one that this machine lacks."""
-    available = [device for device in ("cuda", "mps", "cpu") if _has_device(device)]
+    available = [device for device in ("cuda", "mps", "cpu") if has_device(device)]
     if name in ("fast", "auto"):
         return available[0]
     if name not in DEVICES:
@@ -123,10 +123,11 @@ def choose_device(name: str) -> str:
     return name
 
 
-def _has_device(device: str) -> bool:
+def has_device(device: str) -> bool:
+    """Whether this machine, and this build of PyTorch, has the device."""
     if device == "cuda":
         return torch.cuda.is_available()
-    return device == "cpu" or torch.backends.mps.is_available()
+    return device == "cpu" or (device == "mps" and torch.backends.mps.is_available())
 
 
 def choose_dtype(name: str | None, device: str, stored: torch.dtype) -> str:

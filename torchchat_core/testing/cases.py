@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchchat_core.models.transformer import Transformer
+from torchchat_core.pipeline import has_device
 from torchchat_core.specs import LoadedModel, Session
 from torchchat_core.testing.demands import demand
 from torchchat_core.testing.models import reference_logits
@@ -74,15 +75,8 @@ class FewThreads:
         torch.set_num_threads(before)
 
 
-def available(device: str) -> bool:
-    """Whether this machine has the device."""
-    if device == "cuda":
-        return torch.cuda.is_available()
-    return device == "cpu" or (device == "mps" and torch.backends.mps.is_available())
-
-
 def device_parameter(device: str, value: object = None) -> Any:
     """A parameter of tests that are skipped where this machine lacks the device; the device itself without `value`."""
-    marks = () if available(device) else (pytest.mark.skip(reason=f"this machine has no {device}"),)
+    marks = () if has_device(device) else (pytest.mark.skip(reason=f"this machine has no {device}"),)
     parameter = device if value is None else value
     return pytest.param(parameter, id=str(parameter), marks=marks)

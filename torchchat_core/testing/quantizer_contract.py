@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import TORCH_DTYPES
+from torchchat_core.pipeline import has_device
 from torchchat_core.specs import DEVICES, DTYPES, LayerReport, QuantizerInfo, QuantReport
-from torchchat_core.testing.cases import FewThreads, available, device_parameter
+from torchchat_core.testing.cases import FewThreads, device_parameter
 from torchchat_core.testing.demands import demand, demand_none, described, options_of
 from torchchat_core.testing.models import PROMPTS, VARIANTS, reference_logits, seeded, tiny_config
 
@@ -189,7 +190,7 @@ class QuantizerContract(FewThreads):
     def _apply(self, recipe: Mapping[str, Any], variant: str, dtype: str | None = None,
                device: str | None = None) -> Quantised:
         """One of the models, quantised by the recipe; on the first of the devices and in the first of the dtypes."""
-        devices = [name for name in DEVICES if name in self.info.devices and available(name)]
+        devices = [name for name in DEVICES if name in self.info.devices and has_device(name)]
         if not devices:
             pytest.skip(f"this machine has none of the devices {', '.join(sorted(self.info.devices))}")
         dtype = dtype or next(name for name in DTYPES if name in self.info.dtypes)

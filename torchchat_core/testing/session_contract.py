@@ -16,8 +16,9 @@ from torch import Tensor
 
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import TORCH_DTYPES
+from torchchat_core.pipeline import has_device
 from torchchat_core.specs import ABILITIES, DTYPES, ExecutorInfo, LoadedModel, LoadRequest, Session
-from torchchat_core.testing.cases import Case, FewThreads, Running, available, device_parameter, everywhere
+from torchchat_core.testing.cases import Case, FewThreads, Running, device_parameter, everywhere
 from torchchat_core.testing.demands import demand, refusal
 from torchchat_core.testing.memory import demand_no_growth
 from torchchat_core.testing.models import PROMPTS, VARIANTS, seeded, tiny_config, variant_config
@@ -65,7 +66,7 @@ class SessionContract(FewThreads):
         wide = getattr(metafunc.function, "everywhere", False)
         cases = []
         for device in sorted(devices):
-            if available(device):
+            if has_device(device):
                 cases += [Case(variant, device, dtype) for variant in (self.variants if wide else self.variants[:1])
                           for dtype in (in_order if wide else in_order[:1])]
             else:
