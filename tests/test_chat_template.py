@@ -167,6 +167,7 @@ class FakeTokenizer:
         self.special_tokens = special_tokens
         self.bos_id, self.eos_id = [*special_tokens.values(), None, None][:2]
         self.adds_bos = self.adds_prefix_space = False
+        self.end_ids, self.chat_template = frozenset(), None
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return [self.special_tokens[text]] if special and text in self.special_tokens else [ord(c) for c in text]

@@ -10,11 +10,15 @@ import pytest
 from torchchat_core.errors import TorchchatError
 from torchchat_core.hookspecs import hookimpl
 from torchchat_core.plugins import Registry, load_registry
-from torchchat_core.specs import CommandInfo, ExecutorInfo, ModelSourceInfo
+from torchchat_core.specs import CatalogueEntry, CommandInfo, ExecutorInfo, ModelSourceInfo
 
 
 def executor(name: str = "fast", **fields: object) -> ExecutorInfo:
     return ExecutorInfo(name=name, summary="runs", factory="a.b:C", **fields)  # type: ignore[arg-type]
+
+
+def known(**references: str) -> tuple[CatalogueEntry, ...]:
+    return tuple(CatalogueEntry(alias=alias, reference=reference) for alias, reference in references.items())
 
 
 def plugin(*infos: ExecutorInfo) -> ModuleType:
@@ -125,7 +129,7 @@ def source(name: str, **fields: object) -> ModuleType:
 
 def test_what_core_claims_stays_its_own_and_other_clashes_are_errors(isolated_registry: Registry) -> None:
     for name in ("one", "two"):
-        claiming = source(name, schemes=frozenset({"file", "s3"}), aliases={"embedded": "file:x"})
+        claiming = source(name, schemes=frozenset({"file", "s3"}), models=known(embedded="file:x"))
         isolated_registry.add(claiming, name, name)
     isolated_registry.warn_of_clashes()
     warnings = isolated_registry.warnings
@@ -141,7 +145,7 @@ def test_what_core_claims_stays_its_own_and_other_clashes_are_errors(isolated_re
 def test_an_alias_of_an_alias_is_refused(isolated_registry: Registry) -> None:
     from torchchat_core.sources.reference import resolve
 
-    isolated_registry.add(source("looping", aliases={"a": "b", "b": "a"}), "looping", "looping")
+    isolated_registry.add(source("looping", models=known(a="b", b="a")), "looping", "looping")
     with pytest.raises(TorchchatError, match="the name 'a' stands for another name, 'b'"):
         resolve("a", isolated_registry)
 

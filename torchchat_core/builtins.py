@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torchchat_core.hookspecs import hookimpl
-from torchchat_core.specs import CommandInfo, ModelSourceInfo, TokenizerInfo
+from torchchat_core.specs import CatalogueEntry, CommandInfo, ModelSourceInfo, TokenizerInfo
 
 
 @hookimpl
@@ -21,7 +21,7 @@ def torchchat_model_sources() -> list[ModelSourceInfo]:
             summary="the small model that comes with torchchat",
             factory="torchchat_core.sources.local:EmbeddedSource",
             schemes=frozenset({"embedded"}),
-            aliases={"embedded": "embedded:guide"},
+            models=(CatalogueEntry(alias="embedded", reference="embedded:guide", licence="BSD-3-Clause"),),
         ),
     ]
 

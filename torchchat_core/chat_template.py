@@ -74,7 +74,8 @@ class ChatTemplate:
 
 
 def find_chat_template(files: ModelFiles, settings: Mapping[str, Any], tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The template of a model: its chat_template.jinja, that in `settings` (tokenizer_config.json), or a built-in one.
+    """The template of a model: chat_template.jinja, that in `settings` (tokenizer_config.json) or in the tokenizer's
+    own file, or a built-in one.
 
     A model without either gets a built-in template only where its control tokens and its name agree that it was
     trained for conversations in that format; names are the last parts of what the user typed, of where that leads,
@@ -93,6 +94,8 @@ def find_chat_template(files: ModelFiles, settings: Mapping[str, Any], tokenizer
             source, tool_source = _sources(read_json(files.chat_template).get("chat_template"))
     elif settings.get("chat_template") is not None:
         source, tool_source = _sources(settings["chat_template"])
+    elif tokenizer.chat_template is not None:
+        source = tokenizer.chat_template
     else:
         name = _built_in(files, tokenizer)
         if name is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from torchchat_core.errors import TorchchatError, did_you_mean
-from torchchat_core.models.weights import TORCH_DTYPES, build_model, checkpoint_dtype
+from torchchat_core.models.weights import TORCH_DTYPES, build_model
 from torchchat_core.plugins import Registry
 from torchchat_core.quantization.recipe import read_recipe
 from torchchat_core.small_files import expanded
@@ -69,7 +69,7 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
     checkpoint = open_files(files, registry)
     limit = _checked_limit(request.max_seq_length, checkpoint.config.max_context)
     text_format = read_text_format(files, registry, checkpoint.config.vocab_size)
-    dtype = choose_dtype(request.dtype, device, checkpoint_dtype(checkpoint))
+    dtype = choose_dtype(request.dtype, device, checkpoint.dtype)
     recipe = read_recipe(request.quantize, registry, device, dtype) if request.quantize is not None else None
     executor = choose_executor(request.executor, device, dtype, recipe.schemes if recipe else (), registry)
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
@@ -103,8 +103,10 @@ def fetch_files(request: ModelRequest, registry: Registry) -> ModelFiles:
 def open_files(files: ModelFiles, registry: Registry) -> Checkpoint:
     """The checkpoint in the files, by the source that knows their format."""
     source = registry.claim("formats", files.format)
+    known = {"gguf": "tc-gguf"}.get(files.format)
     if source is None:
-        raise TorchchatError(f"nothing installed opens files of the format {files.format!r}")
+        raise TorchchatError(f"nothing installed opens {files.weights[0].name!r}: the format {files.format!r} is of "
+                             "no installed model source", f"pip install {known}" if known else None)
     checkpoint: Checkpoint = source.make().open(files)
     return checkpoint
 

@@ -22,6 +22,12 @@ def expanded(path: str) -> Path:
         raise TorchchatError(f"the home folder in {path!r} cannot be found", "write the whole path") from None
 
 
+def cache_folder() -> Path:
+    """Where torchchat keeps what need not be made twice."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "torchchat"
+
+
 def write_whole(path: Path, content: str) -> None:
     """Writes text to `path` whole or not at all. Raises `TorchchatError` where that fails."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")

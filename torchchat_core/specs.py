@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args, get_origin,
 from torchchat_core.errors import TorchchatError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from torchchat_core.models.config import ModelConfig
@@ -95,7 +96,25 @@ def _field_types(kind: type) -> dict[str, tuple[type, ...]]:
 def _holds_texts(value: object) -> bool:
     if isinstance(value, Mapping):
         return all(isinstance(part, str) for pair in value.items() for part in pair)
-    return not isinstance(value, frozenset | tuple) or all(isinstance(part, str) for part in value)
+    return not isinstance(value, frozenset | tuple) or all(isinstance(part, str | CatalogueEntry) for part in value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatalogueEntry:
+    """One model that can be had by a short name. What the model is like stands in its own files, not here."""
+
+    alias: str  # "llama3.2-1b"
+    reference: str  # "hf:meta-llama/Llama-3.2-1B-Instruct"
+    licence: str = ""
+    gated: bool = False  # whether its owner has to allow the download
+    bytes: int | None = None  # of the files that are downloaded, about
+    files: tuple[str, ...] = ()  # where the source cannot tell: paths in its repository, URLs of others
+
+    def __post_init__(self) -> None:
+        texts = (self.alias, self.reference, self.licence, *self.files)
+        size = 0 if self.bytes is None else self.bytes
+        if not all(isinstance(text, str) for text in texts) or not isinstance(size, int) or size < 0:
+            raise TorchchatError(f"the catalogue entry {self.alias!r:.60} holds a value of the wrong type")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +123,14 @@ class ModelSourceInfo(Description):
 
     kind: ClassVar[str] = "model source"
     schemes: frozenset[str] = frozenset()  # "file", "hf", "https", ...: references of this kind are fetched
-    formats: frozenset[str] = frozenset()  # "huggingface", "meta", ...: files of this layout are opened
-    suffixes: Mapping[str, str] = field(default_factory=dict)  # ".gguf" -> the format of such a single file
-    aliases: Mapping[str, str] = field(default_factory=dict)  # short name -> full reference
+    formats: frozenset[str] = frozenset()  # "safetensors", "pytorch"; of other single files, the ending: "gguf"
+    models: tuple[CatalogueEntry, ...] = ()  # known by short names, for `torchchat list`
     keeps: bool = False  # makes copies of what it fetches, and is then a `KeepingSource`
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Short name -> full reference."""
+        return {entry.alias: entry.reference for entry in self.models}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +195,7 @@ class ExporterInfo(Description):
     devices: frozenset[str] = frozenset()  # of DEVICES
     dtypes: frozenset[str] = frozenset()  # of DTYPES
     schemes: frozenset[str] = frozenset()  # quantisation schemes that it exports
+    flag: str = ""  # of `torchchat export`, such as "--output-pte-path"; -o with the suffix works in any case
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +220,7 @@ class ModelRef:
     text: str  # as typed
     scheme: str  # "file", "embedded", "hf", "https"
     location: str  # a path, a repository id or a URL, without the scheme
+    token: str | None = field(default=None, repr=False, compare=False)  # permission to fetch, where the user gave one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,11 +245,37 @@ class Checkpoint(Protocol):
 
     config: ModelConfig
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrices; where they are quantised, what they become unless another one is asked for."""
+
     def names(self) -> Iterable[str]:
         """Canonical names of the tensors, Hugging Face's Llama names."""
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor of that name, mapped where the format allows; `KeyError` where there is none."""
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor of that name, in `dtype` or as it is stored; mapped where nothing has to be converted.
+
+        Raises `KeyError` where there is none.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedTensor:
+    """A quantised matrix as it is stored, in a block format of GGUF."""
+
+    kind: str  # "q4_0", "q8_0", "q4_k"
+    shape: tuple[int, int]  # of the matrix that it stands for: outputs, inputs
+    data: Tensor  # [outputs, bytes of a row] uint8, mapped
+
+
+class PackedCheckpoint(Checkpoint, Protocol):
+    """Of a format that keeps weights quantised."""
+
+    def packed(self, name: str) -> PackedTensor | None:
+        """The tensor as it is stored, where its block format is one that is run without unpacking, else None.
+
+        Raises `KeyError` where there is no such tensor.
+        """
 
 
 class ModelSource(Protocol):
@@ -235,8 +286,26 @@ class ModelSource(Protocol):
     def open(self, files: ModelFiles) -> Checkpoint: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class KeptModel:
+    """A model of which a source keeps a copy on this machine."""
+
+    reference: str  # that fetches it again: "hf:owner/name@revision"
+    path: Path  # of the folder or file
+    bytes: int
+
+
 class KeepingSource(ModelSource, Protocol):
-    """Of a description with `keeps`. A fetch that was cut off goes on where it was, without fetching twice."""
+    """Of a description with `keeps`. A fetch that was cut off goes on where it was, without fetching twice.
+
+    A model that is wholly here is fetched without the network.
+    """
+
+    def locate(self, ref: ModelRef) -> ModelFiles | None:
+        """What `fetch` would return, where all of it is here; else None. Never touches the network."""
+
+    def kept(self) -> Iterable[KeptModel]:
+        """Every model that is wholly here, without touching the network. Raises nothing for damaged copies."""
 
     def remove(self, ref: ModelRef) -> int:
         """Deletes what was kept of the reference; bytes that became free, 0 where nothing was kept."""
@@ -251,6 +320,8 @@ class Tokenizer(Protocol):
     special_tokens: Mapping[str, int]  # text -> id of the control tokens, which ordinary text never encodes to
     adds_bos: bool  # whether a prompt of plain text starts with bos_id
     adds_prefix_space: bool  # whether encoding puts a space before text, which decoding from the start takes off
+    end_ids: frozenset[int]  # tokens that end an answer besides eos_id, where the tokenizer's file names them
+    chat_template: str | None  # Jinja source, where the tokenizer's file holds one
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text`, without BOS or EOS. With `special`, the texts of control tokens become their ids."""
@@ -270,6 +341,13 @@ class TokenizerReader(Protocol):
 
     def read(self, path: Path, settings: Mapping[str, Any]) -> Tokenizer:
         """The tokenizer of the file; `settings` is tokenizer_config.json's content, or empty."""
+
+
+class EmbeddedTokenizerReader(TokenizerReader, Protocol):
+    """Of tokenizers inside files of another kind, which others than torchchat could not read there."""
+
+    def extract(self, path: Path) -> Mapping[str, bytes]:
+        """The tokenizer as files of its own, by name: tokenizer.json or tokenizer.model, tokenizer_config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,6 +444,18 @@ class Executor(Protocol):
     def load(self, request: LoadRequest) -> LoadedModel: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What an exporter is given."""
+
+    module: Any  # models.transformer.Transformer
+    path: Path
+    device: str
+    dtype: str  # one of DTYPES, which the module's weights already have
+    files: ModelFiles | None = None  # what the module was made of, for tokenizer and chat template
+    options: Any = None  # of the description's class
+
+
 class Exporter(Protocol):
-    def export(self, module: nn.Module, path: Path, options: Any) -> None:
-        """Writes the model to `path`, whole or not at all."""
+    def export(self, request: ExportRequest) -> None:
+        """Writes the model to `request.path`, whole or not at all."""

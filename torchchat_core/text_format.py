@@ -43,7 +43,7 @@ def read_text_format(files: ModelFiles, registry: Registry, config_vocab_size: i
                              "the tokenizer is another model's; pass the right one with --tokenizer-path")
     settings = read_json(files.tokenizer_config) if files.tokenizer_config else {}
     template = find_chat_template(files, settings, tokenizer)
-    end_ids = {token for token in (tokenizer.eos_id, tokenizer.bos_id) if token is not None}
+    end_ids = {token for token in (tokenizer.eos_id, tokenizer.bos_id) if token is not None} | tokenizer.end_ids
     if template is not None:
         end_ids |= end_tokens(template, tokenizer)
     defaults: dict[str, float | int] = {}

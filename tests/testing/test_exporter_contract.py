@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from torchchat_core.hookspecs import hookimpl
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import TORCH_DTYPES
-from torchchat_core.specs import ExecutorInfo, ExporterInfo, LoadRequest
+from torchchat_core.specs import ExecutorInfo, ExporterInfo, ExportRequest, LoadRequest
 from torchchat_core.testing import ExporterContract
 from torchchat_core.testing.session_contract import SessionContract
 
@@ -38,7 +37,10 @@ class Right:
 
     writes = "kept"
 
-    def export(self, module: Transformer, path: Path, options: Any) -> None:
+    def export(self, request: ExportRequest) -> None:
+        self.put(request.module, request.path)
+
+    def put(self, module: Transformer, path: Path) -> None:
         part = path.with_name(f"{path.name}.part")
         try:
             self.write(module, part)
@@ -57,13 +59,13 @@ class LosesPrecision(Right):
 
 
 class AddsASuffix(Right):
-    def export(self, module: Transformer, path: Path, options: Any) -> None:
-        super().export(module, path.with_suffix(".bin"), options)
+    def put(self, module: Transformer, path: Path) -> None:
+        super().put(module, path.with_suffix(".bin"))
 
 
 class LeavesALog(Right):
-    def export(self, module: Transformer, path: Path, options: Any) -> None:
-        super().export(module, path, options)
+    def put(self, module: Transformer, path: Path) -> None:
+        super().put(module, path)
         path.with_name("export.log").write_text("done")
 
 
@@ -86,29 +88,29 @@ class WritesWhatCannotBeRead(Right):
 
 
 class WritesInPlace(Right):
-    def export(self, module: Transformer, path: Path, options: Any) -> None:
+    def put(self, module: Transformer, path: Path) -> None:
         state = module.state_dict()
         with path.open("wb") as file:
             torch.save({"config": asdict(module.config), "state": state}, file)
 
 
 class KeepsTheOldFile(Right):
-    def export(self, module: Transformer, path: Path, options: Any) -> None:
+    def put(self, module: Transformer, path: Path) -> None:
         if not path.exists():
-            super().export(module, path, options)
+            super().put(module, path)
 
 
 class LeavesAPart(Right):
-    def export(self, module: Transformer, path: Path, options: Any) -> None:
+    def put(self, module: Transformer, path: Path) -> None:
         with path.open("wb") as file:
             file.write(b"kept")
             torch.save({"config": asdict(module.config), "state": module.state_dict()}, file)
 
 
 class DeletesFirst(Right):
-    def export(self, module: Transformer, path: Path, options: Any) -> None:
+    def put(self, module: Transformer, path: Path) -> None:
         path.unlink(missing_ok=True)
-        super().export(module, path, options)
+        super().put(module, path)
 
 
 class HidesErrors(Right):
@@ -119,7 +121,7 @@ class HidesErrors(Right):
 
 
 class LeavesTheWholePart(Right):
-    def export(self, module: Transformer, path: Path, options: Any) -> None:
+    def put(self, module: Transformer, path: Path) -> None:
         part = path.with_name(f"{path.name}.part")
         self.write(module, part)
         part.replace(path)

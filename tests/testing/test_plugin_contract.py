@@ -14,7 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from torchchat_core.hookspecs import hookimpl
 from torchchat_core.options import option
-from torchchat_core.specs import CommandInfo, ExecutorInfo, ExporterInfo, ModelSourceInfo, QuantizerInfo, TokenizerInfo
+from torchchat_core.specs import (
+    CatalogueEntry, CommandInfo, ExecutorInfo, ExporterInfo, ModelSourceInfo, QuantizerInfo, TokenizerInfo)
 
 CPU, FP32 = frozenset({"cpu"}), frozenset({"fp32"})
 
@@ -33,12 +34,13 @@ class Maker:
     def read(self, path, settings): ...
     def apply(self, model, options): ...
     def load(self, request): ...
-    def export(self, module, path, options): ...
+    def export(self, request): ...
 
 @hookimpl
 def torchchat_model_sources():
     return [ModelSourceInfo(name="s", summary="s", factory=f"{__name__}:Maker", schemes=frozenset({"mine"}),
-                            formats=frozenset({"mine"}), aliases={"tiny-1b": "mine:tiny"}, keeps=True)]
+                            formats=frozenset({"mine"}), keeps=True,
+                            models=(CatalogueEntry(alias="tiny-1b", reference="mine:tiny"),))]
 
 @hookimpl
 def torchchat_tokenizers():

@@ -89,13 +89,13 @@ class Wrapped:
     """A checkpoint whose faults are those of a subclass."""
 
     def __init__(self, inner: Checkpoint) -> None:
-        self.inner, self.config = inner, inner.config
+        self.inner, self.config, self.dtype = inner, inner.config, inner.dtype
 
     def names(self) -> Any:
         return self.inner.names()
 
-    def tensor(self, name: str) -> torch.Tensor:
-        return self.inner.tensor(name)
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self.inner.tensor(name, dtype)
 
 
 class NamesWhatIsNotThere(Right):
@@ -142,10 +142,10 @@ class FailsWithFileNotFound(Right):
 
 class LosesATensor(Right):
     class Checkpoint(Wrapped):
-        def tensor(self, name: str) -> torch.Tensor:
+        def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
             if name == "model.norm.weight":
                 raise KeyError(name)
-            return super().tensor(name)
+            return super().tensor(name, dtype)
 
     def open(self, files: ModelFiles) -> Checkpoint:
         return self.Checkpoint(super().open(files))
@@ -153,30 +153,30 @@ class LosesATensor(Right):
 
 class TransposesTensors(LosesATensor):
     class Checkpoint(Wrapped):
-        def tensor(self, name: str) -> torch.Tensor:
-            return super().tensor(name).t()
+        def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+            return super().tensor(name, dtype).t()
 
 
 class LendsTensors(LosesATensor):
     class Checkpoint(Wrapped):
         calls = itertools.count()
 
-        def tensor(self, name: str) -> torch.Tensor:
-            return super().tensor(name) + next(self.calls)
+        def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+            return super().tensor(name, dtype) + next(self.calls)
 
 
 class NoSuchTensorIsNone(LosesATensor):
     class Checkpoint(Wrapped):
-        def tensor(self, name: str) -> torch.Tensor:
-            return super().tensor(name) if name in self.names() else None
+        def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+            return super().tensor(name, dtype) if name in self.names() else None
 
 
 class NoSuchTensorIsAnError(LosesATensor):
     class Checkpoint(Wrapped):
-        def tensor(self, name: str) -> torch.Tensor:
+        def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
             if name not in self.names():
                 raise TorchchatError(f"no tensor {name}")
-            return super().tensor(name)
+            return super().tensor(name, dtype)
 
 
 class FetchesAlways(Right):

@@ -20,6 +20,7 @@ from torchchat_core import __version__
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import CORE, Plugin, Registry
 from torchchat_core.settings import KEYS, PREFER, Settings, config_path, load_settings, variable
+from torchchat_core.small_files import cache_folder
 
 MINIMUM_PYTHON = (3, 11)
 NETWORK_SECONDS = 2.0
@@ -97,12 +98,6 @@ def machine_checks() -> Iterator[Check]:
     usable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
     yield Check("cache", usable, f"{cache}, {shutil.disk_usage(existing).free / 2**30:.1f} GiB free on its disk",
                 None if usable else f"make {existing} writable, or set XDG_CACHE_HOME")
-
-
-def cache_folder() -> Path:
-    """Where torchchat keeps what need not be made twice."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "torchchat"
 
 
 def network_checks(offline: bool) -> Iterator[Check]:

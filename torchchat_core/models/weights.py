@@ -29,8 +29,7 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu")
     wanted = dict(model.named_parameters())
     _refuse_unknown(checkpoint, wanted.keys())
     for name, parameter in wanted.items():
-        tensor = _fetch(checkpoint, name, tuple(parameter.shape))
-        _assign(model, name, tensor.to(device=device, dtype=dtype))
+        _assign(model, name, _fetch(checkpoint, name, tuple(parameter.shape), dtype).to(device=device, dtype=dtype))
     if checkpoint.config.tied_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.model.rotary.to(device)
@@ -46,15 +45,9 @@ class WithoutInitialValues(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of the checkpoint's embedding, which stands for all of its matrices."""
-    config = checkpoint.config
-    return _fetch(checkpoint, "model.embed_tokens.weight", (config.vocab_size, config.hidden_size)).dtype
-
-
-def _fetch(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Tensor:
+def _fetch(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     try:
-        tensor = checkpoint.tensor(name)
+        tensor = checkpoint.tensor(name, dtype)
     except KeyError:
         raise TorchchatError(f"the checkpoint has no tensor {name!r}, which a {checkpoint.config.architecture} model "
                              f"with {checkpoint.config.num_layers} layers needs",

@@ -42,8 +42,17 @@ class StoredCheckpoint:
     def names(self) -> Iterable[str]:
         return self._tensors.keys()
 
-    def tensor(self, name: str) -> Tensor:
-        return self._tensors[name].read()
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embedding, which stands for all of the matrices."""
+        if "model.embed_tokens.weight" not in self._tensors:
+            raise TorchchatError("the checkpoint has no tensor 'model.embed_tokens.weight'",
+                                 "it is incomplete; fetch it again")
+        return self._tensors["model.embed_tokens.weight"].read().dtype
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        tensor = self._tensors[name].read()
+        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from torchchat_core.specs import Checkpoint, ModelFiles, ModelRef
 EMBEDDED = Path(__file__).parent.parent / "data" / "embedded"
 TOKENIZER_PATTERNS = ("tokenizer.json", "tokenizer.model*", "tok*.model", "*.tiktoken")
 SINGLE_FILE_FORMATS = {".safetensors": "safetensors", ".bin": "pytorch", ".pt": "pytorch", ".pth": "pytorch"}
+WHOLE_MODEL_FORMATS = ("gguf",)  # of files that hold configuration and tokenizer too
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
 
 class LocalSource:
@@ -49,10 +51,16 @@ def files_of_folder(ref: ModelRef, folder: Path) -> ModelFiles:
     found = {kind: weights for kind, find in _LAYOUTS.items() if (weights := find(folder))}
     if not found and (single := _single(folder)):
         found = {"single .pt file": single}
+    whole = [] if found else _whole_models(folder)
+    if len(whole) > 1:
+        names = ", ".join(path.name for path in whole)
+        raise TorchchatError(f"the folder {str(folder)!r} holds several models: {names}", "name one of the files")
+    if whole:
+        return files_of_single_file(ref, whole[0])
     if not found:
         raise TorchchatError(f"the folder {str(folder)!r} holds no checkpoint",
                              "it should have *.safetensors, pytorch_model*.bin, consolidated.*.pth, a torchtune "
-                             "checkpoint or a single .pt file")
+                             "checkpoint, a single .pt file or a .gguf file")
     if "Hugging Face .bin" in found and "safetensors" in found:
         del found["Hugging Face .bin"]  # hubs keep the same weights twice
     if len(found) > 1:
@@ -63,25 +71,55 @@ def files_of_folder(ref: ModelRef, folder: Path) -> ModelFiles:
 
 
 def files_of_single_file(ref: ModelRef, path: Path) -> ModelFiles:
-    """The model in one checkpoint file, with the configuration and tokenizer that lie beside it."""
-    kind = SINGLE_FILE_FORMATS.get(path.suffix)
-    if kind is None:
+    """The model in one file, or in the shards of which it is one (NAME-00001-of-00003.SUFFIX).
+
+    Beside weights alone, configuration and tokenizer are looked for in the same folder. A file of another kind has
+    its ending as format, and is left to whatever source opens that; tokenizers are looked for in it, and beside it.
+    Raises `TorchchatError` for a file without an ending, or where a shard is missing.
+    """
+    kind = SINGLE_FILE_FORMATS.get(path.suffix, path.suffix.removeprefix(".").lower())
+    if not kind:
         raise TorchchatError(f"{path.name!r} is no kind of checkpoint that is known here",
-                             f"known endings are {', '.join(SINGLE_FILE_FORMATS)}")
-    return _with_companions(ref, path.parent, kind, (path,))
+                             f"known endings are {', '.join((*SINGLE_FILE_FORMATS, *WHOLE_MODEL_FORMATS))}")
+    weights = shards_of(path)
+    if path.suffix in SINGLE_FILE_FORMATS:
+        return _with_companions(ref, path.parent, kind, weights)
+    return ModelFiles(ref=ref, format=kind, root=path.parent, weights=weights,
+                      tokenizer=(weights[0], *_tokenizers(path.parent)))
+
+
+def shards_of(path: Path) -> tuple[Path, ...]:
+    """All files of a model that is split into NAME-00001-of-00003.SUFFIX and so on; any other path alone.
+
+    Raises `TorchchatError` where one of them is missing.
+    """
+    match = SHARD.fullmatch(path.name)
+    if match is None:
+        return (path,)
+    count = int(match["count"])
+    numbers = range(1, count + 1)
+    names = [f"{match['stem']}-{number:05}-of-{match['count']}{match['suffix']}" for number in numbers]
+    missing = next((name for name in names if not (path.parent / name).is_file()), None)
+    if missing is not None or not names:
+        raise TorchchatError(f"{path.name!r} is one of {count} files, and {missing!r} is not beside it",
+                             "put all of them into one folder")
+    return tuple(path.parent / name for name in names)
 
 
 def _with_companions(ref: ModelRef, folder: Path, kind: str, weights: tuple[Path, ...]) -> ModelFiles:
     places = (folder, folder / "original")  # hubs keep Meta's own files in "original"
-    tokenizers = [path for place in places for pattern in TOKENIZER_PATTERNS for path in sorted(place.glob(pattern))]
     return ModelFiles(
         ref=ref, format=kind, root=folder, weights=weights,
         config=_first(place / name for name in ("config.json", "params.json") for place in places),
-        tokenizer=tuple(dict.fromkeys(tokenizers)),
+        tokenizer=tuple(dict.fromkeys(path for place in places for path in _tokenizers(place))),
         tokenizer_config=_first([folder / "tokenizer_config.json"]),
         generation_config=_first([folder / "generation_config.json"]),
         chat_template=_first([folder / "chat_template.jinja"]),
     )
+
+
+def _tokenizers(folder: Path) -> list[Path]:
+    return [path for pattern in TOKENIZER_PATTERNS for path in sorted(folder.glob(pattern))]
 
 
 def _first(paths: Iterable[Path]) -> Path | None:
@@ -123,6 +161,12 @@ def _torchtune(folder: Path) -> tuple[Path, ...]:
 def _single(folder: Path) -> tuple[Path, ...]:
     files = sorted([*folder.glob("*.pt"), *folder.glob("*.pth")])
     return tuple(files) if len(files) == 1 else ()
+
+
+def _whole_models(folder: Path) -> list[Path]:
+    """Files that each hold a whole model; of those that are split, the first."""
+    files = sorted(path for kind in WHOLE_MODEL_FORMATS for path in folder.glob(f"*.{kind}"))
+    return [path for path in files if (match := SHARD.fullmatch(path.name)) is None or int(match["number"]) == 1]
 
 
 _LAYOUTS: dict[str, Callable[[Path], tuple[Path, ...]]] = {

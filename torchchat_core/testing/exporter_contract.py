@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import TORCH_DTYPES
-from torchchat_core.specs import ExecutorInfo, ExporterInfo, LoadRequest
+from torchchat_core.specs import ExecutorInfo, ExporterInfo, ExportRequest, LoadRequest
 from torchchat_core.testing.cases import Case
 from torchchat_core.testing.demands import demand, described, load_plugin, options_of
 from torchchat_core.testing.models import PROMPTS, reference_logits, seeded, variant_config
@@ -62,8 +62,12 @@ class ExporterContract(SessionContract):
         return self._request_for(path, device, dtype)
 
     def export(self, module: Transformer, path: Path) -> None:
-        """Has the exporter write the module."""
-        self.exporter_info().make().export(module, path, options_of(self.exporter_info(), self.options))
+        """Has the exporter write the module, whose dtype and device are those of its weights."""
+        weight = next(module.parameters())
+        dtype = next(name for name, known in TORCH_DTYPES.items() if known == weight.dtype)
+        options = options_of(self.exporter_info(), self.options)
+        self.exporter_info().make().export(ExportRequest(module=module, path=path, device=weight.device.type,
+                                                         dtype=dtype, options=options))
 
     def broken(self, module: Transformer) -> Transformer:
         """The module, changed so that exporting it fails as late as can be: its last norm can neither run nor be read.

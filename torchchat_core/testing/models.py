@@ -95,6 +95,8 @@ class TinyTokenizer:
     special_tokens: Mapping[str, int] = {"<s>": 0, "</s>": 1, "<|turn|>": 2}
     adds_bos = True
     adds_prefix_space = False
+    end_ids: frozenset[int] = frozenset()
+    chat_template: str | None = None
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         controls = self.special_tokens if special else {}

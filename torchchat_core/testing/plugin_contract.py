@@ -45,7 +45,7 @@ METHODS: dict[type[Description], dict[str, int]] = {
     TokenizerInfo: {"accepts": 1, "read": 2},
     QuantizerInfo: {"apply": 2},
     ExecutorInfo: {"load": 1},
-    ExporterInfo: {"export": 3},
+    ExporterInfo: {"export": 1},
 }
 # Fields without which a description offers nothing.
 NEEDED: dict[type[Description], tuple[str, ...]] = {
@@ -222,7 +222,6 @@ def _capability_faults(info: Description) -> Iterator[str]:
         "formats": NAME.fullmatch,
         "reads": NAME.fullmatch,
         "schemes": NAME.fullmatch if isinstance(info, ModelSourceInfo) else _is_scheme,
-        "suffixes": re.compile(r"\.[\w.-]+").fullmatch,
         "aliases": NAME.fullmatch,
     }
     for field_name, knows in known.items():

@@ -69,6 +69,9 @@ class TokenizerContract:
             inside = token is None or (type(token) is int and 0 <= token < tokenizer.vocab_size)
             demand(inside, f"{name} is {token!r}, with a vocabulary of {tokenizer.vocab_size}",
                    "give ids from 0 to vocab_size - 1; bos_id and eos_id are None where there is none")
+        outside = [token for token in tokenizer.end_ids if not 0 <= token < tokenizer.vocab_size]
+        demand(not outside, f"end_ids has {outside}, with a vocabulary of {tokenizer.vocab_size}",
+               "name only tokens of the vocabulary that end an answer; frozenset() where there are none besides eos_id")
         demand(tokenizer.bos_id is not None or not tokenizer.adds_bos, "adds_bos is true, and bos_id is None",
                "set `adds_bos` only where there is a BOS")
 
