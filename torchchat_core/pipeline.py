@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,11 +21,13 @@ from torchchat_core.specs import (
     DEVICES,
     Checkpoint,
     ExecutorInfo,
+    ExporterInfo,
+    ExportRequest,
     LoadedModel,
     LoadRequest,
     ModelFiles,
 )
-from torchchat_core.support import choose_executor
+from torchchat_core.support import choose_executor, require_export
 from torchchat_core.text_format import TextFormat, read_text_format
 
 DEFAULT_MODEL = "embedded:guide"  # a folder called "embedded" is another model
@@ -40,6 +43,8 @@ class ModelRequest:
     checkpoint_path: str | None = None
     params_path: str | None = None
     tokenizer_path: str | None = None
+    adapter: str | None = None  # folder of a LoRA adapter, merged into the weights
+    hf_token: str | None = None  # for models that need their owner's permission
     executor: str = "auto"
     device: str = "fast"
     dtype: str | None = None  # None: the checkpoint's own, where the device is good at it
@@ -66,7 +71,7 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
     """
     device = choose_device(request.device)
     files = fetch_files(request, registry)
-    checkpoint = open_files(files, registry)
+    checkpoint = open_checkpoint(request, files, registry)
     limit = _checked_limit(request.max_seq_length, checkpoint.config.max_context)
     text_format = read_text_format(files, registry, checkpoint.config.vocab_size)
     dtype = choose_dtype(request.dtype, device, checkpoint.dtype)
@@ -83,6 +88,27 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
         model.close()
 
 
+def export_model(request: ModelRequest, exporter: ExporterInfo, path: Path, options: Any,
+                 registry: Registry) -> ModelFiles:
+    """Fetches, opens and builds the model, and has `exporter` write it to `path`; the files that it was made of.
+
+    The dtype is the checkpoint's own unless another one is asked for. Raises `TorchchatError` as `open_model` does,
+    and for what the exporter does not write.
+    """
+    device = choose_device(request.device if request.device != "fast" else "cpu")
+    files = fetch_files(request, registry)
+    checkpoint = open_checkpoint(request, files, registry)
+    dtype = choose_dtype(request.dtype, device, checkpoint.dtype) if request.dtype else stored_dtype(checkpoint.dtype)
+    recipe = read_recipe(request.quantize, registry, device, dtype) if request.quantize is not None else None
+    require_export(exporter, device, dtype, recipe.schemes if recipe else ())
+    module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
+    if recipe is not None:
+        recipe.apply(module)
+    exporter.make().export(ExportRequest(module=module, path=path, device=device, dtype=dtype, files=files,
+                                         options=options))
+    return files
+
+
 def fetch_files(request: ModelRequest, registry: Registry) -> ModelFiles:
     """The files of the model that was asked for, with the user's own choices in place of those found."""
     named = [text for text in (request.checkpoint_path, request.model, DEFAULT_MODEL) if text is not None]
@@ -92,12 +118,24 @@ def fetch_files(request: ModelRequest, registry: Registry) -> ModelFiles:
         raise TorchchatError(f"nothing installed fetches {reference.scheme!r} references")
     if request.checkpoint_path is not None and request.model is not None:
         reference = dataclasses.replace(reference, text=request.model)  # says what the file is
+    if request.hf_token is not None:
+        reference = dataclasses.replace(reference, token=request.hf_token)
     files: ModelFiles = source.make().fetch(reference)
     if request.params_path:
         files = dataclasses.replace(files, config=_existing(request.params_path))
     if request.tokenizer_path:
         files = dataclasses.replace(files, tokenizer=(_existing(request.tokenizer_path),))
     return files
+
+
+def open_checkpoint(request: ModelRequest, files: ModelFiles, registry: Registry) -> Checkpoint:
+    """The checkpoint in the files, with the adapter that was asked for merged into its weights as they are read."""
+    checkpoint = open_files(files, registry)
+    if request.adapter is None:
+        return checkpoint
+    from torchchat_core.sources.adapters import with_adapter
+
+    return with_adapter(checkpoint, expanded(request.adapter))
 
 
 def open_files(files: ModelFiles, registry: Registry) -> Checkpoint:
@@ -145,8 +183,13 @@ def choose_dtype(name: str | None, device: str, stored: torch.dtype) -> str:
             raise TorchchatError(f"unknown dtype {name!r}; known are fast, {', '.join(DTYPE_NAMES)}",
                                  did_you_mean(name, DTYPE_NAMES))
         return DTYPE_NAMES[name]
-    own = next((known for known, dtype in TORCH_DTYPES.items() if dtype == stored), "fp32")
+    own = stored_dtype(stored)
     return "bf16" if own == "fp16" and device == "cpu" else own
+
+
+def stored_dtype(stored: torch.dtype) -> str:
+    """The name in `specs.DTYPES` for what a checkpoint has; float32 for one that models are not run in."""
+    return next((known for known, dtype in TORCH_DTYPES.items() if dtype == stored), "fp32")
 
 
 def _fastest_dtype(device: str) -> str:

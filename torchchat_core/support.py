@@ -75,6 +75,21 @@ def _export_refusal(wanted: Combination, registry: Registry) -> str | None:
     return None
 
 
+def require_export(exporter: ExporterInfo, device: str, dtype: str, schemes: Sequence[str]) -> None:
+    """Raises `TorchchatError` where the exporter does not write such a model."""
+    named = f"exporter {exporter.name!r}"
+    if device not in exporter.devices:
+        raise TorchchatError(f"{named} does not write models for {device}",
+                             f"use --device {_listed(exporter.devices)}")
+    if dtype not in exporter.dtypes:
+        raise TorchchatError(f"{named} does not write models in {dtype}", f"use --dtype {_listed(exporter.dtypes)}")
+    unknown = [scheme for scheme in schemes if scheme not in exporter.schemes]
+    if unknown:
+        known = _listed(exporter.schemes)
+        raise TorchchatError(f"{named} does not write {unknown[0]}; it writes {known or 'no quantised layers'}",
+                             "leave --quantize out, or choose another exporter")
+
+
 def all_combinations(registry: Registry) -> Iterator[Combination]:
     """Every combination of what is installed, whether it works or not."""
     schemes: list[str | None] = [None, *sorted({each.scheme for each in registry.infos(QuantizerInfo)})]

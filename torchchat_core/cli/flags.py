@@ -34,8 +34,12 @@ def model_flags(function: Function) -> Function:
         click.argument("model", required=False, shell_complete=complete_model),
         click.option("--checkpoint-path", metavar="FILE", help="The weights, a file or folder; MODEL then only names "
                                                                "them."),
+        click.option("--gguf-path", metavar="FILE", help="The model's GGUF file; MODEL then only names it."),
         click.option("--params-path", metavar="FILE", help="The model's config.json or params.json."),
         click.option("--tokenizer-path", metavar="FILE", help="The model's tokenizer.json or tokenizer.model."),
+        click.option("--adapter", metavar="DIR", help="A LoRA adapter (PEFT format) to merge into the model."),
+        click.option("--hf-token", metavar="TOKEN", help="For models that need their owner's permission; else HF_TOKEN "
+                                                         "or the stored login."),
         click.option("--quantize", metavar="RECIPE", help="A scheme such as linear:int8, a JSON object, or a file that "
                                                           "holds one.", shell_complete=complete_scheme),
         click.option("--executor", metavar="NAME", help="What runs the model; auto takes the first that fits "
@@ -55,7 +59,11 @@ def model_request(flags: Mapping[str, Any]) -> ModelRequest:
     """What the flags of `model_flags` ask for; what they leave open is taken from the user's settings."""
     from torchchat_core.pipeline import ModelRequest
 
-    given = {field.name: flags[field.name] for field in fields(ModelRequest) if flags[field.name] is not None}
+    given = {field.name: flags[field.name] for field in fields(ModelRequest) if flags.get(field.name) is not None}
+    if flags["gguf_path"] is not None:
+        if "checkpoint_path" in given:
+            raise click.UsageError("--checkpoint-path and --gguf-path exclude each other")
+        given["checkpoint_path"] = flags["gguf_path"]
     settings = load_settings()
     chosen = {key: value for key in KEYS if (value := settings.get(key)) is not None}
     if "checkpoint_path" in given:

@@ -1,0 +1,124 @@
+"""`torchchat export`: writes a model to a file that runs elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from torchchat_core.cli.flags import model_flags, model_request
+from torchchat_core.errors import TorchchatError
+from torchchat_core.options import detail_of, from_text
+from torchchat_core.plugins import Registry, load_registry
+from torchchat_core.small_files import expanded
+from torchchat_core.specs import ExporterInfo
+
+OUTPUT = "output"
+RUNNING_ONLY = ("executor", "max_seq_length")  # flags of `model_flags` that say how a model is run
+
+
+class ExportCommand(click.Command):
+    """A command whose flags are also those that the installed exporters declare."""
+
+    def get_params(self, context: click.Context) -> list[click.Parameter]:
+        own = [parameter for parameter in super().get_params(context) if parameter.name not in RUNNING_ONLY]
+        registry = context.obj or load_registry()
+        exporters = registry.infos(ExporterInfo)
+        return [*own[:-1], *_path_flags(exporters), *_option_flags(exporters), own[-1]]  # --help last
+
+
+def _path_flags(exporters: list[ExporterInfo]) -> list[click.Parameter]:
+    """One flag for each exporter that declares one."""
+    return [click.Option([info.flag, _path_name(info)], metavar="FILE", help=f"Where to write {info.summary}.")
+            for info in exporters if info.flag]
+
+
+def _option_flags(exporters: list[ExporterInfo]) -> list[click.Parameter]:
+    """One flag for each name among the exporters' options: several exporters may have an option of one name."""
+    owners: dict[str, list[tuple[ExporterInfo, Field[Any]]]] = {}
+    for info in exporters:
+        for field in fields(info.options) if info.options else ():
+            owners.setdefault(field.name, []).append((info, field))
+    flags: list[click.Parameter] = []
+    for name, declared in owners.items():
+        detail = detail_of(declared[0][1])
+        default = declared[0][1].default
+        known = [f"of {', '.join(info.name for info, _ in declared)}", *([detail.range] if detail.range else []),
+                 f"default {default}"]
+        flags.append(click.Option([f"--{name.replace('_', '-')}", name], metavar="VALUE",
+                                  help=f"{detail.help[0].upper() + detail.help[1:]} [{'; '.join(known)}]"))
+    return flags
+
+
+@click.command(cls=ExportCommand)
+@model_flags
+@click.option("-o", "--output", OUTPUT, metavar="FILE", help="Where to write; its ending chooses the format.")
+@click.pass_obj
+def export(registry: Registry, /, **flags: Any) -> None:
+    """Write MODEL to a file that runs elsewhere.
+
+    The file's ending, or the flag that names it, chooses the exporter. A file that exists is replaced when the new
+    one is whole.
+    """
+    exporter, path = _target(flags, registry.infos(ExporterInfo))
+    options = _options(exporter, flags, registry)
+    from torchchat_core.cli.progress_bars import shown_progress
+    from torchchat_core.pipeline import export_model
+    from torchchat_core.products import record
+
+    with shown_progress():
+        files = export_model(model_request(flags), exporter, path, options, registry)
+    record(f"{files.ref.scheme}:{files.ref.location}", "export", path, exporter.writes)
+    click.echo(str(path))
+
+
+def _target(flags: dict[str, Any], exporters: list[ExporterInfo]) -> tuple[ExporterInfo, Path]:
+    """What writes, and where to. Raises `TorchchatError` or a usage error where that is not one answer."""
+    if not exporters:
+        raise TorchchatError("no exporter is installed", "pip install tc-executorch, tc-aoti or tc-gguf")
+    named = [(info, flags[_path_name(info)]) for info in exporters if info.flag and flags.get(_path_name(info))]
+    if len(named) + (flags[OUTPUT] is not None) > 1:
+        given = [info.flag for info, _ in named] + (["-o"] if flags[OUTPUT] is not None else [])
+        raise click.UsageError(f"{' and '.join(given)} exclude each other: one file is written at a time")
+    if named:
+        return named[0][0], _writable(named[0][1])
+    listed = ", ".join(f"{info.suffix} ({info.name})" for info in exporters)
+    if flags[OUTPUT] is None:
+        raise click.UsageError(f"say where to write: -o FILE, with one of the endings {listed}")
+    path = _writable(flags[OUTPUT])
+    fitting = [info for info in exporters if info.suffix == path.suffix.lower()]
+    if not path.suffix and len(exporters) == 1:
+        return exporters[0], path
+    if len(fitting) != 1:
+        what = "no ending" if not path.suffix else f"the ending {path.suffix!r}"
+        raise TorchchatError(f"the file {path.name!r} has {what}; endings that the installed exporters write are "
+                             f"{listed}", "give the file one of these endings")
+    return fitting[0], path
+
+
+def _path_name(info: ExporterInfo) -> str:
+    return info.flag.removeprefix("--").replace("-", "_")
+
+
+def _writable(text: str) -> Path:
+    path = expanded(text)
+    if path.is_dir():
+        raise TorchchatError(f"{text!r} is a folder", "give the name of the file in it")
+    if not path.absolute().parent.is_dir():
+        raise TorchchatError(f"there is no folder {str(path.parent)!r}", "make it first")
+    return path
+
+
+def _options(exporter: ExporterInfo, flags: dict[str, Any], registry: Registry) -> Any:
+    """The exporter's options. Raises `TorchchatError` for one that only other exporters have, or a wrong value."""
+    own = {field.name for field in fields(exporter.options)} if exporter.options else set()
+    all_names = {field.name for info in registry.infos(ExporterInfo) if info.options for field in fields(info.options)}
+    foreign = next((name for name in sorted(all_names - own) if flags.get(name) is not None), None)
+    if foreign is not None:
+        raise TorchchatError(f"--{foreign.replace('_', '-')} is no option of the exporter {exporter.name!r}")
+    if exporter.options is None:
+        return None
+    given = {name: from_text(exporter.options, name, flags[name]) for name in own if flags.get(name) is not None}
+    return exporter.options(**given)
