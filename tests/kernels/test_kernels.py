@@ -1,0 +1,132 @@
+"""The CPU kernels equal a plain computation with the same rounding, with every kind of instructions that is here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchchat_core import kernels
+from torchchat_core.kernels.build import find_compiler
+
+pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler builds the kernels")
+SHAPES = [(16, 32, 32), (64, 64, 32), (50, 100, 32), (33, 256, 128), (7, 288, 256), (17, 40, 64), (16, 4, 32)]
+operators = torch.ops.torchchat
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    assert kernels.load() is None
+    try:
+        operators.use_instructions(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error).partition("\n")[0])
+    yield request.param
+    operators.use_instructions("")
+
+
+def matrix(outputs: int, columns: int, bits: int, group: int, asymmetric: bool) -> tuple[Tensor, Tensor]:
+    """Packed weights, and the float32 matrix that they stand for."""
+    generator = torch.Generator().manual_seed(outputs * columns + bits)
+    groups = -(-columns // group)
+    values = torch.randint(0, 2**bits, (outputs, columns), dtype=torch.uint8, generator=generator)
+    scales = (torch.rand(outputs, groups, generator=generator) * 0.02 + 0.01).half()
+    offsets = (torch.randn(outputs, groups, generator=generator) * 0.1).half() if asymmetric else None
+    stored = values.float() - (0 if asymmetric else 2 ** (bits - 1))
+    full = stored * scales.float().repeat_interleave(group, 1)[:, :columns]
+    if offsets is not None:
+        full += offsets.float().repeat_interleave(group, 1)[:, :columns]
+    return operators.pack_quantized(values, scales, offsets, bits, group), full
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Activations [rows, columns] as the kernels see them: int8 times a scale, in blocks of 32."""
+    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
+    largest = padded.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, 127 / largest, 0)
+    return ((padded * inverse).round() * (largest / 127)).flatten(1)[:, : x.shape[1]]
+
+
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_products_are_those_of_the_rounded_activations(instructions: str, bits: int, asymmetric: bool) -> None:
+    for outputs, columns, group in SHAPES:
+        packed, full = matrix(outputs, columns, bits, group, asymmetric)
+        assert packed.numel() == kernels.packed_bytes(outputs, columns, bits, group, asymmetric)
+        unpacked = operators.unpack_quantized(packed, outputs, columns, bits, group, asymmetric)
+        torch.testing.assert_close(unpacked, full, atol=1e-6, rtol=0)
+        for rows in (1, 3, 5, 17, 200):
+            x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+            bias = torch.randn(outputs)
+            expected = rounded(x) @ full.T + bias
+            found = operators.quantized_linear(x, packed, bias, outputs, bits, group, asymmetric)
+            torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_the_float32_result_once(instructions: str, dtype: torch.dtype) -> None:
+    packed, _ = matrix(50, 96, 4, 32, False)
+    x = torch.randn(5, 96).to(dtype)
+    exact = operators.quantized_linear(x.float(), packed, None, 50, 4, 32, False)
+    assert torch.equal(operators.quantized_linear(x, packed, None, 50, 4, 32, False), exact.to(dtype))
+
+
+def test_a_row_gives_the_same_whether_alone_or_among_others(instructions: str) -> None:
+    packed, _ = matrix(64, 128, 4, 32, False)
+    x = torch.randn(31, 128)
+    together = operators.quantized_linear(x, packed, None, 64, 4, 32, False)
+    alone = torch.cat([operators.quantized_linear(row[None], packed, None, 64, 4, 32, False) for row in x])
+    assert torch.equal(together, alone)
+
+
+def test_bfloat16_products_equal_those_in_float32(instructions: str) -> None:
+    for outputs, columns in ((64, 256), (7, 77), (1, 1)):
+        weight = torch.randn(outputs, columns).bfloat16()
+        bias = torch.randn(outputs).bfloat16()
+        for rows in (1, 2, 3, 4):
+            x = torch.randn(rows, columns).bfloat16()
+            expected = x.float() @ weight.float().T + bias.float()
+            found = operators.bfloat16_linear(x, weight, bias)
+            torch.testing.assert_close(found.float(), expected, atol=1e-3, rtol=1e-2)
+
+
+def test_what_is_not_finite_makes_the_row_not_a_number(instructions: str) -> None:
+    packed, _ = matrix(16, 64, 4, 32, False)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        x = torch.randn(3, 64)
+        x[1, 40] = value
+        found = operators.quantized_linear(x, packed, None, 16, 4, 32, False)
+        assert found.isnan().sum(1).tolist() == [0, 16, 0]
+
+
+def test_wrong_arguments_are_refused_before_anything_is_read(instructions: str) -> None:
+    packed, _ = matrix(16, 64, 4, 32, False)
+    x = torch.randn(1, 64)
+    for arguments in ((x, packed[:-1], None, 16, 4, 32, False), (x, packed, None, 32, 4, 32, False),
+                      (x, packed, None, 16, 3, 32, False), (x, packed, None, 16, 4, 33, False),
+                      (x[:, :32], packed, None, 16, 4, 32, False), (x, packed, torch.ones(3), 16, 4, 32, False),
+                      (x.double(), packed, None, 16, 4, 32, False), (x[0], packed, None, 16, 4, 32, False)):
+        with pytest.raises(RuntimeError):
+            operators.quantized_linear(*arguments)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_compiler_can_trace_the_operators(bits: int) -> None:
+    assert kernels.load() is None
+    packed, _ = matrix(48, 64, bits, 32, True)
+    torch.library.opcheck(operators.quantized_linear, (torch.randn(3, 64), packed, torch.randn(48), 48, bits, 32, True))
+    torch.library.opcheck(operators.unpack_quantized, (packed, 48, 64, bits, 32, True))
+    torch.library.opcheck(operators.bfloat16_linear, (torch.randn(2, 8).bfloat16(), torch.randn(4, 8).bfloat16(), None))
+
+
+def test_without_a_compiler_the_reason_is_told() -> None:
+    code = "from torchchat_core import kernels; print(kernels.load())"
+    for name, value, expected in (("CXX", "/does/not/exist", "there is no C++ compiler"),
+                                  ("TORCHCHAT_CPU_KERNELS", "off", "TORCHCHAT_CPU_KERNELS is off")):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                              env={"XDG_CACHE_HOME": "/nowhere", "PATH": "/usr/bin:/bin", name: value})
+        assert expected in done.stdout

@@ -1,0 +1,75 @@
+"""Kernels of our own for the CPU, as operators `torch.ops.torchchat.*`.
+
+They are C++ (quantized_linear.h, bfloat16_linear.h, operators.cpp), compiled once for the installed PyTorch into the
+cache folder: by `python -m torchchat_core.kernels`, or when they are first needed. Where that cannot be done, `load`
+says why, and callers use what PyTorch has.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.kernels.build import build, library_path
+
+SWITCH = "TORCHCHAT_CPU_KERNELS"  # "off" leaves them out
+PANEL_ROWS, BLOCK_COLUMNS = 16, 32
+
+
+@functools.cache
+def load() -> str | None:
+    """Makes the operators available, compiling them where that was not done; None, or why they are not available."""
+    if os.environ.get(SWITCH, "").lower() in ("off", "0", "no"):
+        return f"{SWITCH} is off"
+    try:
+        path = library_path()
+        if not path.exists():
+            build(path)
+        _load(path)
+    except (TorchchatError, OSError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+def available() -> bool:
+    """Whether the operators are there."""
+    return load() is None
+
+
+def _load(path: Path) -> None:
+    torch.ops.load_library(str(path))
+    torch.library.register_fake("torchchat::pack_quantized", _fake_pack)
+    torch.library.register_fake("torchchat::unpack_quantized", _fake_unpack)
+    torch.library.register_fake("torchchat::quantized_linear", _fake_linear)
+    torch.library.register_fake("torchchat::bfloat16_linear", _fake_bfloat16_linear)
+
+
+def packed_bytes(outputs: int, columns: int, bits: int, group_size: int, asymmetric: bool) -> int:
+    """Bytes that a packed matrix takes."""
+    blocks = -(-columns // BLOCK_COLUMNS)
+    groups = -(-blocks // min(group_size // BLOCK_COLUMNS, blocks))
+    panel = blocks * PANEL_ROWS * BLOCK_COLUMNS * bits // 8 + groups * PANEL_ROWS * (4 if asymmetric else 2)
+    return -(-outputs // PANEL_ROWS) * panel
+
+
+def _fake_pack(values: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, group_size: int) -> Tensor:  # noqa: ARG001
+    return values.new_empty(packed_bytes(values.shape[0], values.shape[1], bits, group_size, offsets is not None))
+
+
+def _fake_unpack(packed: Tensor, outputs: int, columns: int, bits: int, group_size: int,  # noqa: ARG001
+                 asymmetric: bool) -> Tensor:  # noqa: ARG001
+    return packed.new_empty((outputs, columns), dtype=torch.float32)
+
+
+def _fake_linear(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int, bits: int,  # noqa: ARG001
+                 group_size: int, asymmetric: bool) -> Tensor:  # noqa: ARG001
+    return x.new_empty((x.shape[0], outputs))
+
+
+def _fake_bfloat16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
+    return x.new_empty((x.shape[0], weight.shape[0]))

@@ -1,0 +1,82 @@
+"""Compiles the kernels for the installed PyTorch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from torchchat_core import progress
+from torchchat_core.errors import TorchchatError
+from torchchat_core.small_files import cache_folder
+
+FOLDER = Path(__file__).parent
+FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden")  # no -march: the code chooses when it runs
+OPENMP = ("-Xpreprocessor", "-fopenmp") if sys.platform == "darwin" else ("-fopenmp",)
+COMPILERS = ("c++", "g++", "clang++")
+TIMEOUT_SECONDS = 600
+
+
+def library_path() -> Path:
+    """Where the compiled kernels are, or would be: a file of its own for each PyTorch, source and kind of machine."""
+    digest = hashlib.sha256()
+    for part in (torch.__version__, str(torch.compiled_with_cxx11_abi()), sys.platform, platform.machine(), *FLAGS):
+        digest.update(part.encode() + b"\0")
+    for source in sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")]):
+        digest.update(source.read_bytes() + b"\0")
+    return cache_folder() / "kernels" / digest.hexdigest()[:16] / "torchchat_kernels.so"
+
+
+def find_compiler() -> str | None:
+    """The path of a C++ compiler: $CXX, or the first of those usual."""
+    named = os.environ.get("CXX")
+    return next((found for name in ([named] if named else COMPILERS) if (found := shutil.which(name))), None)
+
+
+def build(path: Path) -> None:
+    """Compiles the kernels to `path`, whole or not at all. Raises `TorchchatError` where that fails."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise TorchchatError("there is no C++ compiler, so the fast CPU kernels cannot be built",
+                             "install g++ or clang++, or set CXX")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, progress.task("building the CPU kernels, once"):
+        compiled, made = Path(folder) / "operators.o", Path(folder) / path.name
+        _run([compiler, *FLAGS, *OPENMP, f"-I{_torch_folder() / 'include'}", "-c", str(FOLDER / "operators.cpp"),
+              "-o", str(compiled)])
+        libraries = _torch_folder() / "lib"
+        _run([compiler, "-shared", str(compiled), "-o", str(made), f"-L{libraries}", "-ltorch_cpu", "-lc10",
+              *(_openmp_of_torch() or OPENMP), f"-Wl,-rpath,{libraries}"])
+        made.replace(path)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise TorchchatError(f"the C++ compiler {command[0]} cannot be run: {error}") from None
+    if done.returncode != 0:
+        raise TorchchatError(f"the CPU kernels cannot be built with {command[0]}: {_first_error(done.stderr)}",
+                             "set CXX to another compiler (g++ 11 or clang++ 14 and later)")
+
+
+def _torch_folder() -> Path:
+    return Path(torch.__file__).parent
+
+
+def _openmp_of_torch() -> list[str]:
+    """PyTorch's own OpenMP: a second one would have threads of its own that compete with PyTorch's."""
+    return [str(found) for pattern in ("libgomp*.so*", "libomp*.dylib", "libiomp*.dylib")
+            for found in sorted((_torch_folder() / "lib").glob(pattern))][:1]
+
+
+def _first_error(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if "error" in line]
+    return (lines or output.strip().splitlines() or ["it says nothing"])[0][:300]

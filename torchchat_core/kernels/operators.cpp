@@ -1,0 +1,230 @@
+// The kernels as operators of PyTorch: torchchat::quantized_linear, pack_quantized, unpack_quantized, bfloat16_linear.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bfloat16_linear.h"
+#include "quantized_linear.h"
+
+namespace torchchat {
+namespace {
+
+constexpr int64_t kRowsAtOnce = 192;  // of activations: their int8 values stay in the second-level cache
+
+std::atomic<Instructions> instructions_in_use{best_instructions()};
+
+std::string name_of(Instructions instructions) {
+  if (instructions == Instructions::kAvx512) return "avx512";
+  return instructions == Instructions::kAvx2 ? "avx2" : "portable";
+}
+
+// Chooses the instructions, "" for the best ones; which are in use now.
+std::string use_instructions(const std::string& name) {
+  const Instructions best = best_instructions();
+  Instructions chosen = best;
+  if (name == "portable") chosen = Instructions::kPortable;
+  else if (name == "avx2") chosen = Instructions::kAvx2;
+  else if (name == "avx512") chosen = Instructions::kAvx512;
+  else TORCH_CHECK(name.empty(), "instructions are ", name, "; known are portable, avx2 and avx512");
+  TORCH_CHECK(chosen <= best, "this processor has no ", name, "; its best are ", name_of(best));
+  instructions_in_use = chosen;
+  return name_of(chosen);
+}
+
+PanelLayout checked_layout(int64_t columns, int64_t bits, int64_t group_size, bool asymmetric) {
+  TORCH_CHECK(bits == 4 || bits == 8, "bits is ", bits, "; it has to be 4 or 8");
+  TORCH_CHECK(columns > 0, "a matrix without columns");
+  TORCH_CHECK(group_size > 0 && group_size % kBlockColumns == 0, "group_size is ", group_size,
+              "; it has to be a multiple of ", kBlockColumns);
+  const int64_t blocks = (columns + kBlockColumns - 1) / kBlockColumns;
+  return {static_cast<int>(bits), asymmetric, blocks, std::min(group_size / kBlockColumns, blocks)};
+}
+
+int64_t panels_of(int64_t outputs) { return (outputs + kPanelRows - 1) / kPanelRows; }
+
+// values uint8 [outputs, columns], scales and offsets float16 [outputs, groups] -> panels, uint8 [bytes].
+at::Tensor pack_quantized(const at::Tensor& values, const at::Tensor& scales, const std::optional<at::Tensor>& offsets,
+                          int64_t bits, int64_t group_size) {
+  TORCH_CHECK(values.dim() == 2 && values.scalar_type() == at::kByte, "values have to be uint8 [outputs, columns]");
+  const int64_t outputs = values.size(0), columns = values.size(1);
+  const PanelLayout layout = checked_layout(columns, bits, group_size, offsets.has_value());
+  for (const at::Tensor* each : {&scales, offsets ? &*offsets : &scales})
+    TORCH_CHECK(each->dim() == 2 && each->scalar_type() == at::kHalf && each->size(0) == outputs &&
+                    each->size(1) == layout.groups(),
+                "scales and offsets have to be float16 [", outputs, ", ", layout.groups(), "]");
+  const at::Tensor from = values.contiguous(), factors = scales.contiguous();
+  const at::Tensor shifts = offsets ? offsets->contiguous() : at::Tensor();
+  at::Tensor packed = at::empty({panels_of(outputs) * layout.panel_bytes()}, values.options());
+  const uint8_t* source = from.const_data_ptr<uint8_t>();
+  uint8_t* target = packed.mutable_data_ptr<uint8_t>();
+  const auto zero = static_cast<uint8_t>(layout.zero());
+  const auto put_scales = [&](const at::Tensor& stored, int64_t panel, int64_t group, uint8_t* at) {
+    const auto* halves = reinterpret_cast<const uint16_t*>(stored.const_data_ptr<at::Half>());
+    uint16_t lanes[kPanelRows] = {};
+    for (int64_t lane = 0; lane < kPanelRows && panel * kPanelRows + lane < outputs; ++lane)
+      lanes[lane] = halves[(panel * kPanelRows + lane) * layout.groups() + group];
+    std::memcpy(at, lanes, sizeof lanes);
+  };
+  at::parallel_for(0, panels_of(outputs), 1, [&](int64_t first, int64_t last) {
+    for (int64_t panel = first; panel < last; ++panel) {
+      uint8_t* at = target + panel * layout.panel_bytes();
+      for (int64_t block = 0; block < layout.blocks; ++block) {
+        uint8_t weights[kPanelRows][kBlockColumns];
+        std::memset(weights, zero, sizeof weights);
+        const int64_t begin = block * kBlockColumns, count = std::min(kBlockColumns, columns - begin);
+        for (int64_t lane = 0; lane < kPanelRows && panel * kPanelRows + lane < outputs; ++lane)
+          std::memcpy(weights[lane], source + (panel * kPanelRows + lane) * columns + begin, count);
+        for (int64_t quad = 0; quad < (bits == 8 ? kQuads : kQuads / 2); ++quad)
+          for (int64_t lane = 0; lane < kPanelRows; ++lane)
+            for (int64_t c = 0; c < 4; ++c)
+              *at++ = bits == 8 ? weights[lane][quad * 4 + c]
+                                : (weights[lane][quad * 4 + c] & 15) | (weights[lane][(quad + 4) * 4 + c] << 4);
+        if ((block + 1) % layout.group != 0 && block + 1 != layout.blocks) continue;
+        put_scales(factors, panel, block / layout.group, at);
+        if (offsets) put_scales(shifts, panel, block / layout.group, at + kPanelRows * 2);
+        at += layout.scale_bytes();
+      }
+    }
+  });
+  return packed;
+}
+
+void check_packed(const at::Tensor& packed, const PanelLayout& layout, int64_t outputs) {
+  TORCH_CHECK(packed.is_contiguous() && packed.scalar_type() == at::kByte && packed.device().is_cpu(),
+              "packed weights have to be contiguous uint8 on the CPU");
+  TORCH_CHECK(outputs > 0 && packed.numel() == panels_of(outputs) * layout.panel_bytes(), "packed weights have ",
+              packed.numel(), " bytes, which are not those of ", outputs, " rows of ", layout.blocks, " blocks");
+}
+
+// The matrix that the panels stand for: float32 [outputs, columns].
+at::Tensor unpack_quantized(const at::Tensor& packed, int64_t outputs, int64_t columns, int64_t bits,
+                            int64_t group_size, bool asymmetric) {
+  const PanelLayout layout = checked_layout(columns, bits, group_size, asymmetric);
+  check_packed(packed, layout, outputs);
+  at::Tensor matrix = at::empty({outputs, columns}, packed.options().dtype(at::kFloat));
+  const uint8_t* source = packed.const_data_ptr<uint8_t>();
+  float* target = matrix.mutable_data_ptr<float>();
+  at::parallel_for(0, panels_of(outputs), 1, [&](int64_t first, int64_t last) {
+    for (int64_t panel = first; panel < last; ++panel) {
+      const uint8_t* at = source + panel * layout.panel_bytes();
+      for (int64_t begin = 0; begin < layout.blocks; begin += layout.group) {
+        const int64_t end = std::min(begin + layout.group, layout.blocks);
+        const auto* scales = reinterpret_cast<const uint16_t*>(at + (end - begin) * layout.block_bytes());
+        for (int64_t block = begin; block < end; ++block, at += layout.block_bytes())
+          for (int64_t lane = 0; lane < kPanelRows && panel * kPanelRows + lane < outputs; ++lane)
+            for (int64_t column = 0; column < kBlockColumns && block * kBlockColumns + column < columns; ++column) {
+              const int32_t stored = stored_weight(at, layout.bits, lane, column) - layout.zero();
+              const float offset = asymmetric ? half_to_float(scales[kPanelRows + lane]) : 0.0f;
+              target[(panel * kPanelRows + lane) * columns + block * kBlockColumns + column] =
+                  half_to_float(scales[lane]) * static_cast<float>(stored) + offset;
+            }
+        at += layout.scale_bytes();
+      }
+    }
+  });
+  return matrix;
+}
+
+template <typename Scalar>
+void multiply(const at::Tensor& x, const at::Tensor& packed, const float* bias, const PanelLayout& layout,
+              at::Tensor& out) {
+  const int64_t rows = x.size(0), columns = x.size(1), outputs = out.size(1), bytes = layout.panel_bytes();
+  const Instructions instructions = instructions_in_use;
+  const RoundBlock round = choose_round_block(instructions);
+  const MultiplyPanel multiply_panel = choose_multiply_panel(instructions, layout.bits);
+  const Scalar* from = x.const_data_ptr<Scalar>();
+  const uint8_t* weights = packed.const_data_ptr<uint8_t>();
+  Scalar* to = out.mutable_data_ptr<Scalar>();
+  RoundedRows rounded(rows, columns);
+  if (rows < 4) round_rows(from, columns, 0, rows, round, rounded);
+  else
+    at::parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
+      round_rows(from, columns, begin, end, round, rounded);
+    });
+  at::parallel_for(0, panels_of(outputs), 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> products(std::min(rows, kRowsAtOnce) * kPanelRows);
+    for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
+      const int64_t count = std::min(kRowsAtOnce, rows - first);
+      for (int64_t panel = begin; panel < end; ++panel) {
+        multiply_panel(layout, weights + panel * bytes, rounded, first, count, products.data());
+        const int64_t start = panel * kPanelRows, lanes = std::min(kPanelRows, outputs - start);
+        for (int64_t row = 0; row < count; ++row)
+          for (int64_t lane = 0; lane < lanes; ++lane)
+            to[(first + row) * outputs + start + lane] =
+                static_cast<Scalar>(products[row * kPanelRows + lane] + (bias ? bias[start + lane] : 0.0f));
+      }
+    }
+  });
+}
+
+// x [rows, columns] of float32, bfloat16 or float16 -> [rows, outputs] of the same dtype.
+at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
+                            int64_t outputs, int64_t bits, int64_t group_size, bool asymmetric) {
+  TORCH_CHECK(x.dim() == 2 && x.device().is_cpu(), "x has to be [rows, columns] on the CPU");
+  const PanelLayout layout = checked_layout(x.size(1), bits, group_size, asymmetric);
+  check_packed(packed, layout, outputs);
+  const at::Tensor rows = x.contiguous();
+  const at::Tensor added = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
+  TORCH_CHECK(!bias || added.numel() == outputs, "the bias has ", added.numel(), " values for ", outputs, " outputs");
+  const float* shift = bias ? added.const_data_ptr<float>() : nullptr;
+  at::Tensor out = at::empty({x.size(0), outputs}, x.options());
+  if (x.scalar_type() == at::kFloat) multiply<float>(rows, packed, shift, layout, out);
+  else if (x.scalar_type() == at::kBFloat16) multiply<at::BFloat16>(rows, packed, shift, layout, out);
+  else if (x.scalar_type() == at::kHalf) multiply<at::Half>(rows, packed, shift, layout, out);
+  else TORCH_CHECK(false, "x is of ", x.scalar_type(), "; it has to be float32, bfloat16 or float16");
+  return out;
+}
+
+// x [rows, columns] times weight [outputs, columns], both bfloat16, for a few rows -> [rows, outputs].
+at::Tensor bfloat16_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), "x has to be [rows, columns], the "
+              "weight [outputs, columns]");
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16 && weight.is_contiguous() &&
+              x.device().is_cpu() && weight.device().is_cpu(), "both have to be bfloat16 on the CPU, row by row");
+  const at::Tensor rows = x.contiguous();
+  const at::Tensor added = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
+  const int64_t count = x.size(0), columns = x.size(1), outputs = weight.size(0);
+  TORCH_CHECK(!bias || added.numel() == outputs, "the bias has ", added.numel(), " values for ", outputs, " outputs");
+  at::Tensor out = at::empty({count, outputs}, x.options());
+  const auto* from = reinterpret_cast<const uint16_t*>(rows.const_data_ptr<at::BFloat16>());
+  const auto* weights = reinterpret_cast<const uint16_t*>(weight.const_data_ptr<at::BFloat16>());
+  const float* shift = bias ? added.const_data_ptr<float>() : nullptr;
+  at::BFloat16* to = out.mutable_data_ptr<at::BFloat16>();
+  const MultiplyRow multiply_row = choose_multiply_row(instructions_in_use);
+  at::parallel_for(0, outputs, 16, [&](int64_t begin, int64_t end) {
+    std::vector<float> sums(count);
+    for (int64_t output = begin; output < end; ++output) {
+      multiply_row(weights + output * columns, from, columns, count, sums.data());
+      for (int64_t row = 0; row < count; ++row)
+        to[row * outputs + output] = static_cast<at::BFloat16>(sums[row] + (shift ? shift[output] : 0.0f));
+    }
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace torchchat
+
+TORCH_LIBRARY(torchchat, library) {
+  library.def("pack_quantized(Tensor values, Tensor scales, Tensor? offsets, int bits, int group_size) -> Tensor");
+  library.def("unpack_quantized(Tensor packed, int outputs, int columns, int bits, int group_size, bool asymmetric) -> "
+              "Tensor");
+  library.def("quantized_linear(Tensor x, Tensor packed, Tensor? bias, int outputs, int bits, int group_size, bool "
+              "asymmetric) -> Tensor");
+  library.def("bfloat16_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  library.def("use_instructions(str name) -> str", &torchchat::use_instructions);
+}
+
+TORCH_LIBRARY_IMPL(torchchat, CPU, library) {
+  library.impl("pack_quantized", &torchchat::pack_quantized);
+  library.impl("unpack_quantized", &torchchat::unpack_quantized);
+  library.impl("quantized_linear", &torchchat::quantized_linear);
+  library.impl("bfloat16_linear", &torchchat::bfloat16_linear);
+}
