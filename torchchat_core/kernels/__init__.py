@@ -21,14 +21,22 @@ SWITCH = "TORCHCHAT_CPU_KERNELS"  # "off" leaves them out
 PANEL_ROWS, BLOCK_COLUMNS = 16, 32
 
 
+NOT_BUILT = "the CPU kernels are not built yet: python -m torchchat_core.kernels"
+
+
 @functools.cache
-def load() -> str | None:
-    """Makes the operators available, compiling them where that was not done; None, or why they are not available."""
+def load(building: bool = True) -> str | None:
+    """Makes the operators available; None, or why they are not available.
+
+    Where they were not compiled before, they are now, which takes some ten seconds; not so without `building`.
+    """
     if os.environ.get(SWITCH, "").lower() in ("off", "0", "no"):
         return f"{SWITCH} is off"
     try:
         path = library_path()
         if not path.exists():
+            if not building:
+                return NOT_BUILT
             build(path)
         _load(path)
     except (TorchchatError, OSError, RuntimeError) as error:
@@ -36,11 +44,12 @@ def load() -> str | None:
     return None
 
 
-def available() -> bool:
-    """Whether the operators are there."""
-    return load() is None
+def available(building: bool = True) -> bool:
+    """Whether the operators are there, as `load` has it."""
+    return load(building) is None
 
 
+@functools.cache
 def _load(path: Path) -> None:
     torch.ops.load_library(str(path))
     torch.library.register_fake("torchchat::pack_quantized", _fake_pack)

@@ -1,27 +1,34 @@
-"""The fastest matrix product that the installed PyTorch has for a layer on the CPU."""
+"""The fastest matrix product for a layer on the CPU: PyTorch's, or core's kernels."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchchat_core import kernels
 from torchchat_core.models.transformer import Transformer
 
 SMALLEST_BYTES = 3 << 18  # of weights that oneDNN is worth its 15 microseconds of preparation for
+WORTH_BUILDING = 200 << 20  # bytes of bfloat16 weights for which the kernels are compiled where they are not yet
+FEW_ROWS = 4  # that core's bfloat16 kernel multiplies faster than oneDNN does
 
 
 def use_fastest_linear(module: Transformer) -> None:
-    """Swaps large float32 layers on a CPU for `OneDnnLinear`; the weights are shared, not copied."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return
-    for owner in module.modules():
-        for name, layer in owner.named_children():
-            if type(layer) is nn.Linear and _gains(layer.weight):
-                setattr(owner, name, OneDnnLinear(layer))
+    """Swaps large layers on a CPU for faster ones: `OneDnnLinear` in float32, `FewRowsLinear` in bfloat16.
 
-
-def _gains(weight: Tensor) -> bool:
-    return weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.nbytes >= SMALLEST_BYTES
+    The weights are shared, not copied.
+    """
+    layers = [(owner, name, layer) for owner in module.modules() for name, layer in owner.named_children()
+              if type(layer) is nn.Linear and layer.weight.device.type == "cpu"]
+    halves = sum(layer.weight.nbytes for *_, layer in layers if layer.weight.dtype == torch.bfloat16)
+    with_kernels = halves > 0 and kernels.available(building=halves >= WORTH_BUILDING)
+    with_one_dnn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    for owner, name, layer in layers:
+        if with_one_dnn and layer.weight.dtype == torch.float32 and layer.weight.nbytes >= SMALLEST_BYTES:
+            setattr(owner, name, OneDnnLinear(layer))
+        elif with_kernels and layer.weight.dtype == torch.bfloat16 and layer.weight.is_contiguous():
+            setattr(owner, name, FewRowsLinear(layer))
 
 
 class OneDnnLinear(nn.Module):
@@ -39,3 +46,21 @@ class OneDnnLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return product
+
+
+class FewRowsLinear(nn.Module):
+    """x [n, in] -> [n, out] in bfloat16: core's kernel for a few rows, oneDNN for many.
+
+    For one row oneDNN reads the weights at 14 to 19 GB/s, the kernel at what the memory gives (docs/performance.md).
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] <= FEW_ROWS:
+            product: Tensor = torch.ops.torchchat.bfloat16_linear(x, self.weight, self.bias)
+            return product
+        return F.linear(x, self.weight, self.bias)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from tc_eager.executor import EagerExecutor, EagerModel
-from tc_eager.linear import OneDnnLinear
+from tc_eager.linear import FewRowsLinear, OneDnnLinear
+from torchchat_core import kernels
 from torchchat_core.errors import TorchchatError
 from torchchat_core.models.config import ModelConfig, RopeScaling
 from torchchat_core.models.transformer import Transformer
@@ -163,3 +164,18 @@ def test_only_large_float32_layers_are_swapped_and_their_weights_are_shared() ->
     assert isinstance(module.model.layers[0].mlp.up_proj, OneDnnLinear)
     assert isinstance(module.model.layers[0].self_attn.k_proj, nn.Linear)
     assert not any(isinstance(layer, OneDnnLinear) for layer in load("bf16", **large).module.modules())
+
+
+@pytest.mark.skipif(not kernels.available(), reason="the CPU kernels cannot be built here")
+@pytest.mark.parametrize("rows", [1, 4, 5, 33])
+def test_few_rows_give_what_linear_gives(rows: int) -> None:
+    layer = nn.Linear(300, 200).requires_grad_(False).bfloat16()
+    x = torch.randn(rows, 300).bfloat16()
+    torch.testing.assert_close(FewRowsLinear(layer)(x).float(), layer.float()(x.float()), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="the CPU kernels cannot be built here")
+def test_bfloat16_layers_are_swapped_and_their_weights_are_shared() -> None:
+    module = load("bf16", tied_embeddings=True).module
+    assert isinstance(module.lm_head, FewRowsLinear)
+    assert module.lm_head.weight is module.model.embed_tokens.weight
