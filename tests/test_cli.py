@@ -135,6 +135,18 @@ def test_the_paths_of_weights_parameters_and_tokenizer_can_be_given(testdata: Pa
 # ---- the model that comes with torchchat --------------------------------------------------------------------------
 
 
+def test_parameters_that_are_given_go_before_those_inside_the_weights(testdata: Path, torchchat: Any,
+                                                                      tmp_path: Path) -> None:
+    model = testdata / "tinyllamas/stories260K/stories260K.pt"
+    tokenizer = testdata / "tinyllamas/stories260K/tok512.model"
+    params = tmp_path / "params.json"
+    params.write_text(json.dumps({"dim": 64, "n_layers": 9, "n_heads": 8, "n_kv_heads": 4}))
+    arguments = ["generate", str(model), "--tokenizer-path", str(tokenizer), "--prompt", "x"]
+    assert torchchat(*arguments).code == 0
+    refused = torchchat(*arguments, "--params-path", str(params))
+    assert (refused.code, "with 9 layers" in refused.err) == (1, True)
+
+
 def test_chat_without_a_model_is_the_embedded_one_and_says_what_it_is(torchchat: Any) -> None:
     done = torchchat("chat", "--temperature", 0, stdin=b"Who are you?\n")
     assert done.code == 0

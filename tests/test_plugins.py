@@ -208,7 +208,7 @@ def test_the_builtins_come_through_the_same_hooks(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TORCHCHAT_DISABLE_PLUGIN_AUTOLOAD", "1")
     registry = load_registry()
     assert [each.qualified_name for each in registry.plugins] == ["torchchat-core:builtins"]
-    assert {info.name for info in registry.infos(ModelSourceInfo)} == {"local", "embedded"}
+    assert {info.name for info in registry.infos(ModelSourceInfo)} == {"local", "embedded", "hub", "url"}
     assert registry.infos(ExecutorInfo) == []
 
 

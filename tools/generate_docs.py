@@ -16,18 +16,22 @@ from pathlib import Path
 import click
 
 from torchchat_core import hookspecs
+from torchchat_core.cli.amounts import bytes_text
 from torchchat_core.cli.main import torchchat
 from torchchat_core.cli.plugins import matrix_table
+from torchchat_core.models.catalogue import load_catalogue
 from torchchat_core.plugins import HOOKS, Registry, load_registry
 from torchchat_core.specs import (
     ABILITIES,
     BatchedModel,
+    CatalogueEntry,
     Checkpoint,
     CommandInfo,
     Description,
     Executor,
     Exporter,
     KeepingSource,
+    KeptModel,
     LayerReport,
     LoadedModel,
     LoadRequest,
@@ -44,7 +48,8 @@ from torchchat_core.specs import (
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 TYPES: dict[str, tuple[type, ...]] = {  # what a hook's factories make, and what goes in and out of it
-    "torchchat_model_sources": (ModelSource, KeepingSource, ModelRef, ModelFiles, Checkpoint),
+    "torchchat_model_sources": (ModelSource, KeepingSource, CatalogueEntry, ModelRef, ModelFiles, KeptModel,
+                                Checkpoint),
     "torchchat_tokenizers": (TokenizerReader, Tokenizer),
     "torchchat_quantizers": (Quantizer, QuantReport, LayerReport),
     "torchchat_executors": (Executor, LoadRequest, LoadedModel, BatchedModel, Session, ScoringSession),
@@ -58,7 +63,7 @@ def documents(registry: Registry) -> dict[Path, str]:
     """Every generated document by its path."""
     pages = {DOCS / "plugins" / "hooks" / f"{name}.md": hook_page(name, kind) for name, kind in HOOKS.items()}
     return {**pages, DOCS / "support-matrix.md": matrix_page(registry),
-            DOCS / "command-line.md": command_page(registry)}
+            DOCS / "command-line.md": command_page(registry), DOCS / "catalogue.md": catalogue_page()}
 
 
 def hook_page(name: str, kind: type[Description]) -> str:
@@ -96,6 +101,22 @@ def matrix_page(registry: Registry) -> str:
     return (GENERATED + "# Support matrix\n\nWhat goes with what, from what the plugins of this repository declare; "
             "`torchchat plugins --matrix` prints the one of\nyour installation. Every command refuses a combination "
             "that is not here, and names the nearest one that is.\n\n" + matrix_table(registry))
+
+
+def catalogue_page() -> str:
+    """The models that have a short name."""
+    lines = ["# Known models", "", "Names that `torchchat list` shows and every command takes for MODEL. Any other "
+             "model is named by", "`owner/name` of its hub, by a URL, or by its folder or file "
+             "([models](models.md)).", "",
+             "The size is that of the weights that are downloaded. Of a gated model, the owner has to permit the "
+             "download: visit its", "page, and give a token by `--hf-token`, `HF_TOKEN` or `hf auth login`.", "",
+             "| name | model | size | licence | gated |", "|---|---|---|---|---|"]
+    for entry in load_catalogue():
+        repository, _, file = entry.reference.removeprefix("hf:").partition(":")
+        link = f"[{file or repository}](https://huggingface.co/{repository})"
+        size = bytes_text(entry.bytes) if entry.bytes is not None else ""
+        lines.append(f"| `{entry.alias}` | {link} | {size} | {entry.licence} | {'yes' if entry.gated else ''} |")
+    return GENERATED + "\n".join(lines) + "\n"
 
 
 def command_page(registry: Registry) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torchchat_core.hookspecs import hookimpl
+from torchchat_core.models.catalogue import load_catalogue
 from torchchat_core.specs import CatalogueEntry, CommandInfo, ModelSourceInfo, TokenizerInfo
 
 
@@ -22,6 +23,21 @@ def torchchat_model_sources() -> list[ModelSourceInfo]:
             factory="torchchat_core.sources.local:EmbeddedSource",
             schemes=frozenset({"embedded"}),
             models=(CatalogueEntry(alias="embedded", reference="embedded:guide", licence="BSD-3-Clause"),),
+        ),
+        ModelSourceInfo(
+            name="hub",
+            summary="models of huggingface.co, or of the hub that HF_ENDPOINT names",
+            factory="torchchat_core.sources.hub:HubSource",
+            schemes=frozenset({"hf"}),
+            models=load_catalogue(),
+            keeps=True,
+        ),
+        ModelSourceInfo(
+            name="url",
+            summary="single files by https",
+            factory="torchchat_core.sources.url:UrlSource",
+            schemes=frozenset({"https", "http"}),
+            keeps=True,
         ),
     ]
 
@@ -67,6 +83,42 @@ def torchchat_commands() -> list[CommandInfo]:
             summary="Answer one prompt, or continue one text.",
             factory="torchchat_core.cli.generate:generate",
             order=20,
+        ),
+        CommandInfo(
+            name="download",
+            summary="Download models, and print where they are.",
+            factory="torchchat_core.cli.download:download",
+            order=30,
+        ),
+        CommandInfo(
+            name="list",
+            summary="List the models: known by name, downloaded, exported.",
+            factory="torchchat_core.cli.listing:list_models",
+            order=31,
+        ),
+        CommandInfo(
+            name="where",
+            summary="Print the folder or file of a downloaded model.",
+            factory="torchchat_core.cli.where:where",
+            order=32,
+        ),
+        CommandInfo(
+            name="remove",
+            summary="Delete a downloaded model.",
+            factory="torchchat_core.cli.remove:remove",
+            order=33,
+        ),
+        CommandInfo(
+            name="export",
+            summary="Write a model to a file that runs elsewhere.",
+            factory="torchchat_core.cli.export:export",
+            order=40,
+        ),
+        CommandInfo(
+            name="convert",
+            summary="Write a model as a folder in Hugging Face's format.",
+            factory="torchchat_core.cli.convert:convert",
+            order=41,
         ),
         CommandInfo(
             name="plugins",

@@ -95,7 +95,7 @@ def find_chat_template(files: ModelFiles, settings: Mapping[str, Any], tokenizer
     elif settings.get("chat_template") is not None:
         source, tool_source = _sources(settings["chat_template"])
     elif tokenizer.chat_template is not None:
-        source = tokenizer.chat_template
+        source, tool_source = _sources(tokenizer.chat_template)
     else:
         name = _built_in(files, tokenizer)
         if name is None:

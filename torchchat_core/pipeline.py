@@ -122,7 +122,7 @@ def fetch_files(request: ModelRequest, registry: Registry) -> ModelFiles:
         reference = dataclasses.replace(reference, token=request.hf_token)
     files: ModelFiles = source.make().fetch(reference)
     if request.params_path:
-        files = dataclasses.replace(files, config=_existing(request.params_path))
+        files = dataclasses.replace(files, config=_existing(request.params_path), config_chosen=True)
     if request.tokenizer_path:
         files = dataclasses.replace(files, tokenizer=(_existing(request.tokenizer_path),))
     return files

@@ -232,6 +232,7 @@ class ModelFiles:
     root: Path  # the folder that holds them
     weights: tuple[Path, ...]
     config: Path | None = None  # config.json or params.json
+    config_chosen: bool = False  # by the user, against what the weights themselves may say
     tokenizer: tuple[Path, ...] = ()  # candidates, in no order
     tokenizer_config: Path | None = None
     generation_config: Path | None = None
@@ -321,7 +322,8 @@ class Tokenizer(Protocol):
     adds_bos: bool  # whether a prompt of plain text starts with bos_id
     adds_prefix_space: bool  # whether encoding puts a space before text, which decoding from the start takes off
     end_ids: frozenset[int]  # tokens that end an answer besides eos_id, where the tokenizer's file names them
-    chat_template: str | None  # Jinja source, where the tokenizer's file holds one
+    chat_template: str | Sequence[Mapping[str, str]] | None  # where the tokenizer's file holds one: a Jinja source, or
+    # several with "name" and "template", as in tokenizer_config.json
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text`, without BOS or EOS. With `special`, the texts of control tokens become their ids."""

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "docs" / "plugins" / "examples"
 DISTRIBUTIONS = {"torchchat_core": ROOT, "tc_eager": ROOT / "plugins" / "tc_eager",
+                 "tc_gguf": ROOT / "plugins" / "tc_gguf",
                  "tc_float8": EXAMPLES / "tc_float8", "tc_zip": EXAMPLES / "tc_zip"}
 INSTALLED = ("torchchat_core", "tc_eager")
 

@@ -17,7 +17,7 @@ from tc_eager.executor import EagerExecutor
 from torchchat_core.errors import TorchchatError
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import build_model
-from torchchat_core.sources import checkpoints
+from torchchat_core.sources import containers
 from torchchat_core.sources.checkpoints import open_checkpoint
 from torchchat_core.sources.local import LocalSource
 from torchchat_core.specs import LoadRequest, ModelFiles, ModelRef
@@ -155,7 +155,7 @@ def test_a_stored_rotary_table_is_not_a_weight(folder: Path, expected: torch.Ten
 
 def test_reading_in_windows_gives_the_same_tensors(folder: Path, expected: torch.Tensor,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints.MappedFile, "WINDOW", 1)
+    monkeypatch.setattr(containers.MappedFile, "WINDOW", 1)
     assert torch.equal(logits(folder), expected)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from torchchat_core.hookspecs import hookimpl
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import TORCH_DTYPES
-from torchchat_core.specs import ExecutorInfo, ExporterInfo, ExportRequest, LoadRequest
+from torchchat_core.sources.checkpoints import StoredCheckpoint, StoredTensor
+from torchchat_core.specs import ExecutorInfo, ExporterInfo, ExportRequest, LoadRequest, ModelFiles, ModelSourceInfo
 from torchchat_core.testing import ExporterContract
 from torchchat_core.testing.session_contract import SessionContract
 
@@ -131,6 +133,23 @@ class WritesForNobody(Right):
     writes = "unread"
 
 
+class Source:
+    """Opens exported files, for executors of modules."""
+
+    def open(self, files: ModelFiles) -> StoredCheckpoint:
+        saved = torch.load(files.weights[0])
+        return StoredCheckpoint(ModelConfig(**saved["config"]), {
+            name: StoredTensor(tuple(tensor.shape), partial(tensor.clone)) for name, tensor in saved["state"].items()})
+
+
+class ForASource(Right):
+    writes = "opened"
+
+
+class LosesPrecisionForASource(LosesPrecision):
+    writes = "opened"
+
+
 TABLE = [
     (LosesPrecision, "test_logits_are_those_of_the_reference", "logits are off by"),
     (AddsASuffix, "test_the_file_is_where_it_was_asked_for", "leaves ['my model.v1.bin'] in the folder"),
@@ -151,7 +170,7 @@ TABLE = [
 def torchchat_exporters() -> list[ExporterInfo]:
     return [ExporterInfo(name=exporter.__name__.lower(), summary="faulty", factory=f"{__name__}:{exporter.__name__}",
                          writes=exporter.writes, suffix=".kept", devices=frozenset({"cpu"}), dtypes=frozenset({"fp32"}))
-            for exporter in {Right, WritesForNobody, *(row[0] for row in TABLE)}]
+            for exporter in {Right, WritesForNobody, ForASource, LosesPrecisionForASource, *(row[0] for row in TABLE)}]
 
 
 @hookimpl
@@ -159,6 +178,12 @@ def torchchat_executors() -> list[ExecutorInfo]:
     return [ExecutorInfo(name="reader", summary="runs files", factory=f"{__name__}:Reader", reads=frozenset({"kept"}),
                          devices=frozenset({"cpu", "cuda"}), dtypes=frozenset({"fp32", "bf16"}),
                          abilities=frozenset({"score", "batch"}))]
+
+
+@hookimpl
+def torchchat_model_sources() -> list[ModelSourceInfo]:
+    return [ModelSourceInfo(name="source", summary="opens files", factory=f"{__name__}:Source",
+                            formats=frozenset({"opened"}))]
 
 
 class KeptContract(ExporterContract):
@@ -170,14 +195,23 @@ class TestRight(KeptContract):
     pass
 
 
-def contract(exporter: type[Right]) -> type[ExporterContract]:
+class TestOpenedByASource(KeptContract):
+    """What no executor reads, and a model source opens, is run as a module."""
+
+    name, variants = "forasource", ("llama",)
+    executor_plugin = "tc_eager"
+
+
+def contract(exporter: type[Right], base: type[ExporterContract] = KeptContract) -> type[ExporterContract]:
     """The contract of one of the exporters, as a test class of this module."""
     name = f"Contract{exporter.__name__}"
-    globals()[name] = type(name, (KeptContract,), {"name": exporter.__name__.lower(), "__module__": __name__})
+    globals()[name] = type(name, (base,), {"name": exporter.__name__.lower(), "__module__": __name__})
     return globals()[name]
 
 
 FAULTS = [(contract(exporter), test, words) for exporter, test, words in TABLE]
+FAULTS += [(contract(LosesPrecisionForASource, TestOpenedByASource), "test_logits_are_those_of_the_reference",
+            "logits are off by")]
 
 
 @pytest.mark.parametrize(("contract", "test", "words"), FAULTS)
@@ -188,6 +222,14 @@ def test_the_fault_is_found(contract: type, test: str, words: str, failures: Map
 def test_every_demand_has_a_fault() -> None:
     own = {name for name in dir(ExporterContract) if name.startswith("test_") and not hasattr(SessionContract, name)}
     assert own <= {test for _, test, _ in FAULTS}
+
+
+def test_an_executor_of_modules_is_asked_for_where_a_source_opens_the_file() -> None:
+    class WithoutExecutor(KeptContract):
+        name = "forasource"
+
+    with pytest.raises(AssertionError, match="has no executor that reads 'module' models"):
+        WithoutExecutor().executor_info()
 
 
 def test_files_that_no_executor_reads_are_told() -> None:

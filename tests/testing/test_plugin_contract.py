@@ -29,6 +29,8 @@ class Options:
 class Maker:
     def fetch(self, ref): ...
     def open(self, files): ...
+    def locate(self, ref): ...
+    def kept(self): ...
     def remove(self, ref): ...
     def accepts(self, path): ...
     def read(self, path, settings): ...
@@ -40,7 +42,7 @@ class Maker:
 def torchchat_model_sources():
     return [ModelSourceInfo(name="s", summary="s", factory=f"{__name__}:Maker", schemes=frozenset({"mine"}),
                             formats=frozenset({"mine"}), keeps=True,
-                            models=(CatalogueEntry(alias="tiny-1b", reference="mine:tiny"),))]
+                            models=(CatalogueEntry(alias="tiny-1B", reference="mine:tiny"),))]
 
 @hookimpl
 def torchchat_tokenizers():
@@ -90,6 +92,8 @@ TABLE = {
     "needs_path": ("class Maker:", "class Maker:\n    def __init__(self, path): ...", FACTORIES, "raises TypeError"),
     "no_method": ("def load", "def run", FACTORIES, "has no method load()"),
     "no_remove": ("def remove", "def delete", FACTORIES, "has no method remove()"),
+    "no_locate": ("def locate", "def find", FACTORIES, "has no method locate()"),
+    "kept_of_one": ("def kept(self)", "def kept(self, ref)", FACTORIES, "kept() does not take 0"),
     "few_arguments": ("apply(self, model, options)", "apply(self, model)", FACTORIES, "apply() does not take 2"),
     "no_command": ("generate:generate", "generate:__doc__", FACTORIES, "which is no click command"),
     "bare_field": ('exact: bool = option(False, "slower")', "exact: bool = False", OPTIONS, "'exact' was not declared"),
@@ -104,7 +108,7 @@ TABLE = {
     "bad_dtype": ('"fp32"', '"float32"', CAPABILITIES, "declares the dtypes 'float32'"),
     "bad_scheme": ('{"linear:int8"}', '{"int8"}', CAPABILITIES, "declares the schemes 'int8'"),
     "bad_platform": ('"darwin"', '"macos"', CAPABILITIES, "the platforms 'macos'"),
-    "bad_alias": ('"tiny-1b"', '"tiny 1b"', CAPABILITIES, "the aliases 'tiny 1b'"),
+    "bad_alias": ('"tiny-1B"', '"tiny 1b"', CAPABILITIES, "the aliases 'tiny 1b'"),
     "bad_suffix": ('suffix=".mine"', 'suffix="mine"', CAPABILITIES, "the suffix 'mine'"),
     "text_for_set": ('reads=frozenset({"module"})', 'reads="module"', HOOKS, "reads of executor 'e' is 'module'"),
     "reads_nothing": ('reads=frozenset({"module"}), ', "", CAPABILITIES, "'e' declares no reads"),

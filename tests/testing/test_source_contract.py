@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torchchat_core.errors import TorchchatError
 from torchchat_core.hookspecs import hookimpl
 from torchchat_core.sources.checkpoints import open_checkpoint
-from torchchat_core.specs import Checkpoint, ModelFiles, ModelRef, ModelSourceInfo
+from torchchat_core.specs import Checkpoint, KeptModel, ModelFiles, ModelRef, ModelSourceInfo
 from torchchat_core.testing import ModelSourceContract
 from torchchat_core.testing.models import TINY, seeded, tiny_config
 
@@ -62,6 +62,9 @@ class Right:
         for path in sorted(there.iterdir()):
             if not (here / path.name).exists():
                 self.copy(path, here / path.name)
+        return self.files(ref, here)
+
+    def files(self, ref: ModelRef, here: Path) -> ModelFiles:
         return ModelFiles(ref=ref, format="mirrored", root=here, weights=(here / "model.safetensors",),
                           config=here / "config.json")
 
@@ -78,11 +81,26 @@ class Right:
     def open(self, files: ModelFiles) -> Checkpoint:
         return open_checkpoint(replace(files, format="safetensors"))
 
+    def locate(self, ref: ModelRef) -> ModelFiles | None:
+        _, here = self.places(ref)
+        whole = all((here / name).is_file() for name in ("config.json", "model.safetensors"))
+        return self.files(ref, here) if whole else None
+
+    def kept(self) -> list[KeptModel]:
+        cache = Path(os.environ["MIRROR_CACHE"])
+        names = sorted(path.name for path in cache.iterdir()) if cache.is_dir() else []
+        return [KeptModel(reference=f"mirror:{name}", path=cache / name, bytes=size_of(cache / name)) for name in names
+                if self.locate(ModelRef(text=name, scheme="mirror", location=name)) is not None]
+
     def remove(self, ref: ModelRef) -> int:
         _, here = self.places(ref)
-        freed = sum(path.stat().st_size for path in here.iterdir()) if here.is_dir() else 0
+        freed = size_of(here)
         shutil.rmtree(here, ignore_errors=True)
         return freed
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
 
 
 class Wrapped:
@@ -231,6 +249,84 @@ class SaysItAgain(Right):
         return self.freed
 
 
+class LocatesByFetching(Right):
+    def locate(self, ref: ModelRef) -> ModelFiles | None:
+        return self.fetch(ref)
+
+
+class LocatesByFetchingAgain(FetchesAlways):
+    def locate(self, ref: ModelRef) -> ModelFiles | None:
+        return self.fetch(ref) if super().locate(ref) else None
+
+
+class LooksItUpFirst(Right):
+    def locate(self, ref: ModelRef) -> ModelFiles | None:
+        there, _ = self.places(ref)
+        list(ORIGIN.read(there / "config.json", 0))
+        return super().locate(ref)
+
+
+class LocatesNothing(Right):
+    def locate(self, ref: ModelRef) -> ModelFiles | None:
+        return None
+
+
+class LocatesAnotherReference(Right):
+    def locate(self, ref: ModelRef) -> ModelFiles | None:
+        located = super().locate(ref)
+        return located and replace(located, ref=replace(ref, text="mine"))
+
+
+class LocatesParts(Right):
+    def locate(self, ref: ModelRef) -> ModelFiles | None:
+        _, here = self.places(ref)
+        return self.files(ref, here) if here.is_dir() else None
+
+
+class TrustsTheConfiguration(Right):
+    def locate(self, ref: ModelRef) -> ModelFiles | None:
+        _, here = self.places(ref)
+        parts = list(here.glob("*.part"))
+        return self.files(ref, here) if (here / "config.json").is_file() and not parts else None
+
+
+class ListsParts(Right):
+    def kept(self) -> list[KeptModel]:
+        cache = Path(os.environ["MIRROR_CACHE"])
+        paths = cache.iterdir() if cache.is_dir() else []
+        return [KeptModel(reference=f"mirror:{path.name}", path=path, bytes=size_of(path)) for path in paths]
+
+
+class ListsOne(Right):
+    def kept(self) -> list[KeptModel]:
+        return super().kept()[:1]
+
+
+class ListsTwice(Right):
+    def kept(self) -> list[KeptModel]:
+        return super().kept() * 2
+
+
+class ListsAnotherName(Right):
+    def kept(self) -> list[KeptModel]:
+        return [replace(copy, reference=f"mirror:{copy.path}-1") for copy in super().kept()]
+
+
+class ListsAnotherPath(Right):
+    def kept(self) -> list[KeptModel]:
+        return [replace(copy, path=copy.path / "snapshot") for copy in super().kept()]
+
+
+class ListsTooMuch(Right):
+    def kept(self) -> list[KeptModel]:
+        return [replace(copy, bytes=copy.bytes + 1) for copy in super().kept()]
+
+
+class ListsWeightsAlone(Right):
+    def kept(self) -> list[KeptModel]:
+        return [replace(copy, bytes=(copy.path / "model.safetensors").stat().st_size) for copy in super().kept()]
+
+
 TABLE = [
     (NamesWhatIsNotThere, "test_a_reference_becomes_files", "tokenizer.json does not exist"),
     (RootElsewhere, "test_a_reference_becomes_files", "is outside"),
@@ -244,6 +340,20 @@ TABLE = [
     (LendsTensors, "test_reading_twice_gives_equal_tensors", "is another tensor when it is read again"),
     (NoSuchTensorIsNone, "test_an_unknown_tensor_is_a_key_error", "gives one"),
     (NoSuchTensorIsAnError, "test_an_unknown_tensor_is_a_key_error", "raises TorchchatError"),
+    (LocatesByFetching, "test_what_is_here_is_located", "before it is fetched, 'mirror:small' is located at"),
+    (LooksItUpFirst, "test_what_is_here_is_located", "locate() fetched"),
+    (LocatesByFetchingAgain, "test_what_is_here_is_located", "locate() fetched"),
+    (LocatesNothing, "test_what_is_here_is_located", "and locate() then None"),
+    (LocatesAnotherReference, "test_what_is_here_is_located", "and locate() then ModelFiles(ref=ModelRef(text='mine'"),
+    (LocatesParts, "test_part_of_a_model_is_not_located", "after an interrupted fetch, locate() returns"),
+    (ListsParts, "test_part_of_a_model_is_not_located", "after an interrupted fetch, kept() lists"),
+    (TrustsTheConfiguration, "test_part_of_a_model_is_not_located", "after a file of its weights was deleted"),
+    (ListsOne, "test_kept_models_are_listed", "after two models were fetched, kept() lists"),
+    (ListsTwice, "test_kept_models_are_listed", "after two models were fetched, kept() lists"),
+    (ListsAnotherName, "test_kept_models_are_listed", "after two models were fetched, kept() lists"),
+    (ListsAnotherPath, "test_kept_models_are_listed", "holds none of its files"),
+    (ListsWeightsAlone, "test_kept_models_are_listed", "bytes; its files have"),
+    (ListsTooMuch, "test_kept_models_are_listed", "and remove() freed"),
     (FetchesAlways, "test_what_is_kept_is_not_fetched_again", "the second fetch of 'mirror:small' fetched"),
     (BeginsAgain, "test_an_interrupted_fetch_goes_on", "bytes were fetched for a model of"),
     (AppendsTheWhole, "test_an_interrupted_fetch_goes_on", "the files have other contents"),

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from torchchat_core.cli.flags import generation_options, model_flags, model_request, sampling_flags
+from torchchat_core.cli.flags import generation_options, model_flags, sampling_flags
+from torchchat_core.cli.opening import opened_model
 from torchchat_core.plugins import Registry
 
 if TYPE_CHECKING:
@@ -34,10 +35,8 @@ def chat(registry: Registry, /, **flags: Any) -> int:
     On a terminal, /help lists what can be typed beside messages. Without one, every line of standard input is a
     message, and the answers go to standard output.
     """
-    from torchchat_core.pipeline import open_model
-
     generation_options(flags, {})  # wrong values are told before a model is loaded
-    with open_model(model_request(flags), registry) as opened:
+    with opened_model(flags, registry) as opened:
         options = generation_options(flags, opened.text_format.defaults)
         with _conversation(opened, flags["system"]) as conversation:
             on_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))

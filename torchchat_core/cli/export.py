@@ -66,11 +66,11 @@ def export(registry: Registry, /, **flags: Any) -> None:
     options = _options(exporter, flags, registry)
     from torchchat_core.cli.progress_bars import shown_progress
     from torchchat_core.pipeline import export_model
-    from torchchat_core.products import record
+    from torchchat_core.products import record, reference_of
 
     with shown_progress():
         files = export_model(model_request(flags), exporter, path, options, registry)
-    record(f"{files.ref.scheme}:{files.ref.location}", "export", path, exporter.writes)
+    record(reference_of(files.ref), "export", path, exporter.writes)
     click.echo(str(path))
 
 

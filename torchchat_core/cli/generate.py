@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from torchchat_core.cli.flags import generation_options, model_flags, model_request, sampling_flags
+from torchchat_core.cli.flags import generation_options, model_flags, sampling_flags
+from torchchat_core.cli.opening import opened_model
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import expanded
@@ -42,11 +43,10 @@ def generate(registry: Registry, /, **flags: Any) -> int:
     printed before the continuation.
     """
     from torchchat_core.cli.answers import answer_json
-    from torchchat_core.pipeline import open_model
 
     prompt = _prompt(flags)
     generation_options(flags, {})  # wrong values are told before a model is loaded
-    with open_model(model_request(flags), registry) as opened:
+    with opened_model(flags, registry) as opened:
         samples = _run(opened, _plan(opened, prompt, flags), flags["num_samples"], quiet=flags["as_json"])
     if flags["as_json"]:
         objects = [answer_json(sample) for sample in samples]

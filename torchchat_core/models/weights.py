@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from torchchat_core.errors import TorchchatError
+from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.specs import Checkpoint
 
@@ -23,17 +24,25 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu")
     that the memory beyond the model's own never exceeds one tensor.
     Raises `TorchchatError` for a tensor that is missing, has the wrong shape, or that the model has no place for.
     """
-    with torch.device("meta"), WithoutInitialValues():
-        model = Transformer(checkpoint.config)
-    model.requires_grad_(False)
-    wanted = dict(model.named_parameters())
-    _refuse_unknown(checkpoint, wanted.keys())
-    for name, parameter in wanted.items():
-        _assign(model, name, _fetch(checkpoint, name, tuple(parameter.shape), dtype).to(device=device, dtype=dtype))
+    model = _without_memory(checkpoint.config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    refuse_unknown(checkpoint, shapes.keys())
+    for name, shape in shapes.items():
+        _assign(model, name, fetch_weight(checkpoint, name, shape, dtype).to(device=device, dtype=dtype))
     if checkpoint.config.tied_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.model.rotary.to(device)
     return model.eval()
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of all weights of such a model by canonical name; without lm_head.weight where it is tied."""
+    return {name: tuple(parameter.shape) for name, parameter in _without_memory(config).named_parameters()}
+
+
+def _without_memory(config: ModelConfig) -> Transformer:
+    with torch.device("meta"), WithoutInitialValues():
+        return Transformer(config).requires_grad_(False)
 
 
 class WithoutInitialValues(TorchFunctionMode):
@@ -45,7 +54,11 @@ class WithoutInitialValues(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _fetch(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def fetch_weight(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+    """The checkpoint's tensor in `dtype`, or as it is.
+
+    Raises `TorchchatError` where it is missing, of another shape, or no floating-point tensor.
+    """
     try:
         tensor = checkpoint.tensor(name, dtype)
     except KeyError:
@@ -61,8 +74,8 @@ def _fetch(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: tor
     return tensor
 
 
-def _refuse_unknown(checkpoint: Checkpoint, wanted: Iterable[str]) -> None:
-    """A tensor without a place means that the model would not be the one in the file."""
+def refuse_unknown(checkpoint: Checkpoint, wanted: Iterable[str]) -> None:
+    """Raises `TorchchatError` for a tensor without a place: the model would not be the one in the file."""
     tied = {"lm_head.weight"} if checkpoint.config.tied_embeddings else set()
     unknown = sorted(set(checkpoint.names()) - set(wanted) - tied)
     if unknown:

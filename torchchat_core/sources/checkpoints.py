@@ -1,17 +1,15 @@
 """Reading checkpoints: any of the containers, any of the naming schemes, one `Checkpoint` behind them.
 
-A container is how tensors lie in a file (safetensors, or torch's pickled zip, read with `weights_only`). A naming
-scheme is what they are called (Hugging Face's or Meta's). The two are independent.
+A container is how tensors lie in a file (`containers`). A naming scheme is what they are called: Hugging Face's
+("hf"), Meta's ("meta") or torchtune's own ("torchtune"). The two are independent.
 """
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +17,12 @@ from torch import Tensor
 from torchchat_core.errors import TorchchatError
 from torchchat_core.models.config import ModelConfig, config_from_hugging_face, config_from_meta
 from torchchat_core.small_files import read_json
+from torchchat_core.sources import torchtune
+from torchchat_core.sources.containers import DAMAGED, Container, StoredTensor, read_container
 from torchchat_core.specs import ModelFiles
 
-DAMAGED = "the file is damaged or incomplete; fetch it again"
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor that has not been read yet: its shape, and how to get it."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+SCHEMES = {"hf": "Hugging Face", "meta": "Meta", "torchtune": "torchtune"}
+Tensors = Mapping[str, StoredTensor]
 
 
 class StoredCheckpoint:
@@ -55,57 +48,125 @@ class StoredCheckpoint:
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
-@dataclass(frozen=True)
-class Container:
-    """The tensors of one file by the names that it uses, and the parameters that llama2.c keeps beside them."""
-
-    tensors: Mapping[str, StoredTensor]
-    model_args: Mapping[str, Any] | None = None
-
-
-def open_checkpoint(files: ModelFiles) -> StoredCheckpoint:
+def open_checkpoint(files: ModelFiles, scheme: str | None = None, named: ModelConfig | None = None
+                    ) -> StoredCheckpoint:
     """The checkpoint in `files`, of format "safetensors" or "pytorch". Weights are mapped, not read.
 
-    Raises `TorchchatError` for a file that is missing, truncated, not of its format, or that holds code.
+    `scheme`, one of `SCHEMES`, is what the tensors' names are expected to be. `named` is the model that somebody
+    said it is: its sizes are taken where there is no config.json and no params.json, and compared where there is.
+    Raises `TorchchatError` for a file that is missing, truncated, not of its format or scheme, or that holds code.
     """
-    read = _read_safetensors if files.format == "safetensors" else _read_torch
-    containers = [read(path) for path in _shards(files.weights)]
-    model_args = containers[0].model_args
+    containers = [read_container(path, files.format == "safetensors") for path in _shards(files.weights)]
     shards = [_weights(container.tensors) for container in containers]
-    if any("tok_embeddings.weight" in shard for shard in shards):
-        merged = {_meta_name(name): stored for name, stored in _merge_parallel(shards).items()}
-        shapes = {name: stored.shape for name, stored in merged.items()}
-        return StoredCheckpoint(config_from_meta(model_args or _params(files), shapes), merged)
+    found = _naming_scheme({name for shard in shards for name in shard})
+    if scheme is not None and found != scheme:
+        raise TorchchatError(f"{files.weights[0].name} is not of the format {scheme!r}: its tensors have the names of "
+                             f"{SCHEMES[found]}", f"the format is {found!r}")
+    if found == "meta":
+        tensors: Tensors = {_meta_name(name): stored for name, stored in _merge_parallel(shards).items()}
+    elif found == "torchtune":
+        tensors = {torchtune.canonical_name(name): stored for name, stored in _united(shards, files).items()}
+    else:
+        tensors = _hugging_face_names(shards, files)
+    config = _config(files, containers, found, tensors, named)
+    if config.tied_embeddings and "lm_head.weight" in tensors:  # some files keep the one under the other's name
+        tensors = {"model.embed_tokens.weight": tensors["lm_head.weight"], **tensors}
+    return StoredCheckpoint(config, tensors)
+
+
+def _naming_scheme(names: set[str]) -> str:
+    if any(".attn.q_proj." in name or name.endswith(".scale") for name in names):
+        return "torchtune"
+    return "meta" if "tok_embeddings.weight" in names else "hf"
+
+
+def _hugging_face_names(shards: list[dict[str, StoredTensor]], files: ModelFiles) -> Tensors:
+    named = [{name if name.startswith(("model.", "lm_head.")) else f"model.{name}": stored
+              for name, stored in shard.items()} for shard in shards]
+    tensors = _united(named, files)
+    if not tensors.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
+        raise TorchchatError(f"{files.weights[0].name} holds no language model that torchchat knows: its tensors are "
+                             f"called {', '.join(sorted(tensors)[:3]) or 'nothing at all'}")
+    return tensors
+
+
+def _united(shards: list[dict[str, StoredTensor]], files: ModelFiles) -> Tensors:
+    """Files that each hold some of the tensors, whole."""
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
-        named = {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": stored
-                 for name, stored in shard.items()}
-        twice = sorted(tensors.keys() & named.keys())
+        twice = sorted(tensors.keys() & shard.keys())
         if twice:
             listed = ", ".join(path.name for path in files.weights)
             raise TorchchatError(f"{twice[0]!r} is in two of the files {listed}",
                                  "they belong to different models; name the one file that is meant")
-        tensors |= named
-    if not tensors.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
-        raise TorchchatError(f"{files.weights[0].name} holds no language model that torchchat knows: its tensors are "
-                             f"called {', '.join(sorted(tensors)[:3]) or 'nothing at all'}")
-    if files.config is None or files.config.name == "params.json":
-        raise TorchchatError(f"there is no config.json beside {files.weights[0].name}",
-                             "put the model's config.json there, or name it with --params-path")
-    config = config_from_hugging_face(read_json(files.config))
-    if config.tied_embeddings and "lm_head.weight" in tensors:  # some files keep the one under the other's name
-        tensors.setdefault("model.embed_tokens.weight", tensors["lm_head.weight"])
-    return StoredCheckpoint(config, tensors)
+        tensors |= shard
+    return tensors
 
 
-def _params(files: ModelFiles) -> Mapping[str, Any]:
-    beside = files.root / "params.json"
-    if files.config is not None and files.config.name == "config.json" and beside.is_file():
-        return read_json(beside)  # folders of hubs keep both, and Meta's names go with Meta's file
+# ---- configuration ------------------------------------------------------------------------------------------------
+
+
+def _config(files: ModelFiles, containers: list[Container], scheme: str, tensors: Tensors,
+            named: ModelConfig | None) -> ModelConfig:
+    """What the files say the model is like or, where they say nothing, what `named` says."""
+    shapes = {name: stored.shape for name, stored in tensors.items()}
+    stated = _stated_config(files, containers, scheme, shapes)
+    if stated is not None:
+        if named is not None:
+            _check_same_sizes(stated, named, files)
+        return stated
+    if named is None:
+        beside = "config.json" if scheme == "hf" else "params.json"
+        raise TorchchatError(f"there is no {beside} beside {files.weights[0].name}",
+                             "put it there, or name the file that states the model's sizes with --params-path")
+    embedding = shapes.get("model.embed_tokens.weight", shapes.get("lm_head.weight", (named.vocab_size,)))
+    return dataclasses.replace(named, vocab_size=embedding[0], tied_embeddings="lm_head.weight" not in shapes,
+                               rope_interleaved=_interleaved(named.architecture, scheme))
+
+
+def _stated_config(files: ModelFiles, containers: list[Container], scheme: str, shapes: Mapping[str, tuple[int, ...]]
+                   ) -> ModelConfig | None:
+    model_args = None if files.config_chosen else containers[0].model_args
+    if scheme != "hf" and model_args is not None:
+        return config_from_meta(model_args, shapes)
+    if scheme == "hf" and files.config is not None and files.config.name == "params.json":
+        return None
+    params = _params(files) if scheme != "hf" else None
+    if params is not None:
+        return config_from_meta(read_json(params), shapes)
     if files.config is None:
-        raise TorchchatError(f"there is no params.json beside {files.weights[0].name}",
-                             "name the file that states the model's sizes with --params-path")
-    return read_json(files.config)
+        return None
+    raw = read_json(files.config)
+    if scheme != "hf" and "model_type" not in raw:  # a params.json by another name
+        return config_from_meta(raw, shapes)
+    config = config_from_hugging_face(raw)
+    if scheme == "hf":
+        return config
+    return dataclasses.replace(config, rope_interleaved=_interleaved(config.architecture, scheme),
+                               tied_embeddings="lm_head.weight" not in shapes)
+
+
+def _params(files: ModelFiles) -> Path | None:
+    """Meta's params.json: folders of hubs keep a config.json too, and Meta's names go with Meta's file."""
+    if files.config is None or files.config.name != "config.json":
+        return files.config
+    places = (files.config.parent / "params.json", files.config.parent / "original" / "params.json")
+    return next((path for path in places if path.is_file()), None)
+
+
+def _interleaved(architecture: str, scheme: str) -> bool:
+    """Whether the rotary pairs are neighbours: with Meta's names always, with torchtune's for all but Qwen."""
+    return scheme == "meta" or (scheme == "torchtune" and not architecture.startswith("qwen"))
+
+
+def _check_same_sizes(stated: ModelConfig, named: ModelConfig, files: ModelFiles) -> None:
+    for size in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+        if getattr(stated, size) != getattr(named, size):
+            raise TorchchatError(f"{files.weights[0].name} is another model than the one named: {size} is "
+                                 f"{getattr(stated, size)}, not {getattr(named, size)}", "leave the model's name out")
+
+
+# ---- files --------------------------------------------------------------------------------------------------------
 
 
 def _shards(weights: tuple[Path, ...]) -> list[Path]:
@@ -123,103 +184,6 @@ def _shards(weights: tuple[Path, ...]) -> list[Path]:
         if not (index.parent / name).is_file():
             raise TorchchatError(f"{index.name} names {name!r}, which is not in {str(index.parent)!r}", DAMAGED)
     return [index.parent / name for name in names]
-
-
-# ---- containers ---------------------------------------------------------------------------------------------------
-
-
-class MappedFile:
-    """A file of tensors that is mapped again after every `WINDOW` bytes read.
-
-    Tensors that are used as they are keep their mapping alive, without cost. Those that are only converted let it
-    go, and with it the pages that were read: otherwise a whole file would stay in memory beside its converted copy.
-    """
-
-    WINDOW = 32 << 20
-
-    def __init__(self, open_file: Callable[[], Callable[[str], Tensor]]) -> None:
-        self._open_file = open_file
-        self._get = open_file()
-        self._read = 0
-
-    def read(self, name: str) -> Tensor:
-        if self._read > self.WINDOW:
-            self._get = self._open_file()
-            self._read = 0
-        tensor = self._get(name)
-        self._read += tensor.numel() * tensor.element_size()
-        return tensor
-
-
-def _check_readable(path: Path) -> None:
-    try:
-        with path.open("rb"):
-            pass
-    except OSError as error:
-        raise TorchchatError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
-
-
-def _read_safetensors(path: Path) -> Container:
-    from safetensors import SafetensorError, safe_open
-
-    _check_readable(path)
-    try:
-        opened = safe_open(str(path), framework="pt")
-        shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise TorchchatError(f"cannot read {str(path)!r} as safetensors: {error}", DAMAGED) from None
-    file = MappedFile(lambda: safe_open(str(path), framework="pt").get_tensor)
-    return Container({name: StoredTensor(shape, partial(file.read, name)) for name, shape in shapes.items()})
-
-
-def _read_torch(path: Path) -> Container:
-    found, model_args = _torch_tensors(path)
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    file = MappedFile(lambda: _torch_tensors(path)[0].__getitem__)
-    return Container({name: StoredTensor(shape, partial(file.read, name)) for name, shape in shapes.items()},
-                     model_args)
-
-
-def _torch_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | None]:
-    """The tensors in a torch file, and llama2.c's `model_args` where they stand beside them."""
-    found = _load_torch(path)
-    model_args = None
-    if isinstance(found, dict) and isinstance(found.get("model"), dict):
-        model_args = found.get("model_args") if isinstance(found.get("model_args"), dict) else None
-        found = found["model"]
-    if not isinstance(found, dict):
-        raise TorchchatError(f"{path.name} holds a {type(found).__name__}; a dictionary of tensors is needed")
-    tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
-    for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested:
-            raise TorchchatError(f"tensor {name!r} in {path.name} is no ordinary dense tensor",
-                                 "save the model's weights as dense tensors")
-    return tensors, model_args
-
-
-def _load_torch(path: Path) -> Any:
-    """torch.load that maps the file and unpickles tensors and plain values alone."""
-    _check_readable(path)
-    try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # the format of torch before 1.6
-    except Exception as error:  # a damaged archive raises whatever it meets first
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            raise TorchchatError(
-                f"{path.name} holds more than tensors: loading it would run code from the file, so it was refused",
-                "ask its author for safetensors, or for a file with tensors alone") from None
-        raise TorchchatError(f"cannot read {str(path)!r} as a PyTorch checkpoint: {_first_line(error)}",
-                             DAMAGED) from None
-
-
-def _first_line(error: Exception) -> str:
-    """What torch says of a file, without its advice to load it unsafely."""
-    text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
-    return text.strip().partition("\n")[0][:200] or type(error).__name__
 
 
 # ---- names --------------------------------------------------------------------------------------------------------

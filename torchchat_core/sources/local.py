@@ -15,6 +15,7 @@ EMBEDDED = Path(__file__).parent.parent / "data" / "embedded"
 TOKENIZER_PATTERNS = ("tokenizer.json", "tokenizer.model*", "tok*.model", "*.tiktoken")
 SINGLE_FILE_FORMATS = {".safetensors": "safetensors", ".bin": "pytorch", ".pt": "pytorch", ".pth": "pytorch"}
 WHOLE_MODEL_FORMATS = ("gguf",)  # of files that hold configuration and tokenizer too
+BESIDE_MODELS = ("adapter_", "recipe_state")  # how files begin that are no models, though they look like them
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
 
@@ -57,6 +58,9 @@ def files_of_folder(ref: ModelRef, folder: Path) -> ModelFiles:
         raise TorchchatError(f"the folder {str(folder)!r} holds several models: {names}", "name one of the files")
     if whole:
         return files_of_single_file(ref, whole[0])
+    if not found and (folder / "adapter_config.json").is_file():
+        raise TorchchatError(f"the folder {str(folder)!r} holds an adapter, and no model",
+                             "name the model that it belongs to, and give the folder with --adapter")
     if not found:
         raise TorchchatError(f"the folder {str(folder)!r} holds no checkpoint",
                              "it should have *.safetensors, pytorch_model*.bin, consolidated.*.pth, a torchtune "
@@ -67,7 +71,7 @@ def files_of_folder(ref: ModelRef, folder: Path) -> ModelFiles:
         listed = " and ".join(f"{weights[0].name} ({kind})" for kind, weights in found.items())
         raise TorchchatError(f"the folder {str(folder)!r} holds several checkpoints: {listed}", "name one of the files")
     kind, weights = found.popitem()
-    return _with_companions(ref, folder, "safetensors" if kind == "safetensors" else "pytorch", weights)
+    return files_with_companions(ref, folder, "safetensors" if kind == "safetensors" else "pytorch", weights)
 
 
 def files_of_single_file(ref: ModelRef, path: Path) -> ModelFiles:
@@ -83,7 +87,7 @@ def files_of_single_file(ref: ModelRef, path: Path) -> ModelFiles:
                              f"known endings are {', '.join((*SINGLE_FILE_FORMATS, *WHOLE_MODEL_FORMATS))}")
     weights = shards_of(path)
     if path.suffix in SINGLE_FILE_FORMATS:
-        return _with_companions(ref, path.parent, kind, weights)
+        return files_with_companions(ref, path.parent, kind, weights)
     return ModelFiles(ref=ref, format=kind, root=path.parent, weights=weights,
                       tokenizer=(weights[0], *_tokenizers(path.parent)))
 
@@ -106,7 +110,7 @@ def shards_of(path: Path) -> tuple[Path, ...]:
     return tuple(path.parent / name for name in names)
 
 
-def _with_companions(ref: ModelRef, folder: Path, kind: str, weights: tuple[Path, ...]) -> ModelFiles:
+def files_with_companions(ref: ModelRef, folder: Path, kind: str, weights: tuple[Path, ...]) -> ModelFiles:
     places = (folder, folder / "original")  # hubs keep Meta's own files in "original"
     return ModelFiles(
         ref=ref, format=kind, root=folder, weights=weights,
@@ -135,7 +139,7 @@ def _safetensors(folder: Path) -> tuple[Path, ...]:
         return (index,)
     if (folder / "model.safetensors").is_file():
         return (folder / "model.safetensors",)
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith(BESIDE_MODELS))
     return tuple(path for path in files if not path.name.startswith("consolidated")) or tuple(files)
 
 
@@ -149,17 +153,23 @@ def _meta(folder: Path) -> tuple[Path, ...]:
 
 
 def _torchtune(folder: Path) -> tuple[Path, ...]:
-    """torchtune writes meta_model_EPOCH.pt or hf_model_SHARD_EPOCH.pt: the files of the last epoch."""
+    """torchtune writes meta_model_EPOCH.pt, hf_model_SHARD_EPOCH.pt or torchtune_model_EPOCH.pt: the last epoch's.
+
+    Since its version 0.5 every epoch has a folder, with model-00001-of-00001.bin or .pt.
+    """
     by_epoch: dict[int, list[Path]] = {}
     for path in sorted(folder.glob("*_model_*.pt")):
-        match = re.fullmatch(r"(?:meta_model|hf_model_\d+)_(\d+)\.pt", path.name)
+        match = re.fullmatch(r"(?:meta_model|torchtune_model|hf_model_\d+)_(\d+)\.pt", path.name)
         if match:
             by_epoch.setdefault(int(match[1]), []).append(path)
-    return tuple(by_epoch[max(by_epoch)]) if by_epoch else ()
+    if by_epoch or (folder / "pytorch_model.bin.index.json").is_file():
+        return tuple(by_epoch[max(by_epoch)]) if by_epoch else ()
+    return tuple(path for path in sorted(folder.glob("model-*-of-*.*")) if path.suffix in (".bin", ".pt"))
 
 
 def _single(folder: Path) -> tuple[Path, ...]:
-    files = sorted([*folder.glob("*.pt"), *folder.glob("*.pth")])
+    files = [path for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")])
+             if not path.name.startswith(BESIDE_MODELS)]
     return tuple(files) if len(files) == 1 else ()
 
 

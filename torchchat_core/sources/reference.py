@@ -8,14 +8,16 @@ from pathlib import Path
 from torchchat_core.errors import TorchchatError, did_you_mean
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import expanded
+from torchchat_core.sources.hub_reference import parse_hub_url
 from torchchat_core.specs import ModelRef, ModelSourceInfo
 
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?(:.+)?")
 MODEL_SUFFIXES = {".gguf", ".safetensors", ".pt", ".pth", ".bin", ".pt2", ".so", ".pte", ".json"}
 
 
 def resolve(text: str, registry: Registry) -> ModelRef:
-    """The reference that `text` stands for: a path that exists, an alias, `scheme:rest`, a URL, or owner/name.
+    """The reference that `text` stands for: a path that exists, an alias, `scheme:rest`, a URL, or
+    owner/name, with @revision and :file where they are meant.
 
     Raises `TorchchatError` for a path that does not exist, an unknown name (with near matches), or a scheme that
     no installed source fetches.
@@ -24,7 +26,7 @@ def resolve(text: str, registry: Registry) -> ModelRef:
     schemes = {scheme for source in sources for scheme in source.schemes}
     aliases = {alias for source in sources for alias in source.aliases}
     if not text.strip():
-        raise TorchchatError("the name of the model is empty", f"known names: {', '.join(sorted(aliases))}")
+        raise TorchchatError("the name of the model is empty", "torchchat list shows the names")
     path = expanded(text)
     if _exists(path):
         return ModelRef(text=text, scheme="file", location=str(path))
@@ -37,9 +39,13 @@ def resolve(text: str, registry: Registry) -> ModelRef:
         meant = resolve(target, registry)
         return ModelRef(text=text, scheme=meant.scheme, location=meant.location)
     scheme, colon, rest = text.partition(":")
+    on_hub = parse_hub_url(text) if scheme in ("https", "http") and "hf" in schemes else None
+    if on_hub is not None:
+        return ModelRef(text=text, scheme="hf", location=on_hub.location)
     if colon and scheme in schemes:
         return ModelRef(text=text, scheme=scheme, location=rest)
-    if text.startswith((".", "/", "~")) or path.suffix in MODEL_SUFFIXES:
+    is_file_on_hub = ":" in text and REPOSITORY.fullmatch(text) is not None
+    if text.startswith((".", "/", "~")) or (path.suffix in MODEL_SUFFIXES and not is_file_on_hub):
         raise missing_file(path)
     if REPOSITORY.fullmatch(text):
         if "hf" in schemes:
@@ -48,9 +54,8 @@ def resolve(text: str, registry: Registry) -> ModelRef:
     if colon and re.fullmatch(r"[a-z][a-z0-9+]*", scheme):
         raise TorchchatError(f"no installed source fetches {scheme!r} references such as {text!r}",
                              f"sources here fetch: {', '.join(sorted(schemes))}")
-    raise TorchchatError(f"there is no model {text!r}; known names: {', '.join(sorted(aliases))}",
-                         did_you_mean(text, [*aliases, *_neighbours(path)])
-                         or "give a folder, a file, or one of the names")
+    raise TorchchatError(f"there is no model {text!r}", did_you_mean(text, [*aliases, *_neighbours(path)])
+                         or "give a folder, a file, owner/name of a hub, or a name that torchchat list shows")
 
 
 def missing_file(path: Path) -> TorchchatError:

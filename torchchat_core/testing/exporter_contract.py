@@ -13,8 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from torchchat_core.models.transformer import Transformer
-from torchchat_core.models.weights import TORCH_DTYPES
-from torchchat_core.specs import ExecutorInfo, ExporterInfo, ExportRequest, LoadRequest
+from torchchat_core.models.weights import TORCH_DTYPES, build_model
+from torchchat_core.specs import (
+    ExecutorInfo,
+    ExporterInfo,
+    ExportRequest,
+    LoadRequest,
+    ModelFiles,
+    ModelRef,
+    ModelSourceInfo,
+)
 from torchchat_core.testing.cases import Case
 from torchchat_core.testing.demands import demand, described, load_plugin, options_of
 from torchchat_core.testing.models import PROMPTS, reference_logits, seeded, variant_config
@@ -32,6 +40,9 @@ class ExporterContract(SessionContract):
 
     Every test of `SessionContract` runs on files: each variant is exported once for each dtype and device. An
     exporter is not itself bound to raise `TorchchatError` for a model that it cannot write.
+
+    Where no executor reads the files, but a model source of the exporter's plugin opens them, the model that it finds
+    in a file is built, and run by an executor of modules: with `executor_plugin = "tc_eager"` by the reference.
     """
 
     plugin: str  # the module that the entry point names
@@ -46,10 +57,17 @@ class ExporterContract(SessionContract):
     def executor_info(self) -> ExecutorInfo:
         written, plugin = self.exporter_info().writes, self.executor_plugin or self.plugin
         offers = load_plugin(plugin).offers
-        readers = [info for info in offers if isinstance(info, ExecutorInfo) and written in info.reads]
-        demand(readers, f"the plugin {plugin!r} has no executor that reads {written!r} files", "let `writes` of the "
+        wanted, called = (written, "files") if self.source_info() is None else ("module", "models")
+        readers = [info for info in offers if isinstance(info, ExecutorInfo) and wanted in info.reads]
+        demand(readers, f"the plugin {plugin!r} has no executor that reads {wanted!r} {called}", "let `writes` of the "
                "exporter be among `reads` of an executor; set `executor_plugin` where another plugin offers that")
         return readers[0]
+
+    def source_info(self) -> ModelSourceInfo | None:
+        """The model source of the exporter's plugin that opens the files; None where executors read them."""
+        offers, written = load_plugin(self.plugin).offers, self.exporter_info().writes
+        opening = [info for info in offers if isinstance(info, ModelSourceInfo) and written in info.formats]
+        return opening[0] if opening else None
 
     def devices_and_dtypes(self) -> tuple[frozenset[str], frozenset[str]]:
         exporter, executor = self.exporter_info(), self.executor_info()
@@ -149,7 +167,13 @@ class ExporterContract(SessionContract):
         return seeded(variant_config(case.variant)).to(case.device, TORCH_DTYPES[case.dtype])
 
     def _request_for(self, path: Path, device: str, dtype: str) -> LoadRequest:
-        return LoadRequest(device=device, dtype=dtype, artifact=path, options=options_of(self.executor_info(), {}))
+        source, options = self.source_info(), options_of(self.executor_info(), {})
+        if source is None:
+            return LoadRequest(device=device, dtype=dtype, artifact=path, options=options)
+        files = ModelFiles(ref=ModelRef(text=str(path), scheme="file", location=str(path)), root=path.parent,
+                           format=self.exporter_info().writes, weights=(path,))
+        module = build_model(source.make().open(files), TORCH_DTYPES[dtype], device)
+        return LoadRequest(device=device, dtype=dtype, module=module, options=options)
 
     def _expected(self, case: Case) -> Tensor:
         return reference_logits(self._module(case).cpu().float(), PROMPTS[1])[-1]

@@ -96,7 +96,7 @@ class TinyTokenizer:
     adds_bos = True
     adds_prefix_space = False
     end_ids: frozenset[int] = frozenset()
-    chat_template: str | None = None
+    chat_template: str | Sequence[Mapping[str, str]] | None = None
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         controls = self.special_tokens if special else {}

@@ -37,11 +37,12 @@ HEAVY = ("torch", "torchao", "torchtune", "transformers", "executorch", "sentenc
          "huggingface_hub", "safetensors", "streamlit", "numpy", "scipy", "pandas", "pydantic", "fastapi", "requests",
          "httpx", "jinja2", "rich")
 PLATFORMS = {"linux", "darwin", "win32"}
+ALIAS = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)  # with capitals, for names such as "stories15M"
 QUALIFIED = re.compile(r"[A-Za-z0-9][\w.-]*:" + NAME.pattern)
 
 # What the factory of each kind makes: its methods, and the number of arguments that they are called with.
 METHODS: dict[type[Description], dict[str, int]] = {
-    ModelSourceInfo: {"fetch": 1, "open": 1, "remove": 1},
+    ModelSourceInfo: {"fetch": 1, "open": 1, "locate": 1, "kept": 0, "remove": 1},
     TokenizerInfo: {"accepts": 1, "read": 2},
     QuantizerInfo: {"apply": 2},
     ExecutorInfo: {"load": 1},
@@ -163,8 +164,8 @@ def _methods(info: Description) -> dict[str, int]:
     methods = METHODS.get(type(info), {})
     if not isinstance(info, ModelSourceInfo):
         return methods
-    declared = {"fetch": bool(info.schemes), "open": bool(info.formats), "remove": info.keeps}
-    return {name: count for name, count in methods.items() if declared[name]}
+    declared = {"fetch": bool(info.schemes), "open": bool(info.formats)}
+    return {name: count for name, count in methods.items() if declared.get(name, info.keeps)}
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
@@ -222,7 +223,7 @@ def _capability_faults(info: Description) -> Iterator[str]:
         "formats": NAME.fullmatch,
         "reads": NAME.fullmatch,
         "schemes": NAME.fullmatch if isinstance(info, ModelSourceInfo) else _is_scheme,
-        "aliases": NAME.fullmatch,
+        "aliases": ALIAS.fullmatch,
     }
     for field_name, knows in known.items():
         unknown = sorted(name for name in getattr(info, field_name, ()) if not knows(name))

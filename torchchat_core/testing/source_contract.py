@@ -13,7 +13,7 @@ import torch
 from torchchat_core.errors import TorchchatError
 from torchchat_core.models.weights import build_model
 from torchchat_core.sources.reference import resolve
-from torchchat_core.specs import Checkpoint, ModelFiles, ModelRef, ModelSource, ModelSourceInfo
+from torchchat_core.specs import Checkpoint, KeptModel, ModelFiles, ModelRef, ModelSource, ModelSourceInfo
 from torchchat_core.testing.demands import demand, demand_none, described, refusal, registry_with
 
 ELSEWHERE = "no/such-model"
@@ -56,9 +56,7 @@ class ModelSourceContract:
     def test_a_reference_becomes_files(self, references: Sequence[str]) -> None:
         """All that later stages read is on this machine, in the model's own folder."""
         files = self._fetch(references[0])
-        found = [*files.weights, *files.tokenizer, *(getattr(files, field) for field in (
-            "config", "tokenizer_config", "generation_config", "chat_template"))]
-        paths = [path for path in found if path is not None]
+        paths = _paths(files)
         demand(files.weights and files.format, f"{references[0]!r} has the format {files.format!r} and the weights "
                f"{files.weights}", "name the format, and at least one file of weights")
         demand_none([f"{path} does not exist" for path in paths if not path.is_file()],
@@ -121,6 +119,48 @@ class ModelSourceContract:
         demand(False, "asking for a tensor that is not there gives one", "raise KeyError")
 
     # ---- keeping --------------------------------------------------------------------------------------------------
+
+    def test_what_is_here_is_located(self, references: Sequence[str]) -> None:
+        """`torchchat list` and `torchchat where` ask for many models, and none of them may be fetched for that."""
+        self._needs_keeping()
+        reference, before = self._resolve(references[0]), self.bytes_fetched()
+        early = self._source.locate(reference)
+        demand(early is None, f"before it is fetched, {references[0]!r} is located at {early}",
+               "return None from locate() where nothing is kept")
+        asked = self.bytes_fetched() - before
+        demand(asked == 0, f"locate() fetched {asked} bytes", "look only at what is kept")
+        fetched, before = self._fetch(references[0]), self.bytes_fetched()
+        located = self._source.locate(reference)
+        demand(located == fetched, f"fetch() returned {fetched}, and locate() then {located}",
+               "let fetch() return what locate() finds in the end")
+        asked = self.bytes_fetched() - before
+        demand(asked == 0, f"locate() fetched {asked} bytes", "look only at what is kept")
+
+    def test_part_of_a_model_is_not_located(self, references: Sequence[str]) -> None:
+        """What a broken fetch left, or what has lost a file, would fail in the middle of whoever opens it."""
+        self._needs_keeping()
+        reference = self._resolve(references[0])
+        self._cut_off(references[0])
+        self._demand_nothing_whole(reference, "after an interrupted fetch")
+        self._fetch(references[0]).weights[0].unlink()
+        self._demand_nothing_whole(reference, "after a file of its weights was deleted")
+        files = self._fetch(references[0])
+        demand(files.weights[0].is_file(), f"a fetch does not bring back {files.weights[0]}, which was deleted",
+               "look for every file before a copy counts as whole")
+
+    def test_kept_models_are_listed(self, references: Sequence[str]) -> None:
+        """`torchchat list` shows what takes disk space, and by which reference it is to be removed."""
+        self._needs_keeping()
+        demand(len(references) > 1, "there is only one reference", "let `references` give two different models")
+        self._demand_kept([], "before anything was fetched")
+        files = [self._fetch(reference) for reference in references[:2]]
+        self._demand_kept(files, "after two models were fetched")
+        copy = next(copy for copy in self._source.kept() if _is_at(copy, files[0]))
+        least = sum(path.stat().st_size for path in set(_paths(files[0])))
+        freed = self._source.remove(self._resolve(references[0]))
+        demand(least <= copy.bytes <= freed, f"kept() says that {copy.path} takes {copy.bytes} bytes; its files have "
+               f"{least}, and remove() freed {freed}", "add up the model's files, and nothing that remove() leaves")
+        self._demand_kept(files[1:], "after one of two models was removed")
 
     def test_what_is_kept_is_not_fetched_again(self, references: Sequence[str]) -> None:
         """A second start needs no network."""
@@ -225,9 +265,36 @@ class ModelSourceContract:
                 return True
         return False
 
+    def _demand_nothing_whole(self, reference: ModelRef, when: str) -> None:
+        located, kept = self._source.locate(reference), list(self._source.kept())
+        demand(located is None, f"{when}, locate() returns {located}", "return None unless every file is there, whole")
+        demand(not kept, f"{when}, kept() lists {kept}", "list only what locate() would find")
+
+    def _demand_kept(self, models: Sequence[ModelFiles], when: str) -> None:
+        """kept() lists the models and no others, each by a reference that means its files, at a path of theirs."""
+        kept = list(self._source.kept())
+        located = [self._source.locate(self._resolve(copy.reference)) for copy in kept]
+        found = sorted(str(files.weights) for files in located if files is not None)
+        demand(found == sorted(str(files.weights) for files in models) and len(found) == len(kept),
+               f"{when}, kept() lists {kept}", "list every model that is wholly kept once, by a reference with which "
+               "locate() finds it")
+        demand_none([f"{copy.path}, which kept() gives for {copy.reference!r}, holds none of its files"
+                     for copy, files in zip(kept, located, strict=True) if files is not None
+                     and not _is_at(copy, files)], "let `path` be the model's folder, or its one file")
+
     def _needs_keeping(self) -> None:
         if not self.info.keeps:
             pytest.skip("the source keeps no copies")
+
+
+def _paths(files: ModelFiles) -> list[Path]:
+    found = [*files.weights, *files.tokenizer, files.config, files.tokenizer_config, files.generation_config,
+             files.chat_template]
+    return [path for path in found if path is not None]
+
+
+def _is_at(copy: KeptModel, files: ModelFiles) -> bool:
+    return all(path.is_relative_to(copy.path) for path in files.weights)
 
 
 def _contents(files: ModelFiles) -> dict[str, bytes]:

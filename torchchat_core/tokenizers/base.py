@@ -23,7 +23,7 @@ class ByteTokenizer(ABC):
 
     adds_prefix_space: bool = False
     end_ids: frozenset[int] = frozenset()
-    chat_template: str | None = None
+    chat_template: str | Sequence[Mapping[str, str]] | None = None
 
     def __init__(self, *, vocab_size: int, special_tokens: Mapping[str, int], bos_id: int | None, eos_id: int | None,
                  adds_bos: bool) -> None:

@@ -18,6 +18,7 @@ from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, token_name, w
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 # Decoders that give a token the same text whatever follows it, so that text can be streamed.
 STEADY_DECODERS = frozenset({"ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"})
+TOKEN_NAMES = ("bos_token", "eos_token")
 ANCHOR = "a"  # a token before the one in question, which is then not at the start
 
 
@@ -36,21 +37,30 @@ class HuggingFaceReader:
         either, BOS is what the file itself puts before a text.
         """
         content = read_json(path)
-        if not isinstance(content.get("model"), dict):
-            raise TorchchatError(f"{path} has no \"model\"", "it is not a tokenizer.json of the tokenizers library")
-        unknown = _unknown_token(content["model"])
-        try:
-            library = tokenizers.Tokenizer.from_str(json.dumps(content))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library's panics are no `Exception`
-            raise TorchchatError(f"{path} cannot be read: {error}",
-                                 "the file is damaged, or made by a later version of tokenizers") from error
-        library.no_truncation()
-        library.no_padding()
-        names = {key: token_name(settings, key) or _mapped_name(path, key) for key in ("bos_token", "eos_token")}
-        to_bytes = _piece_reader(path, library, content.get("decoder"))
-        return HuggingFaceTokenizer(library, to_bytes, names, unknown, settings.get("add_bos_token"))
+        names = {key: token_name(settings, key) or _mapped_name(path, key) for key in TOKEN_NAMES}
+        return hugging_face_tokenizer(content, str(path), {**settings, **names})
+
+
+def hugging_face_tokenizer(content: Mapping[str, Any], place: str, settings: Mapping[str, Any]) -> HuggingFaceTokenizer:
+    """The tokenizer that `content` is, the object in a tokenizer.json; `place` says in messages where that is.
+
+    Raises `TorchchatError` where the content is damaged, or where its decoder does not work token by token.
+    """
+    if not isinstance(content.get("model"), dict):
+        raise TorchchatError(f"{place} has no \"model\"", "it is not a tokenizer.json of the tokenizers library")
+    unknown = _unknown_token(content["model"])
+    try:
+        library = tokenizers.Tokenizer.from_str(json.dumps(content))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library's panics are no `Exception`
+        raise TorchchatError(f"{place} cannot be read: {error}",
+                             "the file is damaged, or made by a later version of tokenizers") from error
+    library.no_truncation()
+    library.no_padding()
+    names = {key: token_name(settings, key) for key in TOKEN_NAMES}
+    to_bytes = _piece_reader(place, library, content.get("decoder"))
+    return HuggingFaceTokenizer(library, to_bytes, names, unknown, settings.get("add_bos_token"))
 
 
 class HuggingFaceTokenizer(ByteTokenizer):
@@ -112,7 +122,7 @@ def byte_level_alphabet() -> dict[str, int]:
     return alphabet
 
 
-def _piece_reader(path: Path, library: tokenizers.Tokenizer, decoder: object) -> Callable[[str], bytes]:
+def _piece_reader(place: str, library: tokenizers.Tokenizer, decoder: object) -> Callable[[str], bytes]:
     """What gives a piece's bytes in the middle of a text. Raises `TorchchatError` where a piece has no such bytes."""
     steps = list(_decoder_steps(decoder))
     types = {str(step.get("type")) for step in steps}
@@ -121,8 +131,8 @@ def _piece_reader(path: Path, library: tokenizers.Tokenizer, decoder: object) ->
     unfit = types - STEADY_DECODERS
     if unfit or any(step.get("stop") for step in steps if step.get("type") == "Strip"):
         name = min(unfit, default="Strip at the end")
-        raise TorchchatError(f"the decoder {name!r} in {path} does not work token by token; known are ByteLevel alone, "
-                             f"and {', '.join(sorted(STEADY_DECODERS))}")
+        raise TorchchatError(f"the decoder {name!r} in {place} does not work token by token; known are ByteLevel "
+                             f"alone, and {', '.join(sorted(STEADY_DECODERS))}")
     decode = (lambda pieces: " ".join(pieces)) if library.decoder is None else library.decoder.decode
     before = decode([ANCHOR])
     with_byte_pieces = "ByteFallback" in types

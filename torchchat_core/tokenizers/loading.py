@@ -17,7 +17,12 @@ def read_tokenizer(files: ModelFiles, registry: Registry) -> Tokenizer:
 
     Raises `TorchchatError` where the model has no tokenizer file that a reader knows, or where it is damaged.
     """
-    settings = read_json(files.tokenizer_config) if files.tokenizer_config else {}
+    info, reader, path = choose_tokenizer(files, registry)
+    return _read(reader, info, path, read_json(files.tokenizer_config) if files.tokenizer_config else {})
+
+
+def choose_tokenizer(files: ModelFiles, registry: Registry) -> tuple[TokenizerInfo, Any, Path]:
+    """The reader of lowest `order` that accepts one of the model's files, and that file. Raises as `read_tokenizer`."""
     infos = sorted(registry.infos(TokenizerInfo), key=lambda info: (info.order, info.name))
     matched: list[Path] = []
     for info in infos:
@@ -27,7 +32,7 @@ def read_tokenizer(files: ModelFiles, registry: Registry) -> Tokenizer:
                 reader = reader or info.make()
                 matched.append(path)
                 if _accepts(reader, path):
-                    return _read(reader, info, path, settings)
+                    return info, reader, path
     for path in matched:
         read_file(path)  # says what is wrong with a file that is missing, empty or a pointer
     raise _none_found(files, infos, matched)

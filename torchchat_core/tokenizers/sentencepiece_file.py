@@ -31,15 +31,24 @@ class SentencePieceReader:
 
         Tokens that `settings` (added_tokens_decoder) or an added_tokens.json beside the file add are honoured.
         """
-        content = read_file(path)
         added = {**_legacy_added_tokens(path), **added_tokens(settings)}
-        try:
-            library = sentencepiece.SentencePieceProcessor(model_proto=content)
-            without_prefix = sentencepiece.SentencePieceProcessor(model_proto=content + NO_PREFIX)
-            return SentencePieceTokenizer(library, without_prefix, added, settings)
-        except (RuntimeError, ValueError) as error:  # pieces that are no UTF-8 among them
-            raise TorchchatError(f"{path} is no SentencePiece model, or a damaged one",
-                                 "download or copy the model again") from error
+        return sentencepiece_tokenizer(read_file(path), str(path), added, settings)
+
+
+def sentencepiece_tokenizer(content: bytes, place: str, added: Mapping[int, tuple[str, bool]],
+                         settings: Mapping[str, Any]) -> SentencePieceTokenizer:
+    """The tokenizer that `content` is, a model in SentencePiece's wire format; `place` says in messages where that is.
+
+    `added` are tokens beside those of the model: id -> (text, whether it is a control token). Raises `TorchchatError`
+    where the content is damaged.
+    """
+    try:
+        library = sentencepiece.SentencePieceProcessor(model_proto=content)
+        without_prefix = sentencepiece.SentencePieceProcessor(model_proto=content + NO_PREFIX)
+        return SentencePieceTokenizer(library, without_prefix, added, settings)
+    except (RuntimeError, ValueError) as error:  # pieces that are no UTF-8 among them
+        raise TorchchatError(f"{place} is no SentencePiece model, or a damaged one",
+                             "download or copy the model again") from error
 
 
 class SentencePieceTokenizer(ByteTokenizer):

@@ -1,0 +1,151 @@
+"""A tokenizer as GGUF files have it: the tokens with their types, scores or merges, and which of them mean what.
+
+The metadata keys and their defaults are those of llama.cpp (src/llama-vocab.cpp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tc_gguf.file import GgufFile
+from tc_gguf.pre_tokenizers import pre_tokenizer
+from torchchat_core.errors import TorchchatError
+
+# tokenizer.ggml.token_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+SENTENCEPIECE, BYTE_LEVEL = "llama", "gpt2"  # tokenizer.ggml.model
+WITHOUT_TOKENS = frozenset({"none", "no_vocab"})
+LARGEST_SCORE = 3.4e38  # of float32
+NONE = 0xFFFFFFFF  # an id that says that there is no such token
+USUAL = {"unknown": 0, "bos": 1, "eos": 2}  # of SENTENCEPIECE, where the file does not name them
+NAMED = ("bos", "eos", "unknown", "padding", "eot", "eom")  # tokenizer.ggml.NAME_token_id
+FIX = "the file is damaged, or made by a faulty converter; pass the model's own tokenizer with --tokenizer-path"
+ELSEWHERE = "pass the model's own tokenizer.json or tokenizer.model with --tokenizer-path"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """A tokenizer. Ids are places in `tokens`, which are all different and not empty."""
+
+    kind: str  # SENTENCEPIECE: pairs are merged by the score of what they make; BYTE_LEVEL: by the list of merges
+    tokens: Sequence[str]  # U+2581 stands for a space (SENTENCEPIECE), or a character for each byte (BYTE_LEVEL)
+    types: Sequence[int]  # one for each token
+    scores: Sequence[float] = ()  # one for each token, of SENTENCEPIECE
+    merges: Sequence[str] = ()  # "left right", of BYTE_LEVEL
+    pre: str = "default"  # of pre_tokenizers.PRE_TOKENIZERS, of BYTE_LEVEL
+    bos_id: int | None = None
+    eos_id: int | None = None
+    unknown_id: int | None = None
+    padding_id: int | None = None
+    eot_id: int | None = None  # ends a turn
+    eom_id: int | None = None  # ends a message, when tools answer next
+    adds_bos: bool = False
+    adds_eos: bool = False
+    adds_space: bool = False  # in front of a text, of SENTENCEPIECE
+    removes_extra_spaces: bool = False  # of SENTENCEPIECE
+    templates: Mapping[str, str] = field(default_factory=dict)  # Jinja; the usual one is called "default"
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """What ends an answer besides EOS."""
+        return frozenset(token for token in (self.eot_id, self.eom_id) if token is not None)
+
+    def name(self, token: int | None) -> str | None:
+        """The text of a token; None for None."""
+        return None if token is None else self.tokens[token]
+
+
+def has_vocabulary(file: GgufFile) -> bool:
+    """Whether there is a tokenizer in the file at all."""
+    return file.text("tokenizer.ggml.model", "none") not in WITHOUT_TOKENS
+
+
+def read_vocabulary(file: GgufFile) -> Vocabulary:
+    """The tokenizer in the file. Raises `TorchchatError` where there is none that is known here, or a damaged one.
+
+    As in llama.cpp, a SentencePiece vocabulary of which the file does not say otherwise has its unknown token, BOS
+    and EOS at 0, 1 and 2, and starts texts with BOS and a space; byte-level texts are cut as "default" says.
+    """
+    kind = file.text("tokenizer.ggml.model", "none")
+    if kind not in (SENTENCEPIECE, BYTE_LEVEL):
+        raise TorchchatError(f"the tokenizer in {file.path.name} is of the kind {kind!r:.60}; llama (SentencePiece) "
+                             "and gpt2 (byte-level BPE) are read", ELSEWHERE)
+    tokens = _tokens(file)
+    types = _types(file, len(tokens))
+    usual = USUAL if kind == SENTENCEPIECE else {}
+    ids: dict[str, Any] = {f"{name}_id": _token(file, name, usual.get(name), types) for name in NAMED}
+    for token in (ids[f"{name}_id"] for name in ("bos", "eos", "eot", "eom")):
+        if token is not None and types[token] != UNKNOWN:
+            types[token] = CONTROL  # whatever the converter took it for: it is never a part of a text
+    own = _sentencepiece_fields(file, len(tokens)) if kind == SENTENCEPIECE else _byte_level_fields(file)
+    return Vocabulary(kind=kind, tokens=tokens, types=types, templates=_templates(file),
+                      adds_eos=file.boolean("tokenizer.ggml.add_eos_token", False), **ids, **own)
+
+
+def _sentencepiece_fields(file: GgufFile, size: int) -> dict[str, Any]:
+    scores = file.numbers("tokenizer.ggml.scores") if "tokenizer.ggml.scores" in file.metadata else [0.0] * size
+    _check_length(file, "tokenizer.ggml.scores", len(scores), size)
+    wrong = next((score for score in scores if not abs(score) <= LARGEST_SCORE), None)
+    if wrong is not None:
+        raise TorchchatError(f"{file.path.name} holds the score {wrong} for a token; scores are finite", FIX)
+    return {"scores": scores, "adds_bos": file.boolean("tokenizer.ggml.add_bos_token", True),
+            "adds_space": file.boolean("tokenizer.ggml.add_space_prefix", True),
+            "removes_extra_spaces": file.boolean("tokenizer.ggml.remove_extra_whitespaces", False)}
+
+
+def _byte_level_fields(file: GgufFile) -> dict[str, Any]:
+    pre = file.text("tokenizer.ggml.pre", "default") or "default"
+    return {"merges": list(file.texts("tokenizer.ggml.merges")), "pre": pre,
+            "adds_bos": file.boolean("tokenizer.ggml.add_bos_token", pre_tokenizer(pre).adds_bos)}
+
+
+def _tokens(file: GgufFile) -> list[str]:
+    """The texts of the tokens; those that are empty get names of their own, as in llama.cpp."""
+    tokens = [text or f"[EMPTY_{number}]" for number, text in enumerate(file.texts("tokenizer.ggml.tokens"))]
+    if not tokens:
+        raise TorchchatError(f"the vocabulary in {file.path.name} is empty", FIX)
+    if len(set(tokens)) < len(tokens):
+        seen: set[str] = set()
+        twice = next(text for text in tokens if text in seen or seen.add(text))  # type: ignore[func-returns-value]
+        raise TorchchatError(f"the vocabulary in {file.path.name} holds the token {twice!r:.60} twice", FIX)
+    return tokens
+
+
+def _types(file: GgufFile, size: int) -> list[int]:
+    if "tokenizer.ggml.token_type" not in file.metadata:
+        return [NORMAL] * size
+    types = [kind or NORMAL for kind in file.integers("tokenizer.ggml.token_type")]  # 0 is "undefined"
+    _check_length(file, "tokenizer.ggml.token_type", len(types), size)
+    wrong = next((kind for kind in types if not NORMAL <= kind <= BYTE), None)
+    if wrong is not None:
+        raise TorchchatError(f"{file.path.name} holds the token type {wrong}; types are 0 to {BYTE}", FIX)
+    return types
+
+
+def _check_length(file: GgufFile, key: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise TorchchatError(f"{key} in {file.path.name} has {found} entries, for {wanted} tokens", FIX)
+
+
+def _token(file: GgufFile, name: str, usual: int | None, types: Sequence[int]) -> int | None:
+    """The id under tokenizer.ggml.NAME_token_id; without the key the usual one, where that token is of a fit type."""
+    key = f"tokenizer.ggml.{name}_token_id"
+    if key not in file.metadata:
+        fits = usual is not None and usual < len(types) and types[usual] in (CONTROL, UNKNOWN)
+        return usual if fits else None
+    token = file.integer(key)
+    if token in (-1, NONE):
+        return None
+    if not 0 <= token < len(types):
+        raise TorchchatError(f"{key} is {token} in {file.path.name}; token ids go from 0 to {len(types) - 1}", FIX)
+    return token
+
+
+def _templates(file: GgufFile) -> dict[str, str]:
+    """The chat templates by name."""
+    found = {"default": file.text("tokenizer.chat_template", "")}
+    for name in file.texts("tokenizer.chat_templates") if "tokenizer.chat_templates" in file.metadata else ():
+        found[name] = file.text(f"tokenizer.chat_template.{name}", "")
+    return {name: template for name, template in found.items() if template}

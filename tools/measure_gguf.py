@@ -1,0 +1,164 @@
+"""What tc-gguf promises beside correctness: the speed and the memory of loading a large quantised file.
+
+    python tools/measure_gguf.py [--type Q8_0] [--gigabytes 1] [--folder DIR]
+
+Writes a file of random weights in the shape of Llama 3.2 1B (128 256 tokens; as many layers as the size takes), loads
+it as bfloat16 in processes of their own, and prints the speed beside that of only reading the file in the same run:
+from the page cache, and from the disk where the system lets go of cached pages. The first load of a process has to
+get its memory from the system, which on virtual machines can take longer than all the rest; a later one has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+VOCABULARY, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 128_256, 2048, 8192, 32, 8, 64
+SCALES = {"Q8_0": (0,), "Q4_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # bytes of float16 in a block
+LAYER = {
+    "attn_q.weight": (HEADS * HEAD_DIM, HIDDEN), "attn_k.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "attn_v.weight": (KV_HEADS * HEAD_DIM, HIDDEN), "attn_output.weight": (HIDDEN, HEADS * HEAD_DIM),
+    "ffn_gate.weight": (INTERMEDIATE, HIDDEN), "ffn_up.weight": (INTERMEDIATE, HIDDEN),
+    "ffn_down.weight": (HIDDEN, INTERMEDIATE),
+}
+LOAD = """
+import json, sys, time
+from pathlib import Path
+import torch
+import tc_gguf.checkpoint
+from tc_gguf.checkpoint import GgufSource
+from torchchat_core.memory import peak_rss_bytes
+from torchchat_core.models.weights import build_model
+from torchchat_core.specs import ModelFiles, ModelRef
+
+path = Path(sys.argv[1])
+ref = ModelRef(text=str(path), scheme="file", location=str(path))
+before, seconds = peak_rss_bytes(), []
+for _ in range(3):
+    model = None  # gives the memory back before it is taken again
+    started = time.perf_counter()
+    model = build_model(GgufSource().open(ModelFiles(ref=ref, format="gguf", root=path.parent, weights=(path,))),
+                        torch.bfloat16)
+    seconds.append(time.perf_counter() - started)
+kept, peak = sum(parameter.nbytes for parameter in model.parameters()), peak_rss_bytes()
+del model
+started = time.perf_counter()
+torch.empty(kept, dtype=torch.uint8).zero_()
+filling = time.perf_counter() - started
+print(json.dumps({"first": seconds[0], "again": min(seconds[1:]), "kept": kept, "before": before,
+                  "peak": peak, "filling": filling}))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--type", choices=SCALES, default="Q8_0", help="of all matrices (default: %(default)s)")
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="of the file, about (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="where the file is written for a while (default: a temporary one)")
+    parser.add_argument("--runs", type=int, default=5, help="of which the best counts (default: %(default)s)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        path = Path(folder) / f"synthetic-{arguments.type}.gguf"
+        write_model(path, arguments.type, arguments.gigabytes)
+        measure(path, arguments.runs)
+
+
+def measure(path: Path, runs: int) -> None:
+    size = path.stat().st_size
+    print(f"{path.name}: {size / 1e9:.2f} GB, loaded as bfloat16 by {os.cpu_count()} cores; best of {runs}")
+    read(path)
+    warm_reads, cold_reads, warm_loads, cold_loads = [], [], [], []
+    for _ in range(runs):  # in turns, as other work on the machine comes and goes
+        warm_reads.append(read(path))
+        warm_loads.append(load(path))
+        let_go(path)
+        cold_reads.append(read(path))
+        let_go(path)
+        cold_loads.append(load(path))
+    first, again = (min(each[name] for each in warm_loads) for name in ("first", "again"))
+    report("page cache, first load of a process", size, min(warm_reads), first)
+    report("page cache, later load of a process", size, min(warm_reads), again)
+    report("disk, first load of a process", size, min(cold_reads), min(each["first"] for each in cold_loads))
+    worst = max(warm_loads, key=lambda each: each["peak"])
+    kept = worst["kept"]
+    filling = min(each["filling"] for each in warm_loads)
+    print(f"only filling as much memory as is kept, without loading: {kept / filling / 1e9:.2f} GB/s")
+    print(f"kept {kept / 1e9:.2f} GB, peak memory of the process {worst['peak'] / 1e9:.2f} GB (before loading "
+          f"{worst['before'] / 1e9:.2f} GB), peak / kept {worst['peak'] / kept:.2f}")
+
+
+def report(what: str, size: int, reading: float, loading: float) -> None:
+    print(f"{what}: reading {size / reading / 1e9:.2f} GB/s, loading {size / loading / 1e9:.2f} GB/s "
+          f"({loading:.2f} s), ratio {reading / loading:.2f}")
+
+
+def read(path: Path) -> float:
+    """Seconds for reading the file in one thread into a buffer of 1 MiB, as nothing can load it faster."""
+    buffer = bytearray(1 << 20)
+    started = time.perf_counter()
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+    return time.perf_counter() - started
+
+
+def let_go(path: Path) -> None:
+    """Asks the system to forget the file's cached pages, so that they come from the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def load(path: Path) -> dict[str, float]:
+    done = subprocess.run([sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, check=True)
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
+
+
+def write_model(path: Path, kind: str, gigabytes: float) -> None:
+    """A Llama with tied embeddings whose matrices are of random blocks."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+
+    elements, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    random = np.random.default_rng(0).integers(0, 256, (VOCABULARY * HIDDEN // elements, block_bytes), dtype=np.uint8)
+    for start in SCALES[kind]:
+        random[:, start : start + 2] = np.frombuffer(np.float16(0.001).tobytes(), np.uint8)
+    matrix_bytes = sum(rows * columns for rows, columns in LAYER.values()) // elements * block_bytes
+    layers = max(1, round((gigabytes * 1e9 - random.nbytes) / matrix_bytes))
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(layers)
+    writer.add_context_length(8192)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(INTERMEDIATE)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(500000.0)
+
+    def add(name: str, rows: int, columns: int) -> None:
+        blocks = random[: rows * columns // elements].reshape(rows, -1)
+        writer.add_tensor(name, blocks, raw_dtype=GGMLQuantizationType[kind])
+
+    add("token_embd.weight", VOCABULARY, HIDDEN)
+    for layer in range(layers):
+        for name, (rows, columns) in LAYER.items():
+            add(f"blk.{layer}.{name}", rows, columns)
+        for name in ("attn_norm.weight", "ffn_norm.weight"):
+            writer.add_tensor(f"blk.{layer}.{name}", np.ones(HIDDEN, np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(HIDDEN, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""`torchchat where`: the path of a model that is on this machine, for scripts."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import click
+
+from torchchat_core.cli.completion import complete_model
+from torchchat_core.errors import TorchchatError
+from torchchat_core.plugins import Registry
+from torchchat_core.products import reference_of
+from torchchat_core.sources.inventory import kept_at, locate, source_of
+from torchchat_core.sources.reference import resolve
+
+
+@click.command()
+@click.argument("model", shell_complete=complete_model)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: path, format, weights, revision.")
+@click.pass_obj
+def where(registry: Registry, /, model: str, as_json: bool) -> None:
+    """Print the folder or file of a model on this machine.
+
+    Touches no network; exit status 1 where the model is not here, or not all of it.
+    """
+    ref = resolve(model, registry)
+    files = locate(ref, source_of(ref, registry))
+    if files is None:
+        raise TorchchatError(f"{model!r} is not on this machine, or not all of it",
+                             f"torchchat download {shlex.quote(model)}")
+    path = kept_at(files)
+    click.echo(json.dumps({"model": model, "reference": reference_of(ref), "path": str(path), "format": files.format,
+                           "weights": [str(file) for file in files.weights], "revision": files.revision})
+               if as_json else path)

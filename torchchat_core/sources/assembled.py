@@ -1,0 +1,102 @@
+"""Models whose files come from several places, put together in a folder of their own.
+
+The catalogue names the files: paths in the model's repository, and URLs of others. The folder holds links to the
+copies that the hub's cache and the folder `parts` keep; where the file system has no links, copies.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from torchchat_core.small_files import cache_folder
+from torchchat_core.sources.hub_cache import COMMIT, DIGEST, CachedRepository, delete_folder
+from torchchat_core.sources.hub_reference import HubReference
+from torchchat_core.sources.local import files_of_folder, files_of_single_file
+from torchchat_core.sources.url_file import KeptFile, UrlFile
+from torchchat_core.specs import CatalogueEntry, KeptModel, ModelFiles, ModelRef
+
+
+def is_url(name: str) -> bool:
+    """Whether a file of a catalogue entry is one of another place."""
+    return "://" in name
+
+
+def files_of_entry(ref: ModelRef, entry: CatalogueEntry, reference: HubReference) -> ModelFiles | None:
+    """The model, where all of its files are here; else None."""
+    folder = _folder(entry)
+    places = [folder / _name(file) for file in entry.files]
+    if not all(place.is_file() for place in places):
+        return None
+    single = folder / _name(reference.file) if reference.file else None
+    found = files_of_folder(ref, folder) if single is None else files_of_single_file(ref, single)
+    blobs = {place.name: place.resolve().name for place in places if DIGEST.fullmatch(place.resolve().name)}
+    parts = [UrlFile.parse(file) for file in entry.files if is_url(file)]
+    digests = blobs | {part.name: part.sha256 for part in parts if part.sha256}
+    commits = [part for place in places if place.is_symlink() for part in place.readlink().parts
+               if COMMIT.fullmatch(part)]
+    return replace(found, revision=commits[0] if commits else None, digests=digests)
+
+
+def assemble(entry: CatalogueEntry, reference: HubReference, token: str | None) -> None:
+    """Fetches what is missing of the files, and puts them together. Raises `TorchchatError` where that fails."""
+    from torchchat_core.sources.downloading import writing
+    from torchchat_core.sources.hub_fetching import fetch_files
+    from torchchat_core.sources.url_fetching import fetch_url_file
+
+    parts = {file: _part(file) for file in entry.files if is_url(file)}
+    for part in parts.values():
+        if not part.is_here():
+            fetch_url_file(part)
+    inner = [file for file in entry.files if not is_url(file)]
+    commit = fetch_files(reference, inner, token)
+    snapshot = CachedRepository(reference.repository).snapshot(commit)
+    with writing(_folder(entry)):
+        _folder(entry).mkdir(parents=True, exist_ok=True)
+        for file in entry.files:
+            _put(parts[file].path if file in parts else snapshot / file, _folder(entry) / _name(file))
+
+
+def kept_entries(entries: Iterable[CatalogueEntry]) -> Iterator[KeptModel]:
+    """Those of the entries all of whose files are here."""
+    for entry in entries:
+        places = [_folder(entry) / _name(file) for file in entry.files]
+        with suppress(OSError):
+            if all(place.is_file() for place in places):
+                yield KeptModel(reference=entry.reference, path=_folder(entry),
+                                bytes=sum(place.stat().st_size for place in places))
+
+
+def remove_entry(entry: CatalogueEntry, entries: Iterable[CatalogueEntry]) -> int:
+    """Deletes the folder, and the files of other places that no other assembled model uses; bytes that became free."""
+    freed = delete_folder(_folder(entry))
+    used = {file for other in entries if other != entry and _folder(other).is_dir() for file in other.files}
+    return freed + sum(_part(file).remove() for file in entry.files if is_url(file) and file not in used)
+
+
+def _folder(entry: CatalogueEntry) -> Path:
+    return cache_folder() / "models" / re.sub(r"[^A-Za-z0-9_.-]+", "--", entry.reference.removeprefix("hf:"))
+
+
+def _part(url: str) -> KeptFile:
+    return KeptFile(UrlFile.parse(url), cache_folder() / "parts")
+
+
+def _name(file: str) -> str:
+    return UrlFile.parse(file).name if is_url(file) else file.rpartition("/")[2]
+
+
+def _put(file: Path, place: Path) -> None:
+    """A link to the file, or a copy, which appears once it is complete."""
+    place.unlink(missing_ok=True)
+    try:
+        place.symlink_to(file.absolute())
+    except (OSError, NotImplementedError):
+        beside = place.with_name(f"{place.name}.incomplete")
+        shutil.copyfile(file, beside)
+        beside.replace(place)
+
