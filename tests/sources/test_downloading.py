@@ -59,7 +59,7 @@ def test_a_server_may_name_a_time_to_wait_for() -> None:
 
 
 @pytest.mark.parametrize(("failure", "attempts"), [
-    (ConnectionFailure("gone"), downloading.ATTEMPTS), (HTTPFailure(503, {}, ""), downloading.ATTEMPTS),
+    (ConnectionFailure("gone"), downloading.FIRST_ATTEMPTS), (HTTPFailure(503, {}, ""), downloading.ATTEMPTS),
     (HTTPFailure(404, {}, ""), 1), (HTTPFailure(429, {"Retry-After": "61"}, ""), 1)])
 def test_only_what_may_pass_is_tried_again(failure: Exception, attempts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloading, "PAUSE", 0.0)

@@ -33,6 +33,7 @@ from torchchat_core.sources.url_file import check_encrypted, is_loopback
 
 TIMEOUT = 30.0  # seconds without a byte
 ATTEMPTS = 5  # in a row without a byte
+FIRST_ATTEMPTS = 3  # to reach a server at all: without a network, nobody wants to wait long for that to be said
 PAUSE = 1.0  # seconds before the second attempt, doubled before each further one
 LONGEST_PAUSE = 60.0  # seconds that a server's Retry-After is obeyed
 BLOCK = 1 << 18  # bytes read at once
@@ -101,7 +102,7 @@ def trying_again(action: Callable[[], Result]) -> Result:
         except (HTTPFailure, ConnectionFailure) as failure:
             failures += 1
             pause = _pause_before_next(failure, failures)
-            if pause is None:
+            if pause is None or (isinstance(failure, ConnectionFailure) and failures >= FIRST_ATTEMPTS):
                 raise
             time.sleep(pause)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tc_gguf.config import config_of
 from tc_gguf.file import GgufFile, GgufTensor, read_split
 from tc_gguf.quants import dequantizer
-from tc_gguf.tensors import PLAIN, Mapping, unpacked
+from tc_gguf.tensors import PLAIN, Mapping, Unpacker
 from torchchat_core.errors import TorchchatError
 from torchchat_core.specs import ModelFiles, ModelRef, PackedTensor
 
@@ -47,6 +47,7 @@ class GgufCheckpoint:
         for stored in self._tensors.values():
             dequantizer(stored.type.name)  # refused before anything is read
         self._mappings: dict[Path, Mapping] = {}
+        self._unpacker = Unpacker()
 
     def names(self) -> Iterable[str]:
         return self._tensors.keys()
@@ -69,7 +70,7 @@ class GgufCheckpoint:
         plain = PLAIN.get(stored.type.name)
         if plain is not None and dtype in (None, plain):
             return self._mapping(stored).tensor(stored, plain).view(stored.shape)
-        return unpacked(stored, dtype or torch.float32)
+        return self._unpacker.unpack(stored, dtype or torch.float32)
 
     def packed(self, name: str) -> PackedTensor | None:
         stored = self._tensors[name]

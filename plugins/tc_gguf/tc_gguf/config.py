@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from tc_gguf.file import DAMAGED, GgufFile
-from tc_gguf.tensors import unpacked
+from tc_gguf.tensors import Unpacker
 from torchchat_core.errors import TorchchatError, did_you_mean
 from torchchat_core.models.config import ModelConfig, RopeScaling
 
@@ -198,7 +198,7 @@ def _table(file: GgufFile, name: str, count: int) -> tuple[float, ...]:
         stated = "missing" if stored is None else f"{list(stored.shape)} of {stored.type.name}"
         raise TorchchatError(f"{name} is {stated} in {file.path.name}; it has to be {count} numbers of type F32",
                              DAMAGED)
-    factors = tuple(unpacked(stored, torch.float32).flatten().tolist())
+    factors = tuple(Unpacker().unpack(stored, torch.float32).flatten().tolist())
     if not all(math.isfinite(factor) and factor > 0 for factor in factors):
         raise TorchchatError(f"{name} holds a factor that is no positive number in {file.path.name}", DAMAGED)
     return factors
