@@ -3,9 +3,9 @@
     python tools/measure_gguf.py [--type Q8_0] [--gigabytes 1] [--folder DIR]
 
 Writes a file of random weights in the shape of Llama 3.2 1B (128 256 tokens; as many layers as the size takes), loads
-it as bfloat16 in processes of their own, and prints the speed beside that of only reading the file in the same run:
-from the page cache, and from the disk where the system lets go of cached pages. The first load of a process has to
-get its memory from the system, which on virtual machines can take longer than all the rest; a later one has it.
+it as bfloat16, and prints the speed beside that of only reading the file into memory, from the page cache and from the
+disk: each in a process of its own, in turns. Both get their memory from the system, which on virtual machines takes
+longer than all the rest, and loading keeps nearly twice as much of it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -33,28 +33,28 @@ LOAD = """
 import json, sys, time
 from pathlib import Path
 import torch
-import tc_gguf.checkpoint
 from tc_gguf.checkpoint import GgufSource
+from torchchat_core import kernels
 from torchchat_core.memory import peak_rss_bytes
 from torchchat_core.models.weights import build_model
 from torchchat_core.specs import ModelFiles, ModelRef
 
 path = Path(sys.argv[1])
 ref = ModelRef(text=str(path), scheme="file", location=str(path))
-before, seconds = peak_rss_bytes(), []
-for _ in range(3):
-    model = None  # gives the memory back before it is taken again
-    started = time.perf_counter()
-    model = build_model(GgufSource().open(ModelFiles(ref=ref, format="gguf", root=path.parent, weights=(path,))),
-                        torch.bfloat16)
-    seconds.append(time.perf_counter() - started)
-kept, peak = sum(parameter.nbytes for parameter in model.parameters()), peak_rss_bytes()
-del model
+kernels.load()
+before, started = peak_rss_bytes(), time.perf_counter()
+model = build_model(GgufSource().open(ModelFiles(ref=ref, format="gguf", root=path.parent, weights=(path,))),
+                    torch.bfloat16)
+seconds = time.perf_counter() - started
+print(json.dumps({"seconds": seconds, "before": before, "peak": peak_rss_bytes(),
+                  "kept": sum(parameter.nbytes for parameter in model.parameters())}))
+"""
+READ = """
+import json, sys, time
+from pathlib import Path
 started = time.perf_counter()
-torch.empty(kept, dtype=torch.uint8).zero_()
-filling = time.perf_counter() - started
-print(json.dumps({"first": seconds[0], "again": min(seconds[1:]), "kept": kept, "before": before,
-                  "peak": peak, "filling": filling}))
+content = Path(sys.argv[1]).read_bytes()
+print(json.dumps({"seconds": time.perf_counter() - started}))
 """
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--type", choices=SCALES, default="Q8_0", help="of all matrices (default: %(default)s)")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of the file, about (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where the file is written for a while (default: a temporary one)")
-    parser.add_argument("--runs", type=int, default=5, help="of which the best counts (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=5, help="of each kind (default: %(default)s)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         path = Path(folder) / f"synthetic-{arguments.type}.gguf"
@@ -73,41 +73,22 @@ def main() -> None:
 
 def measure(path: Path, runs: int) -> None:
     size = path.stat().st_size
-    print(f"{path.name}: {size / 1e9:.2f} GB, loaded as bfloat16 by {os.cpu_count()} cores; best of {runs}")
-    read(path)
-    warm_reads, cold_reads, warm_loads, cold_loads = [], [], [], []
-    for _ in range(runs):  # in turns, as other work on the machine comes and goes
-        warm_reads.append(read(path))
-        warm_loads.append(load(path))
-        let_go(path)
-        cold_reads.append(read(path))
-        let_go(path)
-        cold_loads.append(load(path))
-    first, again = (min(each[name] for each in warm_loads) for name in ("first", "again"))
-    report("page cache, first load of a process", size, min(warm_reads), first)
-    report("page cache, later load of a process", size, min(warm_reads), again)
-    report("disk, first load of a process", size, min(cold_reads), min(each["first"] for each in cold_loads))
-    worst = max(warm_loads, key=lambda each: each["peak"])
-    kept = worst["kept"]
-    filling = min(each["filling"] for each in warm_loads)
-    print(f"only filling as much memory as is kept, without loading: {kept / filling / 1e9:.2f} GB/s")
-    print(f"kept {kept / 1e9:.2f} GB, peak memory of the process {worst['peak'] / 1e9:.2f} GB (before loading "
-          f"{worst['before'] / 1e9:.2f} GB), peak / kept {worst['peak'] / kept:.2f}")
-
-
-def report(what: str, size: int, reading: float, loading: float) -> None:
-    print(f"{what}: reading {size / reading / 1e9:.2f} GB/s, loading {size / loading / 1e9:.2f} GB/s "
-          f"({loading:.2f} s), ratio {reading / loading:.2f}")
-
-
-def read(path: Path) -> float:
-    """Seconds for reading the file in one thread into a buffer of 1 MiB, as nothing can load it faster."""
-    buffer = bytearray(1 << 20)
-    started = time.perf_counter()
-    with path.open("rb", buffering=0) as file:
-        while file.readinto(buffer):
-            pass
-    return time.perf_counter() - started
+    print(f"{path.name}: {size / 1e9:.2f} GB, loaded as bfloat16 by {os.cpu_count()} cores; medians of {runs}")
+    loads = []
+    for place in ("page cache", "disk"):
+        pairs = []
+        for _ in range(runs):
+            for code in (READ, LOAD):
+                path.read_bytes() if place == "page cache" else let_go(path)
+                pairs.append(run(code, path))
+        loads += pairs[1::2]
+        reading, loading = (statistics.median(each["seconds"] for each in pairs[start::2]) for start in (0, 1))
+        ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(pairs[::2], pairs[1::2], strict=True))
+        print(f"from the {place}: reading {size / reading / 1e9:.2f} GB/s, loading {size / loading / 1e9:.2f} GB/s "
+              f"({loading:.2f} s), ratio {ratio:.2f}")
+    worst = max(loads, key=lambda each: each["peak"])
+    print(f"kept {worst['kept'] / 1e9:.2f} GB, highest peak of a process {worst['peak'] / 1e9:.2f} GB (before loading "
+          f"{worst['before'] / 1e9:.2f} GB), peak / kept {worst['peak'] / worst['kept']:.2f}")
 
 
 def let_go(path: Path) -> None:
@@ -117,8 +98,8 @@ def let_go(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def load(path: Path) -> dict[str, float]:
-    done = subprocess.run([sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True, check=True)
+def run(code: str, path: Path) -> dict[str, float]:
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     figures: dict[str, float] = json.loads(done.stdout)
     return figures
 

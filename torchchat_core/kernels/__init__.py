@@ -1,8 +1,8 @@
 """Kernels of our own for the CPU, as operators `torch.ops.torchchat.*`.
 
-They are C++ (quantized_linear.h, bfloat16_linear.h, operators.cpp), compiled once for the installed PyTorch into the
-cache folder: by `python -m torchchat_core.kernels`, or when they are first needed. Where that cannot be done, `load`
-says why, and callers use what PyTorch has.
+They are C++ (operators.cpp and the headers that it includes), compiled once for the installed PyTorch into the cache
+folder: by `python -m torchchat_core.kernels`, or when they are first needed. Where that cannot be done, `load` says
+why, and callers use what PyTorch has.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torchchat_core.kernels.build import build, library_path
 
 SWITCH = "TORCHCHAT_CPU_KERNELS"  # "off" leaves them out
 PANEL_ROWS, BLOCK_COLUMNS = 16, 32
+GGML_FORMATS = ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K")  # that unpack_ggml knows
+WORTH_BUILDING = 200 << 20  # bytes of weights for which it is worth the time to compile the kernels
 
 
 NOT_BUILT = "the CPU kernels are not built yet: python -m torchchat_core.kernels"
@@ -56,6 +58,7 @@ def _load(path: Path) -> None:
     torch.library.register_fake("torchchat::unpack_quantized", _fake_unpack)
     torch.library.register_fake("torchchat::quantized_linear", _fake_linear)
     torch.library.register_fake("torchchat::bfloat16_linear", _fake_bfloat16_linear)
+    torch.library.register_fake("torchchat::unpack_ggml", lambda *_: None)
 
 
 def packed_bytes(outputs: int, columns: int, bits: int, group_size: int, asymmetric: bool) -> int:

@@ -18,7 +18,8 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.small_files import cache_folder
 
 FOLDER = Path(__file__).parent
-FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden")  # no -march: the code chooses when it runs
+# No -march: the code chooses when it runs. No contraction: products and sums are rounded one by one, as written.
+FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off")
 OPENMP = ("-Xpreprocessor", "-fopenmp") if sys.platform == "darwin" else ("-fopenmp",)
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT_SECONDS = 600

@@ -1,4 +1,5 @@
-// The kernels as operators of PyTorch: torchchat::quantized_linear, pack_quantized, unpack_quantized, bfloat16_linear.
+// The kernels as operators of PyTorch: torchchat::quantized_linear, pack_quantized, unpack_quantized, bfloat16_linear,
+// unpack_ggml.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "bfloat16_linear.h"
+#include "ggml_blocks.h"
 #include "quantized_linear.h"
 
 namespace torchchat {
@@ -209,6 +211,39 @@ at::Tensor bfloat16_linear(const at::Tensor& x, const at::Tensor& weight, const 
   return out;
 }
 
+template <typename Format>
+void unpack_format(const at::Tensor& blocks, at::Tensor& out) {
+  const int64_t count = blocks.size(0);
+  TORCH_CHECK(blocks.size(1) == Format::kBytes, "a block has ", blocks.size(1), " bytes; it has to have ",
+              Format::kBytes);
+  TORCH_CHECK(out.numel() == count * Format::kElements, "out has ", out.numel(), " elements for ", count, " blocks of ",
+              Format::kElements);
+  const uint8_t* from = blocks.const_data_ptr<uint8_t>();
+  const Instructions instructions = instructions_in_use;
+  const auto run = [&](auto* to) {
+    at::parallel_for(0, count, (1 << 15) / Format::kElements, [&](int64_t begin, int64_t end) {
+      unpack_blocks<Format>(from + begin * Format::kBytes, end - begin, to + begin * Format::kElements, instructions);
+    });
+  };
+  if (out.scalar_type() == at::kFloat) run(out.mutable_data_ptr<float>());
+  else if (out.scalar_type() == at::kBFloat16) run(out.mutable_data_ptr<at::BFloat16>());
+  else if (out.scalar_type() == at::kHalf) run(out.mutable_data_ptr<at::Half>());
+  else TORCH_CHECK(false, "out is of ", out.scalar_type(), "; it has to be float32, bfloat16 or float16");
+}
+
+// blocks uint8 [n, bytes] of a format of ggml -> out, n times its elements in one of three dtypes.
+void unpack_ggml(const at::Tensor& blocks, const std::string& format, at::Tensor& out) {
+  TORCH_CHECK(blocks.dim() == 2 && blocks.scalar_type() == at::kByte && blocks.is_contiguous() && out.is_contiguous() &&
+                  blocks.device().is_cpu() && out.device().is_cpu(),
+              "blocks have to be contiguous uint8 [blocks, bytes] on the CPU, and out contiguous");
+  if (format == "Q8_0") unpack_format<Q8_0>(blocks, out);
+  else if (format == "Q4_0") unpack_format<Q4_0>(blocks, out);
+  else if (format == "Q4_K") unpack_format<Q4_K>(blocks, out);
+  else if (format == "Q5_K") unpack_format<Q5_K>(blocks, out);
+  else if (format == "Q6_K") unpack_format<Q6_K>(blocks, out);
+  else TORCH_CHECK(false, "there is no format ", format, " here; known are Q8_0, Q4_0, Q4_K, Q5_K and Q6_K");
+}
+
 }  // namespace
 }  // namespace torchchat
 
@@ -218,6 +253,7 @@ TORCH_LIBRARY(torchchat, library) {
               "Tensor");
   library.def("quantized_linear(Tensor x, Tensor packed, Tensor? bias, int outputs, int bits, int group_size, bool "
               "asymmetric) -> Tensor");
+  library.def("unpack_ggml(Tensor blocks, str format, Tensor(a!) out) -> ()");
   library.def("bfloat16_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   library.def("use_instructions(str name) -> str", &torchchat::use_instructions);
 }
@@ -226,5 +262,6 @@ TORCH_LIBRARY_IMPL(torchchat, CPU, library) {
   library.impl("pack_quantized", &torchchat::pack_quantized);
   library.impl("unpack_quantized", &torchchat::unpack_quantized);
   library.impl("quantized_linear", &torchchat::quantized_linear);
+  library.impl("unpack_ggml", &torchchat::unpack_ggml);
   library.impl("bfloat16_linear", &torchchat::bfloat16_linear);
 }

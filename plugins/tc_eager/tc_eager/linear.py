@@ -10,7 +10,6 @@ from torchchat_core import kernels
 from torchchat_core.models.transformer import Transformer
 
 SMALLEST_BYTES = 3 << 18  # of weights that oneDNN is worth its 15 microseconds of preparation for
-WORTH_BUILDING = 200 << 20  # bytes of bfloat16 weights for which the kernels are compiled where they are not yet
 FEW_ROWS = 4  # that core's bfloat16 kernel multiplies faster than oneDNN does
 
 
@@ -22,7 +21,7 @@ def use_fastest_linear(module: Transformer) -> None:
     layers = [(owner, name, layer) for owner in module.modules() for name, layer in owner.named_children()
               if type(layer) is nn.Linear and layer.weight.device.type == "cpu"]
     halves = sum(layer.weight.nbytes for *_, layer in layers if layer.weight.dtype == torch.bfloat16)
-    with_kernels = halves > 0 and kernels.available(building=halves >= WORTH_BUILDING)
+    with_kernels = halves > 0 and kernels.available(building=halves >= kernels.WORTH_BUILDING)
     with_one_dnn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     for owner, name, layer in layers:
         if with_one_dnn and layer.weight.dtype == torch.float32 and layer.weight.nbytes >= SMALLEST_BYTES:

@@ -47,7 +47,8 @@ class GgufCheckpoint:
         for stored in self._tensors.values():
             dequantizer(stored.type.name)  # refused before anything is read
         self._mappings: dict[Path, Mapping] = {}
-        self._unpacker = Unpacker()
+        self._unpacker = Unpacker(sum(stored.size for stored in self._tensors.values()
+                                      if stored.type.name not in PLAIN))
 
     def names(self) -> Iterable[str]:
         return self._tensors.keys()

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from tc_gguf.file import DAMAGED, GgufTensor
 from tc_gguf.quants import dequantizer
+from torchchat_core import kernels
 from torchchat_core.errors import TorchchatError
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-PIECE = 1 << 20  # numbers that are unpacked at a time, and stay in the processor's cache meanwhile
+PIECE = 1 << 20  # numbers that PyTorch unpacks at a time: what is in between stays in the processor's cache
+KERNEL_PIECE = 1 << 23  # that a kernel does: its threads wait for each other at the end of each piece
 
 
 class Mapping:
@@ -35,9 +37,14 @@ class Mapping:
 
 class Unpacker:
     """Unpacks tensors piece by piece through buffers of its own, which it keeps: neither the bytes of a tensor nor its
-    float32 numbers are ever in memory as a whole. Not thread-safe."""
+    float32 numbers are ever in memory as a whole. Not thread-safe.
 
-    def __init__(self) -> None:
+    The commonest formats are unpacked by core's kernels where they are compiled, or where `size`, the bytes that are
+    going to be unpacked, makes that worth while; the others, and otherwise all of them, by PyTorch.
+    """
+
+    def __init__(self, size: int = 0) -> None:
+        self._with_kernels = kernels.available(building=size >= kernels.WORTH_BUILDING)
         self._bytes = bytearray()
         self._numbers = torch.empty(0)
 
@@ -49,8 +56,9 @@ class Unpacker:
         unpack, kind = dequantizer(stored.type.name), stored.type
         result = torch.empty(stored.shape, dtype=dtype)
         blocks = result.view(-1, kind.block_elements)
-        step = min(PIECE // kind.block_elements, len(blocks))
-        buffer, numbers = self._buffers(step * kind.block_bytes, step * kind.block_elements)
+        by_kernel = self._with_kernels and kind.name in kernels.GGML_FORMATS
+        step = min((KERNEL_PIECE if by_kernel else PIECE) // kind.block_elements, len(blocks))
+        buffer, numbers = self._buffers(step * kind.block_bytes, 0 if by_kernel else step * kind.block_elements)
         packed = torch.frombuffer(buffer, dtype=torch.uint8).view(-1, kind.block_bytes)
         numbers = numbers.view(-1, kind.block_elements)
         try:
@@ -60,7 +68,10 @@ class Unpacker:
                     wanted = len(piece) * kind.block_bytes
                     if file.readinto(buffer[:wanted]) != wanted:
                         raise _cut_off(stored)
-                    piece.copy_(unpack(packed[: len(piece)], numbers[: len(piece)]))
+                    if by_kernel:
+                        torch.ops.torchchat.unpack_ggml(packed[: len(piece)], kind.name, piece)
+                    else:
+                        piece.copy_(unpack(packed[: len(piece)], numbers[: len(piece)]))
         except OSError as error:
             raise TorchchatError(f"cannot read {str(stored.path)!r}: {error.strerror or error}") from None
         return result

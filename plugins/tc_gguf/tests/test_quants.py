@@ -10,6 +10,7 @@ import torch
 
 from tc_gguf.file import TYPES
 from tc_gguf.quants import DEQUANTIZERS, dequantizer
+from torchchat_core import kernels
 from torchchat_core.errors import TorchchatError
 
 SIZES = {kind.name: kind for kind in TYPES.values()}
@@ -49,6 +50,29 @@ def test_the_bytes_that_are_unpacked_stay_as_they_are(name: str) -> None:
     before = packed.clone()
     numbers_of(name, packed)
     assert torch.equal(packed, before)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="the CPU kernels cannot be built here")
+@pytest.mark.parametrize("instructions", ["portable", "avx2"])
+@pytest.mark.parametrize("name", kernels.GGML_FORMATS)
+def test_kernels_give_the_same_bits(name: str, instructions: str) -> None:
+    try:
+        torch.ops.torchchat.use_instructions(instructions)
+    except RuntimeError as error:
+        pytest.skip(str(error).partition("\n")[0])
+    kind = SIZES[name]
+    packed = torch.randint(0, 256, (3001, kind.block_bytes), dtype=torch.uint8)
+    wanted = numbers_of(name, packed)
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            found = torch.empty(wanted.shape, dtype=dtype)
+            torch.ops.torchchat.unpack_ggml(packed, name, found)
+            assert torch.equal(found.nan_to_num(1, 2, 3), wanted.to(dtype).nan_to_num(1, 2, 3))
+        for blocks, out in ((packed[:, :-1].contiguous(), wanted), (packed, wanted[:-1]), (packed, wanted.double())):
+            with pytest.raises(RuntimeError):
+                torch.ops.torchchat.unpack_ggml(blocks, name, out)
+    finally:
+        torch.ops.torchchat.use_instructions("")
 
 
 @pytest.mark.parametrize("name", ["IQ2_XXS", "IQ3_S", "Q8_1", "TQ1_0", "I32", "F64"])
