@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import torch
 
 from torchchat_core.chat_template import ChatTemplate
+from torchchat_core.cli.main import main
 from torchchat_core.testing.models import TinyTokenizer
 from torchchat_core.text_format import TextFormat
 
@@ -26,6 +31,31 @@ def testdata() -> Path:
     if not TESTDATA.is_dir():
         pytest.skip("the test data beside the repository (../shared/testdata) is absent")
     return TESTDATA
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of the command line left: its exit status, standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def torchchat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Runs the command line in this process, with bytes or a stream as its standard input."""
+
+    def run(*arguments: object, stdin: bytes | TextIO = b"") -> Outcome:
+        stream = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8") if isinstance(stdin, bytes) else stdin
+        monkeypatch.setattr(sys, "stdin", stream)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(int(ended.value.code or 0), captured.out, captured.err)
+
+    return run
 
 
 TURNS = "{{ bos_token }}{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}</s>{% endfor %}" \

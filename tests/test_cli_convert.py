@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from torchchat_core import products
-from torchchat_core.cli.main import main
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.rope_layout import half_split_rows
 from torchchat_core.models.weights import build_model, weight_shapes
@@ -31,29 +28,9 @@ IDS = [1, 5, 9, 2, 6, 5, 3, 5]
 STORIES = "tinyllamas/stories260K/stories260K.pt"
 
 
-class Outcome:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isolated_registry: Registry) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def torchchat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
-    """Runs the command line in this process."""
-
-    def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Outcome(int(ended.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 def opened(path: Path) -> Checkpoint:

@@ -18,10 +18,9 @@ from typing import Any
 import pytest
 
 from torchchat_core import progress
-from torchchat_core.cli.amounts import bytes_text, seconds_text
+from torchchat_core.amounts import bytes_text, seconds_text
 from torchchat_core.cli.completion import complete_model
 from torchchat_core.cli.listing import table
-from torchchat_core.cli.main import main
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.products import Product, products, record
 from torchchat_core.sources.inventory import ListedModel
@@ -73,17 +72,12 @@ class Shelf:
 '''
 
 
-class Outcome:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def shelf(make_plugin: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """A source with two models of a name and a third one, and a cache of its own; the plugin's module."""
     monkeypatch.setenv("SHELF", str(tmp_path / "kept"))
@@ -93,21 +87,6 @@ def shelf(make_plugin: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_
     for name in ("COLUMNS", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     return make_plugin(SHELF, "shelf").module
-
-
-@pytest.fixture
-def torchchat(shelf: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs the command line in this process."""
-
-    def run(*arguments: object, stdin: io.StringIO | None = None) -> Outcome:
-        monkeypatch.setattr(sys, "stdin", stdin or io.StringIO())
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Outcome(int(ended.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 def rows(torchchat: Any, *flags: str) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from torchchat_core import hookspecs
-from torchchat_core.cli.amounts import bytes_text
+from torchchat_core.amounts import bytes_text
 from torchchat_core.cli.main import torchchat
 from torchchat_core.cli.plugins import matrix_table
 from torchchat_core.models.catalogue import load_catalogue

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from torchchat_core.cli.amounts import bytes_text
+from torchchat_core.amounts import bytes_text
 from torchchat_core.plugins import Registry
 from torchchat_core.sources.inventory import ListedModel, take_inventory
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from torchchat_core.cli.amounts import bytes_text, seconds_text
+from torchchat_core.amounts import bytes_text, seconds_text
 from torchchat_core.progress import Reporter, Task, Unit, shown_by
 
 if TYPE_CHECKING:

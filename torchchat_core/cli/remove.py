@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from torchchat_core.cli.amounts import bytes_text
+from torchchat_core.amounts import bytes_text
 from torchchat_core.cli.completion import complete_model
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry

@@ -10,7 +10,7 @@ from rich.progress import Task as RichTask
 from rich.table import Column
 from rich.text import Text
 
-from torchchat_core.cli.amounts import bytes_text
+from torchchat_core.amounts import bytes_text
 from torchchat_core.cli.progress_bars import amount_text
 from torchchat_core.progress import Task, Unit
 

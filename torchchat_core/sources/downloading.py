@@ -27,8 +27,8 @@ from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 from torchchat_core import __version__
+from torchchat_core.amounts import bytes_text
 from torchchat_core.errors import TorchchatError
-from torchchat_core.sources.hub_selection import readable_size
 from torchchat_core.sources.url_file import check_encrypted, is_loopback
 
 TIMEOUT = 30.0  # seconds without a byte
@@ -314,8 +314,8 @@ def check_free_space(folder: Path, needed: int, name: str) -> None:
     except OSError:
         return
     if needed > free:
-        raise TorchchatError(f"{name} needs {readable_size(needed)} more, and {str(existing)!r} has "
-                             f"{readable_size(free)} free",
+        raise TorchchatError(f"{name} needs {bytes_text(needed)} more, and {str(existing)!r} has "
+                             f"{bytes_text(free)} free",
                              "make room (torchchat remove MODEL), or choose another disk with HF_HOME")
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from torchchat_core.amounts import bytes_text
 from torchchat_core.errors import TorchchatError, did_you_mean
 from torchchat_core.small_files import read_json
 from torchchat_core.sources.hub_reference import HubReference
@@ -103,14 +104,6 @@ def shards_of_index(index: Path, folder: str) -> tuple[str, ...]:
     return tuple(f"{folder}/{name}" if folder else name for name in names)
 
 
-def readable_size(count: int) -> str:
-    """A number of bytes for people: "1.2 GB", in powers of 1000 as hubs write it."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
-
-
 def _named(sizes: Mapping[str, int], file: str, reference: HubReference) -> Selection:
     if file not in sizes:
         raise TorchchatError(f"there is no file {file!r} in {reference.repository}",
@@ -138,7 +131,7 @@ def _with_companions(sizes: Mapping[str, int], weights: tuple[str, ...]) -> Sele
 
 
 def _listed(models: Sequence[tuple[str, ...]], sizes: Mapping[str, int], limit: int = 30) -> str:
-    texts = [f"{group[0]} ({readable_size(sum(sizes[name] for name in group))})" for group in models[:limit]]
+    texts = [f"{group[0]} ({bytes_text(sum(sizes[name] for name in group))})" for group in models[:limit]]
     return ", ".join(texts) + (f" and {len(models) - limit} more" if len(models) > limit else "")
 
 
