@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -252,6 +255,31 @@ def test_a_folder_that_is_there_is_refused_before_the_model_is_opened(tmp_path: 
     done = torchchat("convert", "no-such-model", "-o", tmp_path)
     assert done.code == 1
     assert "exists and is not empty" in done.err
+
+
+def test_the_current_folder_is_refused(tmp_path: Path, torchchat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = torchchat("convert", "embedded", "-o", ".")
+    assert (done.code, "the current folder cannot become the new one" in done.err) == (1, True)
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path: Path, torchchat: Any,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
+    done = torchchat("convert", "embedded", "-o", tmp_path / "new")
+    assert (done.code, "the weights need 6 MB" in done.err, list(tmp_path.glob("*new*"))) == (1, True, []), done.err
+
+
+def test_what_is_terminated_leaves_nothing(tmp_path: Path) -> None:
+    program = ("import os, signal, sys\nfrom torchchat_core.sources import safetensors_writer\n"
+               "from torchchat_core.cli.main import main\n"
+               "import torchchat_core.sources.hugging_face_folder as module\n"
+               "module.write_safetensors = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+               "main(['convert', 'embedded', '-o', 'new'])\n")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False,
+                          env={**os.environ, "XDG_CACHE_HOME": str(tmp_path.parent / "cache")})
+    assert (done.returncode, done.stderr, list(tmp_path.iterdir())) == (143, "", [])
 
 
 def test_meta_weights_without_sizes_say_what_is_missing(fine_tuned: Path, torchchat: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -340,9 +341,10 @@ def test_nothing_is_shown_where_nothing_takes_time(monkeypatch: pytest.MonkeyPat
 
 def test_lines_tell_the_end_of_what_was_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
-    with shown_progress(), progress.task("weights", 10_000_000, "B") as task:
+    with contextlib.suppress(OSError), shown_progress(), progress.task("weights", 10_000_000, "B") as task:
         task.advance(4_000_000)
         task.advance(-1_000_000)
+        raise OSError("the disk is full")
     assert stream.getvalue() == "weights (10 MB) ...\nweights stopped at 3 MB of 10 MB after 0.0 s\n"
 
 
@@ -355,9 +357,10 @@ def test_small_files_get_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_total_that_is_known_late_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
-    with shown_progress(), progress.task("layers") as task:
+    with contextlib.suppress(KeyboardInterrupt), shown_progress(), progress.task("layers") as task:
         task.set_total(32)
         task.advance(8)
+        raise KeyboardInterrupt
     assert stream.getvalue() == "layers ...\nlayers stopped at 8 of 32 after 0.0 s\n"
 
 

@@ -33,7 +33,8 @@ class Reporter(Protocol):
 
     def started(self, name: str, total: int | None, unit: Unit) -> Task: ...
 
-    def finished(self, task: Task) -> None: ...
+    def finished(self, task: Task, completed: bool) -> None:
+        """The task has ended; not `completed` where an exception ended it."""
 
 
 class Silence:
@@ -42,7 +43,7 @@ class Silence:
     def started(self, name: str, total: int | None, unit: Unit) -> Task:  # noqa: ARG002
         return self
 
-    def finished(self, task: Task) -> None: ...
+    def finished(self, task: Task, completed: bool) -> None: ...
 
     def advance(self, amount: int) -> None: ...
 
@@ -67,7 +68,9 @@ def task(name: str, total: int | None = None, unit: Unit = "steps") -> Iterator[
     """A task that is shown while the block runs."""
     reporter = _reporter.get()
     started = reporter.started(name, total, unit)
+    completed = False
     try:
         yield started
+        completed = True
     finally:
-        reporter.finished(started)
+        reporter.finished(started, completed)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from torchchat_core import kernels
-from torchchat_core.kernels.build import find_compiler
+from torchchat_core.kernels.build import library_path
+from torchchat_core.small_files import cache_folder
 
-pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler builds the kernels")
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="the CPU kernels cannot be built here")
 SHAPES = [(16, 32, 32), (64, 64, 32), (50, 100, 32), (33, 256, 128), (7, 288, 256), (17, 40, 64), (16, 4, 32)]
 operators = torch.ops.torchchat
 
@@ -123,10 +125,29 @@ def test_the_compiler_can_trace_the_operators(bits: int) -> None:
     torch.library.opcheck(operators.bfloat16_linear, (torch.randn(2, 8).bfloat16(), torch.randn(4, 8).bfloat16(), None))
 
 
-def test_without_a_compiler_the_reason_is_told() -> None:
-    code = "from torchchat_core import kernels; print(kernels.load())"
-    for name, value, expected in (("CXX", "/does/not/exist", "there is no C++ compiler"),
+def test_blocks_of_next_to_nothing_count_as_zeros(instructions: str) -> None:
+    packed, _ = matrix(16, 64, 4, 32, False)
+    x = torch.full((2, 64), 1e-38)
+    x[1] = 0
+    assert not operators.quantized_linear(x, packed, None, 16, 4, 32, False).any()
+
+
+def in_new_process(**environment: str) -> str:
+    code = "from torchchat_core import kernels; print(kernels.load(False), kernels.load(), kernels.load(False))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={"PATH": "/usr/bin:/bin", **environment}).stdout.strip()
+
+
+def test_without_a_compiler_the_reason_is_told(tmp_path: Path) -> None:
+    for name, value, expected in (("CXX", "/does/not/exist -O2", "CXX is '/does/not/exist -O2'"),
+                                  ("PATH", "/nowhere", "there is no C++ compiler"),
                                   ("TORCHCHAT_CPU_KERNELS", "off", "TORCHCHAT_CPU_KERNELS is off")):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                              env={"XDG_CACHE_HOME": "/nowhere", "PATH": "/usr/bin:/bin", name: value})
-        assert expected in done.stdout
+        assert expected in in_new_process(**{"XDG_CACHE_HOME": str(tmp_path), name: value})
+
+
+def test_a_damaged_library_is_built_again(tmp_path: Path) -> None:
+    library = tmp_path / library_path().relative_to(cache_folder().parent)
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"no library")
+    assert in_new_process(XDG_CACHE_HOME=str(tmp_path), CXX="env c++") == "None None None"
+    assert library.stat().st_size > 10_000

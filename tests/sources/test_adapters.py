@@ -275,6 +275,9 @@ def dora(name: str) -> dict[str, Tensor]:
     ({"r": 0}, "r is 0"),
     ({"r": 8}, "has the shape [4, 32]; the model and the adapter's rank 8 ask for [8, 32]"),
     ({"lora_alpha": "8"}, "lora_alpha is '8'"),
+    ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+    ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+    ({"lora_alpha": 1e308}, "lora_alpha is 1e+308"),
     ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern is None"),
     ({"rank_pattern": ["q_proj"]}, "rank_pattern is ['q_proj']"),
     ({"rank_pattern": {"((": 4}}, "rank_pattern has the pattern '(('"),
@@ -308,6 +311,22 @@ def test_weights_that_do_not_fit_are_named(weights: dict[str, Tensor], message: 
     with pytest.raises(TorchchatError) as raised:
         with_adapter(ModelCheckpoint(tiny_config()), tmp_path)
     assert message in raised.value.message
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda matrix: matrix * torch.nan, "no finite numbers"),
+    (lambda matrix: matrix.int(), "is of int32; floating point is needed"),
+    (lambda matrix: matrix > 0, "is of bool"),
+    (lambda matrix: matrix.to(torch.complex64), "is of complex64"),
+])
+def test_matrices_that_are_no_numbers_are_named(change: Callable[[Tensor], Tensor], message: str, tmp_path: Path
+                                                ) -> None:
+    weights = pair(QUERY, 32, 32)
+    torch.save({f"base_model.model.{name}": change(matrix) for name, matrix in weights.items()},
+               write_adapter(tmp_path, weights) / "adapter_model.bin")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(TorchchatError, match=message):
+        with_adapter(ModelCheckpoint(tiny_config()), tmp_path).tensor(f"{QUERY}.weight")
 
 
 @pytest.mark.parametrize(("spoil", "message"), [

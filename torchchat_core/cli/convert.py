@@ -28,6 +28,8 @@ FORMATS = ("meta", "hf", "torchtune")
 @click.option("-d", "--dtype", metavar="NAME", help="fp32, bf16 or fp16 [default: the checkpoint's].",
               shell_complete=complete_dtype)
 @click.option("--adapter", metavar="DIR", help="A LoRA adapter to merge, in PEFT's format.")
+@click.option("--hf-token", metavar="TOKEN", help="For models that need their owner's permission; else HF_TOKEN or the "
+                                                  "stored login.")
 @click.option("--tokenizer-path", metavar="FILE", help="The model's tokenizer.json or tokenizer.model.")
 @click.option("--params-path", metavar="FILE", help="The model's config.json or params.json.")
 @click.option("--checkpoint-dir", metavar="DIR", help="Instead of MODEL: the folder of a checkpoint of torchtune.")
@@ -68,6 +70,8 @@ def _check_usage(flags: dict[str, Any]) -> None:
     if flags["checkpoint_dir"] is not None:
         if names and not files:
             raise click.UsageError(f"MODEL {names[0]!r} and --checkpoint-dir exclude each other")
+        if not expanded(flags["checkpoint_dir"]).is_dir():
+            raise TorchchatError(f"there is no folder {flags['checkpoint_dir']!r}", "give the one of the checkpoint")
         return
     for name in ("checkpoint_files", "checkpoint_format", "model_name"):
         if flags[name]:
@@ -104,7 +108,7 @@ def _dtype(name: str | None, checkpoint: Checkpoint) -> str:
 def _opened(flags: dict[str, Any], registry: Registry) -> tuple[ModelFiles, Checkpoint]:
     from torchchat_core.pipeline import ModelRequest, fetch_files, open_checkpoint
 
-    companions = {name: flags[name] for name in ("params_path", "tokenizer_path", "adapter")}
+    companions = {name: flags[name] for name in ("params_path", "tokenizer_path", "adapter", "hf_token")}
     if flags["checkpoint_dir"] is None:
         request = ModelRequest(**companions, model=flags["names"][0])
         files = fetch_files(request, registry)

@@ -106,6 +106,8 @@ def _writable(text: str) -> Path:
     path = expanded(text)
     if path.is_dir():
         raise TorchchatError(f"{text!r} is a folder", "give the name of the file in it")
+    if path.exists() and not path.is_file():
+        raise TorchchatError(f"{text!r} is no ordinary file, so it is not replaced", "give the name of a new file")
     if not path.absolute().parent.is_dir():
         raise TorchchatError(f"there is no folder {str(path.parent)!r}", "make it first")
     return path

@@ -77,9 +77,9 @@ class LineTask:
         size = bytes_text(self._total) if self._unit == "B" else f"{self._total} steps"
         return f"{self._name} ({size}) ..."
 
-    def last_line(self) -> str:
+    def last_line(self, completed: bool) -> str:
         taken = seconds_text(time.monotonic() - self._started)
-        if self._total is not None and self._done < self._total:
+        if not completed:
             return f"{self._name} stopped at {amount_text(self._done, self._total, self._unit)} after {taken}"
         return f"{self._name} done in {taken}"
 
@@ -93,9 +93,9 @@ class Lines:
             click.echo(task.first_line(), err=True)
         return task
 
-    def finished(self, task: Task) -> None:
+    def finished(self, task: Task, completed: bool) -> None:
         if isinstance(task, LineTask) and not task.is_small:
-            click.echo(task.last_line(), err=True)
+            click.echo(task.last_line(completed), err=True)
 
     def close(self) -> None: ...
 
@@ -115,7 +115,7 @@ class Bars:
                 self._rich = RichBars(PATIENCE)
             return self._rich.add(name, total, unit)
 
-    def finished(self, task: Task) -> None:
+    def finished(self, task: Task, completed: bool) -> None:  # noqa: ARG002 - the bar goes either way
         if self._rich is not None:
             self._rich.take_away(task)
 

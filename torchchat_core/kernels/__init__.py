@@ -7,8 +7,8 @@ why, and callers use what PyTorch has.
 
 from __future__ import annotations
 
-import functools
 import os
+import threading
 from pathlib import Path
 
 import torch
@@ -26,24 +26,31 @@ WORTH_BUILDING = 200 << 20  # bytes of weights for which it is worth the time to
 NOT_BUILT = "the CPU kernels are not built yet: python -m torchchat_core.kernels"
 
 
-@functools.cache
+_lock = threading.Lock()
+_outcome: list[str | None] = []  # of the first attempt that did not end with NOT_BUILT
+
+
 def load(building: bool = True) -> str | None:
     """Makes the operators available; None, or why they are not available.
 
-    Where they were not compiled before, they are now, which takes some ten seconds; not so without `building`.
+    Where they were not compiled before, they are now, which takes some ten seconds; not so without `building`. A
+    compiled library that cannot be loaded is compiled again.
     """
     if os.environ.get(SWITCH, "").lower() in ("off", "0", "no"):
         return f"{SWITCH} is off"
-    try:
-        path = library_path()
-        if not path.exists():
-            if not building:
+    with _lock:
+        if _outcome:
+            return _outcome[0]
+        try:
+            path = library_path()
+            if not building and not path.exists():
                 return NOT_BUILT
-            build(path)
-        _load(path)
-    except (TorchchatError, OSError, RuntimeError) as error:
-        return str(error)
-    return None
+            _load(path)
+        except (TorchchatError, OSError, RuntimeError) as error:
+            _outcome.append(str(error))
+        else:
+            _outcome.append(None)
+        return _outcome[0]
 
 
 def available(building: bool = True) -> bool:
@@ -51,9 +58,15 @@ def available(building: bool = True) -> bool:
     return load(building) is None
 
 
-@functools.cache
 def _load(path: Path) -> None:
-    torch.ops.load_library(str(path))
+    if not path.exists():
+        build(path)
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError):  # damaged, or of a system library that is gone
+        path.unlink(missing_ok=True)
+        build(path)
+        torch.ops.load_library(str(path))
     torch.library.register_fake("torchchat::pack_quantized", _fake_pack)
     torch.library.register_fake("torchchat::unpack_quantized", _fake_unpack)
     torch.library.register_fake("torchchat::quantized_linear", _fake_linear)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,25 +36,31 @@ def library_path() -> Path:
     return cache_folder() / "kernels" / digest.hexdigest()[:16] / "torchchat_kernels.so"
 
 
-def find_compiler() -> str | None:
-    """The path of a C++ compiler: $CXX, or the first of those usual."""
+def find_compiler() -> list[str]:
+    """The command of a C++ compiler: $CXX, or the first of the usual ones. Raises `TorchchatError` without one."""
     named = os.environ.get("CXX")
-    return next((found for name in ([named] if named else COMPILERS) if (found := shutil.which(name))), None)
+    if named:
+        command = shlex.split(named)
+        if not command or shutil.which(command[0]) is None:
+            raise TorchchatError(f"CXX is {named!r}, and there is no such program", "set it to a C++ compiler")
+        return command
+    found = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    if found is None:
+        raise TorchchatError("there is no C++ compiler, so the fast CPU kernels cannot be built",
+                             "install g++ or clang++, or set CXX")
+    return [found]
 
 
 def build(path: Path) -> None:
     """Compiles the kernels to `path`, whole or not at all. Raises `TorchchatError` where that fails."""
     compiler = find_compiler()
-    if compiler is None:
-        raise TorchchatError("there is no C++ compiler, so the fast CPU kernels cannot be built",
-                             "install g++ or clang++, or set CXX")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, progress.task("building the CPU kernels, once"):
         compiled, made = Path(folder) / "operators.o", Path(folder) / path.name
-        _run([compiler, *FLAGS, *OPENMP, f"-I{_torch_folder() / 'include'}", "-c", str(FOLDER / "operators.cpp"),
+        _run([*compiler, *FLAGS, *OPENMP, f"-I{_torch_folder() / 'include'}", "-c", str(FOLDER / "operators.cpp"),
               "-o", str(compiled)])
         libraries = _torch_folder() / "lib"
-        _run([compiler, "-shared", str(compiled), "-o", str(made), f"-L{libraries}", "-ltorch_cpu", "-lc10",
+        _run([*compiler, "-shared", str(compiled), "-o", str(made), f"-L{libraries}", "-ltorch_cpu", "-lc10",
               *(_openmp_of_torch() or OPENMP), f"-Wl,-rpath,{libraries}"])
         made.replace(path)
 

@@ -30,6 +30,7 @@ namespace torchchat {
 constexpr int64_t kPanelRows = 16;
 constexpr int64_t kBlockColumns = 32;
 constexpr int64_t kQuads = kBlockColumns / 4;
+constexpr float kSmallest = 1e-30f;  // of the largest activation in a block: what is smaller counts as zero
 
 enum class Instructions { kPortable, kAvx2, kAvx512 };
 
@@ -102,7 +103,7 @@ inline void round_block_portable(const float* x, int8_t* values, float& scale, i
   }
   if (!finite) return poison_block(values, scale, count);
   scale = largest / 127;
-  const float inverse = largest > 0 ? 127 / largest : 0;
+  const float inverse = largest > kSmallest ? 127 / largest : 0;
   count = 0;
   for (int64_t i = 0; i < kBlockColumns; ++i) {
     const auto rounded = static_cast<int8_t>(std::nearbyint(x[i] * inverse));
@@ -166,7 +167,7 @@ TORCHCHAT_AVX2 inline void round_block_avx2(const float* x, int8_t* values, floa
   const float most = _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
   if (_mm256_movemask_ps(unordered) || !std::isfinite(most)) return poison_block(values, scale, count);
   scale = most / 127;
-  const __m256 inverse = _mm256_set1_ps(most > 0 ? 127 / most : 0);
+  const __m256 inverse = _mm256_set1_ps(most > kSmallest ? 127 / most : 0);
   __m256i rounded[4], sum = _mm256_setzero_si256();
   for (int i = 0; i < 4; ++i) {
     rounded[i] = _mm256_cvtps_epi32(_mm256_mul_ps(parts[i], inverse));

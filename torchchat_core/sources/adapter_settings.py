@@ -15,6 +15,7 @@ from torchchat_core.sources.reference import missing_file
 
 MERGE = "merge it with PEFT's merge_and_unload, and give the merged model"
 MAXIMUM_RANK = 1 << 16
+LARGEST_ALPHA = 1e6  # some hundred times what anyone trains with
 MAXIMUM_PATTERN = 200  # characters
 MAXIMUM_REPEATS = 3  # in a pattern: more could take for ever to match
 
@@ -97,8 +98,9 @@ def _rank(name: str, value: object) -> int:
 
 
 def _alpha(name: str, value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise TorchchatError(f"{name} is {value!r:.60} in adapter_config.json; it has to be a number")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= LARGEST_ALPHA:
+        raise TorchchatError(f"{name} is {repr(value)[:40]} in adapter_config.json; it has to be a number from "
+                             f"-{LARGEST_ALPHA:g} to {LARGEST_ALPHA:g}")
     return float(value)
 
 

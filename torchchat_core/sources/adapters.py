@@ -198,20 +198,23 @@ class _Adapted:
         return EMBEDDING if name == HEAD and self._splits_head() else name
 
     def _changed(self, name: str, change: Change) -> Tensor:
-        """The tensor in float32, or as the adapter replaces it."""
+        """The tensor in float32. Raises `TorchchatError` where it is not finite, or the adapter holds no numbers."""
         if change.whole is not None:
-            value = self._ordered(name, change.whole.read())
+            value = self._ordered(name, _numbers(name, change.whole))
         else:
             value = self._base.tensor(self._base_name(name), torch.float32)
         if change.lora is not None:
-            a, b = (stored.read().float() for stored in change.lora)
+            a, b = (_numbers(name, stored) for stored in change.lora)
             a, b = (b.T, a.T) if change.embedding else (a, b)
             value = torch.addmm(value.float(), self._ordered(name, b), a, alpha=change.scale)
         if change.magnitude is not None:
-            lengths = self._ordered(name, change.magnitude.read().float().flatten())
+            lengths = self._ordered(name, _numbers(name, change.magnitude).flatten())
             value.mul_((lengths / torch.linalg.vector_norm(value, dim=1))[:, None])
         if change.addition is not None:
-            value = value.float() + change.scale * self._ordered(name, change.addition.read().float())
+            value = value.float() + change.scale * self._ordered(name, _numbers(name, change.addition))
+        if not value.isfinite().all():
+            raise TorchchatError(f"{name!r} with the adapter holds values that are no finite numbers",
+                                 "the adapter is damaged, or its training failed: save it again")
         return value
 
     def _ordered(self, name: str, rows: Tensor) -> Tensor:
@@ -220,6 +223,15 @@ class _Adapted:
         heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads, "q_norm": 1, "k_norm": 1
                  }.get(layer.rpartition(".")[2])
         return interleaved_rows(rows, heads) if heads is not None and self.config.rope_interleaved else rows
+
+
+def _numbers(name: str, stored: StoredTensor) -> Tensor:
+    """A weight of the adapter in float32. Raises `TorchchatError` where it is of no floating-point type."""
+    tensor = stored.read()
+    if not tensor.is_floating_point():
+        raise TorchchatError(f"the adapter's weight for {name!r} is of {str(tensor.dtype).removeprefix('torch.')}; "
+                             "floating point is needed", ANOTHER_MODEL)
+    return tensor.float()
 
 
 class _PackedAdapted(_Adapted):

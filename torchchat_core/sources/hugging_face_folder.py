@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
+import math
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchchat_core.amounts import bytes_text
 from torchchat_core.chat_template import find_chat_template
 from torchchat_core.errors import TorchchatError
 from torchchat_core.models.config import ModelConfig
@@ -48,6 +49,7 @@ def write_folder(checkpoint: Checkpoint, files: ModelFiles, registry: Registry, 
     config = dataclasses.replace(checkpoint.config, tied_embeddings=_tied(checkpoint))
     raw, shapes = config_to_hugging_face(config), weight_shapes(config)
     tokenizer = read_tokenizer(files, registry) if files.tokenizer else None
+    _check_room(folder, sum(map(math.prod, shapes.values())) * TORCH_DTYPES[dtype].itemsize)
     with _appearing(folder) as beside:
         texts = _text_files(files, registry, tokenizer) if tokenizer is not None else {}
         texts |= _configs(raw, files, tokenizer, dtype)
@@ -63,8 +65,17 @@ def check_free(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         raise TorchchatError(f"the folder {str(folder)!r} exists and is not empty",
                              "delete it, or give another one with --output-dir")
+    if folder.is_dir() and folder.samefile(Path.cwd()):
+        raise TorchchatError("the current folder cannot become the new one", "give another name with --output-dir")
     if not folder.absolute().parent.is_dir():
         raise TorchchatError(f"there is no folder {str(folder.parent)!r}", "make it first")
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder.absolute().parent).free
+    if free < needed:
+        raise TorchchatError(f"the weights need {bytes_text(needed)}, and {str(folder.absolute().parent)!r} has "
+                             f"{bytes_text(free)} free", "make room, or write to another disk with --output-dir")
 
 
 @contextmanager
@@ -72,7 +83,7 @@ def _appearing(folder: Path) -> Iterator[Path]:
     """A folder beside it that takes its name when the block ends well, and vanishes when it does not."""
     check_free(folder)
     folder = folder.absolute()
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    beside = folder.with_name(f".{folder.name[:100]}.{secrets.token_hex(4)}")
     try:
         beside.mkdir()
         yield beside
@@ -82,8 +93,7 @@ def _appearing(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise TorchchatError(f"cannot write {str(folder)!r}: {error.strerror or error}") from None
     finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(beside)
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 # ---- weights ------------------------------------------------------------------------------------------------------
