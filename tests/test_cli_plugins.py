@@ -62,6 +62,18 @@ def test_doctor_is_content_with_a_sound_installation(run: Any) -> None:
     assert all(check["ok"] is not False for check in checks)
 
 
+@pytest.mark.parametrize(("changes", "detail", "fix"), [
+    ({"CXX": "true"}, "not compiled yet; true does it", "-m torchchat_core.kernels"),
+    ({"CXX": "nonesuch"}, "CXX is 'nonesuch', and there is no such program; PyTorch's serve", "set it to"),
+    ({"TORCHCHAT_CPU_KERNELS": "off"}, "TORCHCHAT_CPU_KERNELS is off; PyTorch's serve", ""),
+])
+def test_doctor_says_whether_the_kernels_are_there(changes: dict[str, str], detail: str, fix: str, run: Any,
+                                                   tmp_path: Path) -> None:
+    done = run("doctor", "--offline", "--json", **{**changes, "XDG_CACHE_HOME": str(tmp_path)})
+    check = next(check for check in json.loads(done.stdout) if check["name"] == "cpu kernels")
+    assert (check["ok"], detail in check["detail"], fix in (check["fix"] or "")) == (None, True, True), check
+
+
 @pytest.mark.parametrize(("code", "requires", "detail", "fix"), [
     ("raise ImportError('no wheel')", "", "ImportError: no wheel", "pip install --force-reinstall sick"),
     ("", "nothing-of-that-name>=2", "needs nothing-of-that-name>=2; it is not installed", "pip install 'nothing-of"),

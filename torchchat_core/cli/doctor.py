@@ -68,7 +68,7 @@ def python_checks() -> Iterator[Check]:
 
 
 def torch_checks() -> Iterator[Check]:
-    """PyTorch, and the devices that it sees."""
+    """PyTorch, the devices that it sees, and core's kernels for it."""
     try:
         import torch
     except Exception as error:  # a broken build raises whatever it meets first
@@ -82,6 +82,26 @@ def torch_checks() -> Iterator[Check]:
     if not torch.cuda.is_available():
         yield Check("cuda", None, "no device" if torch.version.cuda else "this build of PyTorch has no CUDA")
     yield Check("mps", None, "available" if torch.backends.mps.is_available() else "not available")
+    yield kernel_check()
+
+
+def kernel_check() -> Check:
+    """Whether core's kernels for the CPU are compiled; PyTorch's own serve where they are not."""
+    import torch
+
+    from torchchat_core import kernels
+
+    name, reason = "cpu kernels", kernels.load(building=False)
+    if reason is None:
+        return Check(name, True, f"compiled, with {torch.ops.torchchat.use_instructions('')} instructions")
+    if reason != kernels.NOT_BUILT:
+        return Check(name, None, f"{reason}; PyTorch's serve")
+    try:
+        compiler = kernels.find_compiler()[0]
+    except TorchchatError as error:
+        return Check(name, None, f"{error.message}; PyTorch's serve", error.fix)
+    return Check(name, None, f"not compiled yet; {compiler} does it when a large model first needs them",
+                 f"{sys.executable} -m torchchat_core.kernels")
 
 
 def machine_checks() -> Iterator[Check]:

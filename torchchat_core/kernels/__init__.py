@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from torchchat_core.errors import TorchchatError
-from torchchat_core.kernels.build import build, library_path
+from torchchat_core.kernels.build import build, find_compiler, library_path
+
+__all__ = ["GGML_FORMATS", "NOT_BUILT", "WORTH_BUILDING", "available", "find_compiler", "load", "packed_bytes"]
 
 SWITCH = "TORCHCHAT_CPU_KERNELS"  # "off" leaves them out
 PANEL_ROWS, BLOCK_COLUMNS = 16, 32
