@@ -281,6 +281,34 @@ def test_what_a_broken_download_left_is_removed_with_yes(torchchat: Any, tmp_pat
     assert torchchat("remove", "small", "--yes").out == "removed small: 2 kB are free again\n"
 
 
+def shelf_of_two(shelf: Any, *models: str) -> None:
+    """From now on the shelf tells that all of these models go with any of them."""
+    from torchchat_core.specs import KeptModel, Removal
+
+    def removal(self: Any, ref: Any) -> Removal:
+        folder = self._folder(ref).parent
+        return Removal(path=folder, bytes=6_000, models=tuple(
+            KeptModel(reference=model, path=folder, bytes=3_000) for model in models))
+
+    shelf.Shelf.removal = removal
+
+
+def test_remove_asks_about_all_that_goes(torchchat: Any, shelf: Any, tmp_path: Path) -> None:
+    torchchat("download", "small", "shelf:c")
+    shelf_of_two(shelf, "shelf:a", "shelf:c")
+    done = torchchat("remove", "small", stdin=Terminal("n\n"))
+    assert done.code == 130
+    assert f"Delete {tmp_path}/kept (6 kB), which holds shelf:a and shelf:c? [y/N]" in done.err
+    assert "with it went shelf:a and shelf:c\n" in torchchat("remove", "small", "--yes").out
+
+
+def test_remove_asks_about_what_a_broken_download_left(torchchat: Any, shelf: Any, tmp_path: Path) -> None:
+    shelf_of_two(shelf)
+    done = torchchat("remove", "small", stdin=Terminal("n\n"))
+    assert done.code == 130
+    assert f"Delete what a download that was cut off has left, {tmp_path}/kept (6 kB)? [y/N]" in done.err
+
+
 def test_folders_and_files_of_the_user_are_not_removed(torchchat: Any, tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "small").mkdir()
     (tmp_path / "small/model.safetensors").touch()
@@ -288,7 +316,7 @@ def test_folders_and_files_of_the_user_are_not_removed(torchchat: Any, tmp_path:
     for model in ("./small", "small", tmp_path / "small", "small/model.safetensors"):
         done = torchchat("remove", model, "--yes")
         assert done.code == 1
-        assert "is a folder or file of your own; only what torchchat downloaded is removed" in done.err
+        assert "is a folder or file of your own; only what was downloaded is removed" in done.err
     assert "no copy that was downloaded" in torchchat("remove", "embedded", "--yes").err
     assert (tmp_path / "small/model.safetensors").exists()
 

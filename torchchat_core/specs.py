@@ -296,10 +296,21 @@ class KeptModel:
     bytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Removal:
+    """What the removal of a reference deletes."""
+
+    path: Path  # of the folder or file
+    bytes: int  # that become free, about
+    models: tuple[KeptModel, ...] = ()  # that are whole until then; none: what a download that was cut off has left
+
+
 class KeepingSource(ModelSource, Protocol):
     """Of a description with `keeps`. A fetch that was cut off goes on where it was, without fetching twice.
 
-    A model that is wholly here is fetched without the network.
+    A model that is wholly here is fetched without the network. A source that may delete more than the one model that a
+    reference names has `removal` too, a method that tells what `remove` would delete (a `Removal`, or None for
+    nothing), so that the user is asked about that.
     """
 
     def locate(self, ref: ModelRef) -> ModelFiles | None:

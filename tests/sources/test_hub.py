@@ -203,7 +203,7 @@ def test_too_small_a_disk_is_told_before_anything_is_fetched(hub: Any, tiny: dic
     monkeypatch.setattr(downloading.shutil, "disk_usage", lambda _: usage(10, 0, 10))
     message = refused().message
     assert f"{NAME} needs " in message
-    assert "10 bytes free" in message
+    assert "10 B free" in message
     assert hub.bytes_sent == 0
 
 
@@ -307,7 +307,7 @@ class Recorder:
 
         return Task()
 
-    def finished(self, task: Any) -> None: ...
+    def finished(self, task: Any, completed: bool) -> None: ...
 
 
 def tree_size(folder: Path) -> int:

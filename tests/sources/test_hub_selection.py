@@ -24,6 +24,8 @@ NAME = "someone/tiny"
     ("a/b@refs/pr/1", HubReference("a/b", "refs/pr/1")),
     ("a/b:m.gguf", HubReference("a/b", None, "m.gguf")),
     ("a/b@v1:sub/m.gguf", HubReference("a/b", "v1", "sub/m.gguf")),
+    (f"a/b:m.gguf#sha256={'0' * 64}", HubReference("a/b", None, "m.gguf", "0" * 64)),
+    ("a/b:m#1.gguf", HubReference("a/b", None, "m#1.gguf")),
 ])
 def test_a_reference_names_repository_revision_and_file(text: str, meant: HubReference) -> None:
     assert parse_hub_location(text) == meant
@@ -36,7 +38,8 @@ def test_a_file_of_a_repository_can_be_named_without_the_scheme(isolated_registr
 
 @pytest.mark.parametrize("text", ["", "a", "a/b/c", "../b", "a/..", "a/b--c", "a/b@../../x", "a/b@", "a/b:",
                                   "a/b:/etc/x", "a/b:../x", "a/b:x/../../y", "a/b:x\\y", "a/b:x\0", "/a/b",
-                                  "a/b.git", "ä/b"])
+                                  "a/b.git", "ä/b", "a/b@main@x", "a/b:x\x9b.gguf", "a/b:x\x7f", "a/b:\u202efugg.exe",
+                                  "a/b:\u2066x"])
 def test_a_reference_that_could_leave_the_cache_is_refused(text: str) -> None:
     with pytest.raises(TorchchatError):
         parse_hub_location(text)
@@ -47,6 +50,7 @@ def test_a_reference_that_could_leave_the_cache_is_refused(text: str) -> None:
     ("https://huggingface.co/a/b/tree/v1", "a/b@v1"),
     ("https://huggingface.co/a/b/resolve/main/sub/m.gguf?download=true", "a/b:sub/m.gguf"),
     ("https://hf.co/a/b/blob/refs%2Fpr%2F1/m.gguf", "a/b@refs/pr/1:m.gguf"),
+    (f"https://huggingface.co/a/b/blob/main/m.gguf#sha256={'AB' * 32}", f"a/b:m.gguf#sha256={'ab' * 32}"),
 ])
 def test_addresses_of_the_hub_are_hub_references(url: str, location: str, isolated_registry: Registry,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,12 +64,14 @@ def test_addresses_of_the_users_own_hub_are_hub_references(isolated_registry: Re
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/hub/")
     assert resolve("https://mirror.example/hub/a/b/resolve/main/m.gguf", isolated_registry).location == "a/b:m.gguf"
     assert resolve("https://huggingface.co/a/b", isolated_registry).scheme == "https"
+    assert resolve("https://mirror.example/hub/files/m.gguf", isolated_registry).scheme == "https"
+    assert resolve("https://mirror.example/hub/a/b", isolated_registry).location == "a/b"
 
 
 def test_other_addresses_stay_addresses(isolated_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
     for url in ("https://example.com/a/b", "https://huggingface.co/datasets/a/b/resolve/main/m.gguf",
-                "https://huggingface.co/a/b/resolve/main/m.gguf#sha256=" + "0" * 64):
+                "https://huggingface.co/a/b/resolve/main/m.gguf#part", "https://huggingface.co/a/b#sha256=" + "0" * 64):
         assert resolve(url, isolated_registry).scheme == "https"
 
 

@@ -203,8 +203,9 @@ def test_more_bytes_than_announced_are_refused(hub: Any, file: str, monkeypatch:
     assert f"sends more than the {len(CONTENT)} bytes" in refused(file).message
 
 
-def test_a_web_page_is_no_file(hub: Any, file: str) -> None:
-    hub.media_type = "text/html; charset=utf-8"
+@pytest.mark.parametrize("media_type", ["text/html; charset=utf-8", "application/xhtml+xml"])
+def test_a_web_page_is_no_file(hub: Any, file: str, media_type: str) -> None:
+    hub.media_type = media_type
     error = refused(file)
     assert "is a web page, not a file" in error.message
     assert "download button" in (error.fix or "")
@@ -247,7 +248,7 @@ def test_redirects_lead_to_encrypted_places_alone(hub: Any, file: str) -> None:
 def test_too_small_a_disk_is_told(hub: Any, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(downloading.shutil, "disk_usage", lambda _: usage(10, 0, 10))
-    assert "model.gguf needs 102.4 kB more" in refused(file).message
+    assert "model.gguf needs 102 kB more" in refused(file).message
     assert hub.bytes_sent == 0
 
 
@@ -261,7 +262,7 @@ def test_progress_is_told(hub: Any, file: str) -> None:
             assert total == len(CONTENT)
             return self
 
-        def finished(self, task: Any) -> None: ...
+        def finished(self, task: Any, completed: bool) -> None: ...
 
         def advance(self, amount: int) -> None:
             done[self.name] += amount
@@ -311,3 +312,26 @@ def test_a_folder_that_leads_elsewhere_is_not_removed(hub: Any, file: str, tmp_p
     with pytest.raises(TorchchatError, match="is a link to"):
         UrlSource().remove(reference(file))
     assert (outside / "model.gguf").exists()
+
+
+def test_a_copy_with_another_digest_is_not_what_is_removed(hub: Any, file: str) -> None:
+    kept = fetch(file).weights[0]
+    wrong = reference(f"{file}#sha256={'0' * 64}")
+    assert UrlSource().removal(wrong) is None
+    assert UrlSource().remove(wrong) == 0
+    assert kept.exists()
+    right = reference(f"{file}#sha256={SHA256}")
+    found = UrlSource().removal(right)
+    assert found is not None
+    assert (found.path, found.bytes, [model.reference for model in found.models]) == (kept, len(CONTENT), [file])
+    assert UrlSource().remove(right) >= len(CONTENT)
+    assert not kept.exists()
+
+
+def test_what_a_broken_download_left_is_told_before_it_is_removed(hub: Any, file: str) -> None:
+    with hub.cut_after(40_000):
+        refused(file)
+    found = UrlSource().removal(reference(f"{file}#sha256={SHA256}"))
+    assert found is not None
+    assert found.models == ()
+    assert found.bytes >= 40_000

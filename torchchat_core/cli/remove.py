@@ -1,8 +1,9 @@
-"""`torchchat remove`: deletes what torchchat downloaded, and nothing else."""
+"""`torchchat remove`: deletes downloaded copies from torchchat's cache and from the one that it shares with others."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import click
 
@@ -12,7 +13,7 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
 from torchchat_core.sources.inventory import kept_copy, locate, products_of, source_of
 from torchchat_core.sources.reference import resolve
-from torchchat_core.specs import ModelRef, ModelSourceInfo
+from torchchat_core.specs import ModelRef, ModelSourceInfo, Removal
 
 
 @click.command()
@@ -20,25 +21,30 @@ from torchchat_core.specs import ModelRef, ModelSourceInfo
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.pass_obj
 def remove(registry: Registry, /, model: str, yes: bool) -> None:
-    """Delete the copy of a model that torchchat downloaded.
+    """Delete the downloaded copy of a model.
 
-    Folders and files of your own are never deleted, and neither is what you made of the model.
+    Models of a hub lie in the cache of Hugging Face's tools, and what those fetched of the model goes too. Folders and
+    files of your own are never deleted, and neither is what you made of the model.
     """
     ref = resolve(model, registry)
     info = source_of(ref, registry)
     if not info.keeps:
-        raise TorchchatError(f"{model!r} is {_whose(ref)}; only what torchchat downloaded is removed",
+        raise TorchchatError(f"{model!r} is {_whose(ref)}; only what was downloaded is removed",
                              "the downloaded ones: torchchat list --downloaded")
-    found = _description(ref, info)
+    source: Any = info.make()
+    found = _removal(ref, info, source)
     if found is None and not yes:
         raise TorchchatError(f"{model!r} is not downloaded",
-                             "with --yes, what a download that was cut off has left is deleted")
+                             None if hasattr(source, "removal")
+                             else "with --yes, what a download that was cut off has left is deleted")
     if found is not None and not yes:
-        _ask(f"Delete {found}?")
-    freed = info.make().remove(ref)
+        _ask(_question(found))
+    freed = source.remove(ref)
     if not freed and found is None:
         raise TorchchatError(f"{model!r} is not downloaded", "what is here: torchchat list --downloaded")
     click.echo(f"removed {model}: {bytes_text(freed)} are free again")
+    if found is not None and len(found.models) > 1:
+        click.echo(f"with it went {_listed(found)}")
     for made in products_of(ref):
         click.echo(f"what you made of it stays: {made.path}")
 
@@ -47,13 +53,26 @@ def _whose(ref: ModelRef) -> str:
     return "a folder or file of your own" if ref.scheme == "file" else "no copy that was downloaded"
 
 
-def _description(ref: ModelRef, info: ModelSourceInfo) -> str | None:
-    """What would be deleted, with its size; None where the model is not here, or not all of it."""
+def _removal(ref: ModelRef, info: ModelSourceInfo, source: Any) -> Removal | None:
+    """What would be deleted; None where nothing is here, or where its source cannot tell."""
+    if hasattr(source, "removal"):
+        found: Removal | None = source.removal(ref)
+        return found
     files = locate(ref, info)
-    if files is None:
-        return None
-    copy = kept_copy(files, list(info.make().kept()))
-    return f"{copy.path} ({bytes_text(copy.bytes)})" if copy is not None else str(files.root)
+    copy = kept_copy(files, list(source.kept())) if files is not None else None
+    return Removal(path=copy.path, bytes=copy.bytes, models=(copy,)) if copy is not None else None
+
+
+def _question(found: Removal) -> str:
+    what = f"{found.path} ({bytes_text(found.bytes)})"
+    if not found.models:
+        return f"Delete what a download that was cut off has left, {what}?"
+    return f"Delete {what}, which holds {_listed(found)}?" if len(found.models) > 1 else f"Delete {what}?"
+
+
+def _listed(found: Removal) -> str:
+    names = [model.reference for model in found.models]
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _ask(question: str) -> None:

@@ -18,7 +18,7 @@ from torchchat_core.sources.hub_cache import COMMIT, DIGEST, CachedRepository, d
 from torchchat_core.sources.hub_reference import HubReference
 from torchchat_core.sources.local import files_of_folder, files_of_single_file
 from torchchat_core.sources.url_file import KeptFile, UrlFile
-from torchchat_core.specs import CatalogueEntry, KeptModel, ModelFiles, ModelRef
+from torchchat_core.specs import CatalogueEntry, KeptModel, ModelFiles, ModelRef, Removal
 
 
 def is_url(name: str) -> bool:
@@ -69,6 +69,11 @@ def kept_entries(entries: Iterable[CatalogueEntry]) -> Iterator[KeptModel]:
             if all(place.is_file() for place in places):
                 yield KeptModel(reference=entry.reference, path=_folder(entry),
                                 bytes=sum(place.stat().st_size for place in places))
+
+
+def removal_of_entry(entry: CatalogueEntry) -> Removal | None:
+    """What goes with the model; None where not all of it is here."""
+    return next((Removal(path=kept.path, bytes=kept.bytes, models=(kept,)) for kept in kept_entries([entry])), None)
 
 
 def remove_entry(entry: CatalogueEntry, entries: Iterable[CatalogueEntry]) -> int:

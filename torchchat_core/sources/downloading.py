@@ -36,7 +36,10 @@ ATTEMPTS = 5  # in a row without a byte
 FIRST_ATTEMPTS = 3  # to reach a server at all: without a network, nobody wants to wait long for that to be said
 PAUSE = 1.0  # seconds before the second attempt, doubled before each further one
 LONGEST_PAUSE = 60.0  # seconds that a server's Retry-After is obeyed
+NOT_SATISFIABLE = 416  # HTTP's status where a range begins beyond the end of the file
 BLOCK = 1 << 18  # bytes read at once
+LOOK_AT_DISK = 1 << 26  # bytes of a file of unknown size between two looks at what is free
+RESERVE = 1_000_000_000  # bytes that a file of unknown size leaves free
 REDIRECTS = 10
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 USER_AGENT = f"torchchat/{__version__}"
@@ -66,6 +69,7 @@ class Download:
 
     url: str
     partial: Path
+    name: str  # for messages
     size: int | None  # bytes; None: what the server says
     headers: Mapping[str, str] = field(default_factory=dict)
     validator: str | None = None  # the etag that the partial file is of, where the URL alone does not say it
@@ -74,23 +78,47 @@ class Download:
 def download(wanted: Download, advance: Callable[[int], None], cancelled: threading.Event) -> None:
     """Fetches what is missing of the file. `advance` is told of bytes, negative ones where some are thrown away.
 
-    Raises `HTTPFailure`, `ConnectionFailure` after `ATTEMPTS` without a byte, `Cancelled`, and `TorchchatError` where
-    the disk is full or the server sends another number of bytes. The partial file stays for the next time.
+    Raises `HTTPFailure`, `ConnectionFailure` after `ATTEMPTS` without a byte more than there ever was, `Cancelled`,
+    and `TorchchatError` where the disk is full or the server has another number of bytes. The partial file stays for
+    the next time.
     """
     advance(length(wanted.partial))
-    failures = 0
+    attempts = _Attempts(furthest=length(wanted.partial))
     while wanted.size is None or length(wanted.partial) != wanted.size:
-        before = length(wanted.partial)
         try:
             if _continue(wanted, advance, cancelled):
                 return
         except (HTTPFailure, ConnectionFailure) as failure:
-            failures = 1 if length(wanted.partial) > before else failures + 1
-            pause = _pause_before_next(failure, failures)
-            if pause is None:
-                raise
+            pause = attempts.pause_after(failure, wanted)
+            if isinstance(failure, HTTPFailure) and failure.status == NOT_SATISFIABLE:
+                _discard(wanted.partial, advance)
             if cancelled.wait(pause):
                 raise Cancelled from None
+
+
+@dataclass
+class _Attempts:
+    """How a download went until now. What was thrown away and comes again is no progress."""
+
+    furthest: int  # bytes
+    failures: int = 0  # since then
+    begun_anew: bool = False
+
+    def pause_after(self, failure: HTTPFailure | ConnectionFailure, wanted: Download) -> float:
+        """Seconds until the next attempt. Raises the failure, or a `TorchchatError`, where there is to be none."""
+        have = length(wanted.partial)
+        self.failures = 1 if have > self.furthest else self.failures + 1
+        self.furthest = max(self.furthest, have)
+        if isinstance(failure, HTTPFailure) and failure.status == NOT_SATISFIABLE:
+            if not have or self.begun_anew:
+                _check_size(wanted, whole_number(failure.headers.get("content-range", "").rpartition("/")[2]))
+                raise failure
+            self.begun_anew = True
+            return PAUSE
+        pause = _pause_before_next(failure, self.failures)
+        if pause is None:
+            raise failure
+        return pause
 
 
 def trying_again(action: Callable[[], Result]) -> Result:
@@ -119,13 +147,19 @@ def _pause_before_next(failure: HTTPFailure | ConnectionFailure, failures: int) 
 
 def seconds_to_wait(headers: Mapping[str, str]) -> float | None:
     """What a busy server asks for, by Retry-After or by the draft header RateLimit, which Hugging Face sends."""
-    limit = re.search(r"r=0\s*;\s*t=(\d{1,9})", headers.get("ratelimit", ""))
+    limit = re.search(r"r=0\s*;\s*t=([0-9]{1,9})", headers.get("ratelimit", ""))
     text = limit[1] if limit else headers.get("retry-after", "").strip()
-    if text.isdigit():
-        return float(text)
-    with suppress(ValueError, TypeError):
+    seconds = whole_number(text)
+    if seconds is not None:
+        return float(seconds)
+    with suppress(ValueError, TypeError, OverflowError):
         return parsedate_to_datetime(text).timestamp() - time.time()
     return None
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a header holds; None for anything else, and for one that no file has bytes of."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 15 else None
 
 
 # ---- one request --------------------------------------------------------------------------------------------------
@@ -141,36 +175,67 @@ def _continue(wanted: Download, advance: Callable[[int], None], cancelled: threa
         headers["Range"] = f"bytes={start}-"
         if wanted.validator:
             headers["If-Range"] = wanted.validator
-    try:
-        with open_url(wanted.url, headers) as response:
-            if start and not _goes_on_at(response, start):
-                start = _discard(wanted.partial, advance)
-            total = wanted.size if wanted.size is not None else _announced(response, start)
-            _append(response, wanted.partial, total, advance, cancelled)
-    except HTTPFailure as failure:
-        if failure.status != 416:
-            raise
-        _discard(wanted.partial, advance)
-        return False
+    with open_url(wanted.url, headers) as response:
+        _check_is_file(response, wanted, start)
+        if start and response.status == 200:
+            start = _discard(wanted.partial, advance)
+        announced = _announced(response, start)
+        _check_size(wanted, announced)
+        total = announced if wanted.size is None else wanted.size
+        _append(response, wanted, total, advance, cancelled)
     have = length(wanted.partial)
     if total is not None and have < total:
         raise ConnectionFailure(f"the connection broke after {have} of {total} bytes")
     return True
 
 
-def _append(response: http.client.HTTPResponse, partial: Path, total: int | None, advance: Callable[[int], None],
+def _check_is_file(response: http.client.HTTPResponse, wanted: Download, start: int) -> None:
+    """Raises where the answer is neither the file nor the rest of it from `start` on."""
+    packed = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if packed not in ("", "identity"):
+        raise TorchchatError(f"{urlsplit(wanted.url).netloc} sends {wanted.name} packed (Content-Encoding "
+                             f"{packed!r:.40}), which it was not asked to",
+                             "download the file with another program and name it here")
+    if response.status != 200 and not (start and _goes_on_at(response, start)):
+        raise ConnectionFailure(f"the server answered with another part of the file (HTTP status {response.status})")
+
+
+def _check_size(wanted: Download, found: int | None) -> None:
+    if wanted.size is not None and found is not None and found != wanted.size:
+        raise TorchchatError(f"{urlsplit(wanted.url).netloc} has {found} bytes of {wanted.name}, and {wanted.size} "
+                             "were announced", "the file is being changed, or its copy is damaged; try again later")
+
+
+def _append(response: http.client.HTTPResponse, wanted: Download, total: int | None, advance: Callable[[int], None],
             cancelled: threading.Event) -> None:
-    with writing(partial), partial.open("ab") as file:
+    with writing(wanted.partial), wanted.partial.open("ab") as file:
         have = file.tell()
+        looked_at = have
         while block := _read(response):
             if cancelled.is_set():
                 raise Cancelled
             if total is not None and have + len(block) > total:
-                raise TorchchatError(f"the server sends more than the {total} bytes that {partial.stem} has",
+                raise TorchchatError(f"the server sends more than the {total} bytes that {wanted.name} has",
                                      "the file is being changed; try again later")
             file.write(block)
             have += len(block)
             advance(len(block))
+            if total is None and have - looked_at >= LOOK_AT_DISK:
+                looked_at = have
+                _check_reserve(wanted, have)
+
+
+def _check_reserve(wanted: Download, have: int) -> None:
+    """Raises `TorchchatError` where the disk is nearly full."""
+    try:
+        free = shutil.disk_usage(wanted.partial.parent).free
+    except OSError:
+        return
+    if free < RESERVE:
+        raise TorchchatError(f"{wanted.name} has {bytes_text(have)} until now, the server does not say how many there "
+                             f"are, and {str(wanted.partial.parent)!r} has {bytes_text(free)} free",
+                             "make room, or choose another disk with XDG_CACHE_HOME; torchchat remove deletes what "
+                             "has come")
 
 
 def _read(response: http.client.HTTPResponse) -> bytes:
@@ -185,8 +250,9 @@ def _goes_on_at(response: http.client.HTTPResponse, start: int) -> bool:
 
 
 def _announced(response: http.client.HTTPResponse, start: int) -> int | None:
-    length = response.headers.get("Content-Length", "")
-    return start + int(length) if length.isdigit() else None
+    """Bytes of the whole file."""
+    rest = whole_number(response.headers.get("Content-Length", ""))
+    return None if rest is None else start + rest
 
 
 def _discard(partial: Path, advance: Callable[[int], None]) -> int:

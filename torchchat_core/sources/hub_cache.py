@@ -4,6 +4,7 @@
     models--owner--name/snapshots/COMMIT/FILE     links to ../../blobs/DIGEST, which appear once the file is complete
     models--owner--name/blobs/DIGEST              sha256 of large files, git's sha1 of others
     models--owner--name/.torchchat/COMMIT.json    all files of the repository, written before torchchat fetches any
+    models--owner--name/.torchchat/revisions/main/COMMIT  empty: the branch was there, by this file's time
 
 Standard library alone: finding a model that is here takes milliseconds. What the cache holds was written by others.
 """
@@ -26,6 +27,9 @@ from torchchat_core.sources.hub_reference import DEFAULT_REVISION, NAME, HubRefe
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+LONGEST_PATH = 1024  # characters below a snapshot
+MARKS = ".torchchat/revisions"
+LARGEST_FILE = 1 << 53  # bytes; more than any file system has room for
 MAXIMUM_RECORD = 64 * 1024 * 1024  # bytes; a hundred thousand files take a quarter
 _writing = Lock()  # `write_whole` keeps processes apart, not threads
 TRUE = ("1", "ON", "YES", "TRUE")
@@ -68,11 +72,13 @@ class Listing:
 class CachedRepository:
     """The folder of one repository."""
 
-    def __init__(self, repository: str) -> None:
+    def __init__(self, repository: str, hub: Path | None = None) -> None:
         self.name = repository
-        folder_name = f"models--{repository.replace('/', '--')}"
-        self.folder = hub_folder() / folder_name
-        self.locks = hub_folder() / ".locks" / folder_name
+        self.folder = (hub or hub_folder()) / f"models--{repository.replace('/', '--')}"
+
+    @property
+    def locks(self) -> Path:
+        return self.folder.parent / ".locks" / self.folder.name
 
     def snapshot(self, commit: str) -> Path:
         return self.folder / "snapshots" / commit
@@ -91,35 +97,52 @@ class CachedRepository:
         if revision is not None and COMMIT.fullmatch(revision):
             return revision
         try:
-            with (self.folder / "refs" / (revision or DEFAULT_REVISION)).open(encoding="ascii") as file:
+            with open(f"{self.folder}/refs/{revision or DEFAULT_REVISION}", encoding="ascii") as file:  # noqa: PTH123
                 found = file.read(64).strip()
         except (OSError, ValueError):
             return None
         return found if COMMIT.fullmatch(found) else None
 
+    def commits_at(self, revision: str | None) -> list[str]:
+        """The commit that a branch or tag is at, then those that it was at when torchchat fetched of it, newest first.
+
+        What was fetched before a branch moved on is the branch's still, where no later state of it is here.
+        """
+        now = self.commit(revision)
+        if revision is not None and revision == now:
+            return [revision]
+        marks = []
+        with suppress(OSError), os.scandir(f"{self.folder}/{MARKS}/{revision or DEFAULT_REVISION}") as entries:
+            marks = [(entry.stat(follow_symlinks=False).st_mtime_ns, entry.name) for entry in entries
+                     if COMMIT.fullmatch(entry.name)]
+        former = [name for _, name in sorted(marks, reverse=True)]
+        return list(dict.fromkeys([now, *former] if now is not None else former))
+
+    def _marks(self, revision: str | None) -> Path:
+        return self.folder / MARKS / (revision or DEFAULT_REVISION)
+
     def commits(self) -> list[str]:
-        return [name for name in _names(self.folder / "snapshots") if COMMIT.fullmatch(name)]
+        return [name for name in _names(f"{self.folder}/snapshots") if COMMIT.fullmatch(name)]
 
     def revisions(self) -> dict[str, str]:
         """Branch or tag -> commit."""
-        refs = self.folder / "refs"
-        names = [str(path.relative_to(refs).as_posix()) for path in _walk(refs)]
-        return {name: commit for name in sorted(names) if is_safe_path(name) and (commit := self.commit(name))}
+        names = sorted(name for name, _ in _entries(f"{self.folder}/refs"))
+        return {name: commit for name in names if is_safe_path(name) and (commit := self.commit(name))}
 
     def local_sizes(self, commit: str) -> dict[str, int]:
         """Path in the repository -> bytes, of the files that are here."""
-        snapshot, found = self.snapshot(commit), {}
-        for path in _walk(snapshot):
+        found = {}
+        for name, entry in _entries(f"{self.folder}/snapshots/{commit}"):
             with suppress(OSError):  # a link whose blob is gone
-                status = path.stat()
+                status = entry.stat()
                 if stat.S_ISREG(status.st_mode):
-                    found[path.relative_to(snapshot).as_posix()] = status.st_size
+                    found[name] = status.st_size
         return {name: found[name] for name in sorted(found) if is_safe_path(name)}
 
     def listing(self, commit: str) -> Listing | None:
         """The record of what the repository holds; None where another tool fetched it, or the record is damaged."""
         try:
-            with (self.folder / ".torchchat" / f"{commit}.json").open(encoding="utf-8") as file:
+            with open(f"{self.folder}/.torchchat/{commit}.json", encoding="utf-8") as file:  # noqa: PTH123
                 found = json.loads(file.read(MAXIMUM_RECORD))
             files = [RemoteFile(str(entry["path"]), int(entry["size"]), str(entry["digest"]))
                      for entry in found["files"]]
@@ -132,6 +155,17 @@ class CachedRepository:
     def write_listing(self, listing: Listing) -> None:
         path = self.folder / ".torchchat" / f"{listing.commit}.json"
         _write(path, json.dumps({"files": [asdict(file) for file in listing.files.values()]}))
+
+    def mark_revision(self, revision: str | None, commit: str) -> None:
+        """Notes that the branch or tag is at this commit; where it was before stays noted too."""
+        former = self.commit(revision)
+        if revision == commit:
+            return
+        marks = self._marks(revision)
+        marks.mkdir(parents=True, exist_ok=True)
+        if former is not None and not (marks / former).exists():  # another tool fetched it
+            (marks / former).touch()
+        (marks / commit).touch()
 
     def write_revision(self, revision: str | None, commit: str) -> None:
         """Keeps what the branch or tag is at, for later use without the network."""
@@ -168,6 +202,7 @@ class CachedRepository:
             return self.remove()
         check_removable(self.folder)
         refs = [self.folder / "refs" / name for name, at in self.revisions().items() if at == commit]
+        refs += [mark for mark in _walk(self.folder / MARKS) if mark.name == commit]
         record = self.folder / ".torchchat" / f"{commit}.json"
         blobs = self._blobs_of(_walk(self.snapshot(commit)))
         freed = delete_folder(self.snapshot(commit)) + sum(self._delete(path) for path in [*refs, record])
@@ -180,6 +215,17 @@ class CachedRepository:
         blobs = self._blobs_of(places)
         begun = [self.folder / "blobs" / f"{digest}.incomplete" for digest in digests]
         return sum(self._delete(place) for place in [*places, *begun]) + self._delete_unused(blobs)
+
+    def places(self, commit: str) -> list[Path]:
+        """All files and links of a snapshot."""
+        return list(_walk(self.snapshot(commit)))
+
+    def bytes_freed_by(self, places: Iterable[Path], begun: Iterable[str]) -> int:
+        """What becomes free where these files of snapshots are deleted, and what was begun of these digests."""
+        doomed = set(places)
+        others = [place for commit in self.commits() for place in self.places(commit) if place not in doomed]
+        blobs = [self.folder / "blobs" / name for name in self._blobs_of(doomed) - self._blobs_of(others)]
+        return sum(map(_size, [*doomed, *blobs, *(self.folder / "blobs" / f"{digest}.incomplete" for digest in begun)]))
 
     def _blobs_of(self, places: Iterable[Path]) -> set[str]:
         """Names of the blobs that links point to, where they point to a blob of this folder."""
@@ -216,14 +262,16 @@ def _write(path: Path, content: str) -> None:
 
 def is_listed_well(file: RemoteFile) -> bool:
     """Whether a listed file can be kept: names and sizes are a stranger's."""
-    return is_safe_path(file.path) and DIGEST.fullmatch(file.digest) is not None and file.size >= 0
+    return is_safe_path(file.path) and DIGEST.fullmatch(file.digest) is not None and \
+        0 <= file.size <= LARGEST_FILE
 
 
 def cached_repositories() -> list[CachedRepository]:
     """Every repository of models in the cache, by name."""
-    names = [name.removeprefix("models--").replace("--", "/") for name in _names(hub_folder())
+    hub = hub_folder()
+    names = [name.removeprefix("models--").replace("--", "/") for name in _names(str(hub))
              if name.startswith("models--")]
-    return [CachedRepository(name) for name in sorted(names) if NAME.fullmatch(name)]
+    return [CachedRepository(name, hub) for name in sorted(names) if NAME.fullmatch(name)]
 
 
 def reference_text(repository: str, revision: str | None, file: str | None = None) -> str:
@@ -231,11 +279,30 @@ def reference_text(repository: str, revision: str | None, file: str | None = Non
     return HubReference(repository, None if revision == DEFAULT_REVISION else revision, file).text
 
 
-def _names(folder: Path) -> list[str]:
+# Texts rather than paths where all repositories are looked at: with some hundreds of them, that is half of the time.
+
+
+def _names(folder: str) -> list[str]:
     try:
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     except OSError:
         return []
+
+
+def _entries(folder: str, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Files and links below a folder, by their path in it; folders that are links are not entered."""
+    if len(prefix) >= LONGEST_PATH:
+        return
+    try:
+        with os.scandir(folder) as found:
+            entries = list(found)
+    except OSError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _entries(entry.path, f"{prefix}{entry.name}/")
+        else:
+            yield prefix + entry.name, entry
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -275,6 +342,18 @@ def delete_file(path: Path) -> int:
     except OSError as error:
         raise TorchchatError(f"cannot delete {str(path)!r}: {error.strerror or error}") from None
     return status.st_size if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 else 0
+
+
+def size_of_folder(folder: Path) -> int:
+    """Bytes that its files have; links count nothing."""
+    return sum(map(_size, _walk(folder)))
+
+
+def _size(path: Path) -> int:
+    with suppress(OSError):
+        status = path.lstat()
+        return status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return 0
 
 
 def _delete_empty(folder: Path) -> int:

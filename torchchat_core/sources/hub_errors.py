@@ -63,7 +63,8 @@ def _unknown(reference: HubReference, has_token: bool, known: tuple[str, ...]) -
     if has_token:
         message = f"there is no model {reference.repository!r} at {_host()} that this token may see"
     hint = f"if it is private, give a token that may read it by {GIVE_TOKEN}"
-    return TorchchatError(message, did_you_mean(reference.repository, known) or hint)
+    others = [name for name in known if name != reference.repository]
+    return TorchchatError(message, did_you_mean(reference.repository, others) or hint)
 
 
 def _server_says(failure: HTTPFailure) -> str:

@@ -28,10 +28,11 @@ from torchchat_core.sources.downloading import (
     writing,
 )
 from torchchat_core.sources.hub_cache import COMMIT, CachedRepository, Listing, RemoteFile, hub_folder, is_listed_well
-from torchchat_core.sources.hub_errors import explained
-from torchchat_core.sources.hub_reference import DEFAULT_REVISION, HubReference, hub_endpoint
+from torchchat_core.sources.hub_errors import GIVE_TOKEN, explained
+from torchchat_core.sources.hub_reference import DEFAULT_REVISION, HubReference, check_endpoint, hub_endpoint
 from torchchat_core.sources.hub_selection import Selection, select, shards_of_index
 
+HTTP_LIBRARIES = {"httpx2", "httpx", "httpcore2", "httpcore", "requests", "urllib3"}
 CONNECTIONS = 4  # files fetched at once
 PLAIN_HTTP_LIMIT = 50_000_000_000  # bytes; the public hub serves larger files over its Xet protocol alone
 
@@ -44,9 +45,10 @@ def fetch_model(reference: HubReference, token: str | None, known: tuple[str, ..
     """
     fetch = _Fetch(reference, token, known)
     selection = select(fetch.listing.sizes, reference)
+    fetch.check_digest()
     weights = fetch.shards(selection)
     fetch.run(selection.companions, weights)
-    return fetch.listing.commit
+    return fetch.finish()
 
 
 def fetch_files(reference: HubReference, paths: Sequence[str], token: str | None) -> str:
@@ -57,20 +59,18 @@ def fetch_files(reference: HubReference, paths: Sequence[str], token: str | None
         raise TorchchatError(f"there is no file {missing!r} in {reference.repository} any more",
                              "a later version of torchchat may know what took its place")
     fetch.run((), paths)
-    return fetch.listing.commit
+    return fetch.finish()
 
 
 class _Fetch:
     """One run: asks for the list of files, then fetches some of them."""
 
     def __init__(self, reference: HubReference, token: str | None, known: tuple[str, ...]) -> None:
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-
+        check_endpoint()
         self._reference = reference
         self._token = token
         self._known = known
-        self._headers: dict[str, str] = build_hf_headers(token=token, library_name="torchchat",
-                                                         library_version=__version__)
+        self._headers = _headers(token)
         self._cancelled = threading.Event()
         self._repository = CachedRepository(reference.repository)
         try:
@@ -90,6 +90,16 @@ class _Fetch:
             raise TorchchatError(f"{selection.index} names {missing!r}, which {self._reference.repository} does not "
                                  "hold", "its owner has not uploaded all of the model; choose another one")
         return shards
+
+    def check_digest(self) -> None:
+        """Raises `TorchchatError` where the hub's file is another one than is asked for by its sha256."""
+        asked, file = self._reference.sha256, self._reference.file
+        if asked is None or file is None:
+            return
+        listed = self.listing.files[file].digest
+        if len(listed) == len(asked) and listed != asked:  # of a small file the hub lists another kind of digest
+            raise TorchchatError(f"{file} of {self._reference.repository} is another file: its sha256 is {listed}, and "
+                                 f"{asked} was asked for", "check the digest, or name the commit that it is of")
 
     def run(self, companions: Sequence[str], weights: Sequence[str]) -> None:
         """Fetches what is missing of these files, the weights last: where they are, everything is."""
@@ -111,7 +121,13 @@ class _Fetch:
         with writing(self._repository.folder):
             self._repository.snapshot(self.listing.commit).mkdir(parents=True, exist_ok=True)
             self._repository.write_listing(self.listing)
+            self._repository.mark_revision(self._reference.revision, self.listing.commit)
+
+    def finish(self) -> str:
+        """Keeps what the branch is at, now that the model is here; the commit."""
+        with writing(self._repository.folder):
             self._repository.write_revision(self._reference.revision, self.listing.commit)
+        return self.listing.commit
 
     # ---- the list of files ----------------------------------------------------------------------------------------
 
@@ -125,7 +141,8 @@ class _Fetch:
         if not COMMIT.fullmatch(commit):
             raise TorchchatError(f"{hub_endpoint()} names {commit!r:.60} as the commit of {self._reference.repository}",
                                  "check HF_ENDPOINT")
-        files = [file for sibling in info.siblings or () if is_listed_well(file := _remote_file(sibling))]
+        found = [_remote_file(sibling) for sibling in info.siblings or ()]
+        files = [file for file in found if file is not None and is_listed_well(file)]
         return Listing(commit, {file.path: file for file in files})
 
     def _explained(self, failure: HTTPFailure | ConnectionFailure, file: str | None = None) -> TorchchatError:
@@ -185,7 +202,7 @@ class _Fetch:
     def _download(self, file: RemoteFile, place: Path, advance: Callable[[int], None]) -> None:
         url = f"{hub_endpoint()}/{self._reference.repository}/resolve/{self.listing.commit}/{quote(file.path)}"
         try:
-            download(Download(url, place, file.size, self._headers), advance, self._cancelled)
+            download(Download(url, place, file.path, file.size, self._headers), advance, self._cancelled)
         except (HTTPFailure, ConnectionFailure) as failure:
             raise self._explained(failure, file.path) from None
         if file.size == 0:
@@ -193,6 +210,11 @@ class _Fetch:
 
     def _check(self, file: RemoteFile, place: Path) -> None:
         """Deletes what is not the file that the hub listed."""
+        size = length(place)
+        if size != file.size:
+            place.unlink(missing_ok=True)
+            raise TorchchatError(f"{file.path} of {self._reference.repository} has {size} bytes, and the hub lists "
+                                 f"{file.size}", "it was deleted; its owner has to upload it again")
         kind = "sha256" if len(file.digest) == 64 else "git"
         found = digest_of(place, kind, self._cancelled)
         if found != file.digest:
@@ -222,8 +244,32 @@ class _Fetch:
             raise
 
 
+def _headers(token: str | None) -> dict[str, str]:
+    """With the token, else that of the environment or of a login. Raises `TorchchatError` where it can be none."""
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    if token is not None:
+        _check_token(token)
+    try:
+        headers: dict[str, str] = build_hf_headers(token=token, library_name="torchchat", library_version=__version__)
+    except OSError as error:
+        raise TorchchatError(f"the token of `hf auth login` cannot be read: {error.filename}: "
+                             f"{error.strerror or error}", "check HF_HOME and HF_TOKEN_PATH, or give a token by "
+                             "--hf-token") from None
+    if "authorization" in headers:
+        _check_token(headers["authorization"].removeprefix("Bearer "))
+    return headers
+
+
+def _check_token(token: str) -> None:
+    if not token.isascii() or not token.isprintable() or not token or " " in token:  # the token itself is not shown
+        raise TorchchatError(f"the token {'holds characters that no token has' if token else 'is empty'}",
+                             f"make one at {hub_endpoint()}/settings/tokens and give it by {GIVE_TOKEN}")
+
+
 def _asking(request: Callable[[], Any]) -> Any:
-    """What huggingface_hub answers. Raises `HTTPFailure` or `ConnectionFailure` in place of its many errors."""
+    """What huggingface_hub answers. Raises `HTTPFailure` or `ConnectionFailure` in place of its HTTP library's errors,
+    and `TorchchatError` for an answer that it does not understand."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
@@ -234,16 +280,31 @@ def _asking(request: Callable[[], Any]) -> Any:
         if error.response is None:
             raise ConnectionFailure(str(error)) from None
         raise HTTPFailure(error.response.status_code, dict(error.response.headers), "") from None
-    except Exception as error:  # those of its HTTP library, which is another one in every major version
-        raise ConnectionFailure(str(error).partition("\n")[0][:300] or type(error).__name__) from None
+    except Exception as error:
+        reason = "".join(char for char in str(error).partition("\n")[0][:300] if char.isprintable())
+        if _is_of_connection(error):
+            raise ConnectionFailure(reason or type(error).__name__) from None
+        raise TorchchatError(f"{hub_endpoint()} answers what is no answer of a hub ({type(error).__name__}: {reason})",
+                             "check HF_ENDPOINT, and whether a proxy changes what comes") from None
 
 
-def _remote_file(sibling: Any) -> RemoteFile:
-    """A file that has no size or digest gets ones that are refused later."""
-    lfs = sibling.lfs
-    digest = lfs["sha256"] if lfs else sibling.blob_id
-    size = lfs["size"] if lfs and lfs.get("size") is not None else sibling.size
-    return RemoteFile(str(sibling.rfilename), -1 if size is None else int(size), str(digest))
+def _is_of_connection(error: Exception) -> bool:
+    """Whether it is one of the HTTP library, which is another one in every major version of huggingface_hub, and not
+    of what an answer holds."""
+    if isinstance(error, ValueError):  # JSON's
+        return False
+    packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return isinstance(error, OSError) or bool(packages & HTTP_LIBRARIES)
+
+
+def _remote_file(sibling: Any) -> RemoteFile | None:
+    """None for a file without a size or a digest, or with one that is none."""
+    try:
+        digest = sibling.lfs["sha256"] if sibling.lfs else sibling.blob_id
+        size = sibling.lfs["size"] if sibling.lfs and sibling.lfs.get("size") is not None else sibling.size
+        return RemoteFile(str(sibling.rfilename), int(size), str(digest))
+    except (ValueError, TypeError, OverflowError, LookupError, AttributeError):
+        return None
 
 
 def _bar(advance: Callable[[int], None], cancelled: threading.Event) -> Any:

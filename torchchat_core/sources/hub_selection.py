@@ -92,7 +92,7 @@ def shards_beside(name: str) -> tuple[str, ...]:
 def shards_of_index(index: Path, folder: str) -> tuple[str, ...]:
     """Paths in the repository of the files that an index in `folder` names.
 
-    Raises `TorchchatError` where it names none, or some outside its folder.
+    Raises `TorchchatError` where it names none, or some outside its folder, or some that hold no weights.
     """
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
@@ -101,6 +101,9 @@ def shards_of_index(index: Path, folder: str) -> tuple[str, ...]:
     for name in names:
         if Path(name).name != name or len(name) > 255:
             raise TorchchatError(f"{index.name} points to {name!r:.100}, outside its own folder")
+        if not name.endswith((".safetensors", ".bin")):
+            raise TorchchatError(f"{index.name} names {name!r:.100}, which is no file of weights",
+                                 "the repository is damaged; choose another")
     return tuple(f"{folder}/{name}" if folder else name for name in names)
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torchchat_core.errors import TorchchatError
 from torchchat_core.small_files import cache_folder
-from torchchat_core.sources.hub_cache import is_offline
+from torchchat_core.sources.hub_cache import is_offline, size_of_folder
 from torchchat_core.sources.local import SHARD, files_of_single_file
 from torchchat_core.sources.url_file import KeptFile, UrlFile, read_record
-from torchchat_core.specs import KeptModel, ModelFiles, ModelRef
+from torchchat_core.specs import KeptModel, ModelFiles, ModelRef, Removal
 
 
 class UrlSource:
@@ -43,8 +43,19 @@ class UrlSource:
         files = [file for folder in folders if (file := _recorded(Path(folder))) is not None]
         return [KeptModel(reference=file.origin.url, path=file.path, bytes=file.path.stat().st_size) for file in files]
 
+    def removal(self, ref: ModelRef) -> Removal | None:
+        kept = _kept(ref)
+        if not kept.folder.is_dir() or kept.is_another():
+            return None
+        if not kept.is_here():
+            return Removal(path=kept.folder, bytes=size_of_folder(kept.folder))
+        size = kept.path.stat().st_size
+        return Removal(path=kept.path, bytes=size, models=(
+            KeptModel(reference=kept.origin.url, path=kept.path, bytes=size),))
+
     def remove(self, ref: ModelRef) -> int:
-        return _kept(ref).remove()
+        kept = _kept(ref)
+        return 0 if kept.is_another() else kept.remove()
 
 
 def _base() -> Path:

@@ -20,10 +20,12 @@ from torchchat_core.sources.downloading import (
     locked,
     open_url,
     trying_again,
+    whole_number,
     writing,
 )
 from torchchat_core.sources.url_file import KeptFile
 
+WEB_PAGES = ("text/html", "application/xhtml+xml")
 NO_HEAD = (400, 401, 403, 404, 405, 501)  # with which servers, and signed addresses, refuse HEAD but not GET
 
 
@@ -52,7 +54,7 @@ def fetch_url_file(kept: KeptFile) -> None:
 
 def _fetch(kept: KeptFile) -> None:
     answer = trying_again(lambda: _ask(kept.origin.url))
-    if answer.media_type == "text/html":
+    if answer.media_type in WEB_PAGES:
         raise TorchchatError(f"{kept.origin.url!r:.300} is a web page, not a file",
                              "give the address behind the page's download button")
     _discard_another_version(kept, answer)
@@ -61,8 +63,8 @@ def _fetch(kept: KeptFile) -> None:
     if answer.size is not None:
         check_free_space(kept.folder, answer.size - min(answer.size, length(kept.partial)), kept.origin.name)
     with progress.task(kept.origin.name, answer.size, "B") as task:
-        download(Download(kept.origin.url, kept.partial, answer.size, validator=answer.validator), task.advance,
-                 threading.Event())
+        wanted = Download(kept.origin.url, kept.partial, kept.origin.name, answer.size, validator=answer.validator)
+        download(wanted, task.advance, threading.Event())
     _finish(kept, answer)
 
 
@@ -78,9 +80,9 @@ def _ask(url: str) -> _Answer:
 
 
 def _answer(headers: Message) -> _Answer:
-    size, etag = headers.get("Content-Length", ""), headers.get("ETag")
+    etag = headers.get("ETag")
     version = etag or headers.get("Last-Modified")
-    return _Answer(int(size) if size.isdigit() else None, version,
+    return _Answer(whole_number(headers.get("Content-Length", "")), version,
                    None if version is None or version.startswith("W/") else version,
                    headers.get("Content-Type", "").partition(";")[0].strip().lower())
 

@@ -6,7 +6,7 @@ import hashlib
 import ipaddress
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urldefrag, urlsplit
@@ -121,6 +121,10 @@ class KeptFile:
         except OSError:
             return False
         return size == record.get("size") and self.origin.sha256 in (None, digest)
+
+    def is_another(self) -> bool:
+        """Whether a complete copy is here, but not the one that is asked for by its digest."""
+        return not self.is_here() and replace(self, origin=replace(self.origin, sha256=None)).is_here()
 
     def remove(self) -> int:
         """Deletes the folder; bytes that became free."""
