@@ -64,10 +64,10 @@ def fetch_weight(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtyp
     except KeyError:
         raise TorchchatError(f"the checkpoint has no tensor {name!r}, which a {checkpoint.config.architecture} model "
                              f"with {checkpoint.config.num_layers} layers needs",
-                             "the checkpoint is incomplete, or the config file belongs to another model") from None
+                             "the checkpoint is incomplete, or the configuration belongs to another model") from None
     if tuple(tensor.shape) != shape:
         raise TorchchatError(f"tensor {name!r} has the shape {list(tensor.shape)}; the config asks for {list(shape)}",
-                             "the config file belongs to another model, or the checkpoint is damaged")
+                             "the configuration belongs to another model, or the checkpoint is damaged")
     if not tensor.is_floating_point():
         raise TorchchatError(f"tensor {name!r} is of {str(tensor.dtype).removeprefix('torch.')}; floating point is "
                              "needed", "a quantised checkpoint needs the quantizer that wrote it")
@@ -82,7 +82,7 @@ def refuse_unknown(checkpoint: Checkpoint, wanted: Iterable[str]) -> None:
         raise TorchchatError(
             f"the checkpoint has {len(unknown)} tensors that a {checkpoint.config.architecture} model with "
             f"{checkpoint.config.num_layers} layers has no place for, such as {unknown[0]!r}",
-            "the config file belongs to another model, or the model is of a kind that torchchat does not know")
+            "the configuration belongs to another model, or the model is of a kind that torchchat does not know")
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -1,7 +1,8 @@
 """What a model is called in a GGUF file, and the metadata that describe it: the other direction of `config`.
 
 Keys and their meaning are those of llama.cpp (gguf-py/gguf/constants.py, llama-model.cpp). What its graph for an
-architecture does not have is refused, so that no file says another thing there than here.
+architecture does not have is refused, so that no file says another thing there than here, with one exception: the
+sliding window of `llama`, which its converter writes and its graph leaves alone. The exporter warns of that.
 """
 
 from __future__ import annotations

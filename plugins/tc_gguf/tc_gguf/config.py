@@ -7,16 +7,20 @@ not have is refused rather than left out.
 from __future__ import annotations
 
 import math
+import re
 from array import array
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
 from tc_gguf.file import DAMAGED, GgufFile
 from tc_gguf.tensors import Unpacker
+from tc_gguf.values import shown
 from torchchat_core.errors import TorchchatError, did_you_mean
 from torchchat_core.models.config import ModelConfig, RopeScaling
 
+Fields = TypeVar("Fields", ModelConfig, RopeScaling)
 OTHER_MODEL = "fetch a model of an architecture that torchchat knows, or run this one with llama.cpp"
 
 
@@ -35,6 +39,17 @@ ARCHITECTURES = {
     "qwen3": Architecture("qwen3", False),
     "granite": Architecture("granite", True),
 }
+LAYER = re.compile(r"blk\.([^.]+)\.")
+# Fields of `ModelConfig` and `RopeScaling`, and the keys that they are read from, which messages name.
+KEYS = {
+    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_layers": "block_count",
+    "num_heads": "attention.head_count", "num_kv_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length", "max_context": "context_length",
+    "norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base",
+    "sliding_window": "attention.sliding_window", "logits_divisor": "logit_scale",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "beta_fast": "rope.scaling.yarn_beta_fast", "beta_slow": "rope.scaling.yarn_beta_slow",
+}
 
 
 def config_of(file: GgufFile) -> ModelConfig:
@@ -52,17 +67,22 @@ def config_of(file: GgufFile) -> ModelConfig:
     if embedding is None or len(embedding.shape) != 2:
         raise TorchchatError(f"{file.path.name} has no matrix 'token_embd.weight'",
                              "it holds a vocabulary or an adapter alone; fetch the whole model")
-    heads = _for_all_layers(file, f"{key}.attention.head_count")
+    layers = _layers(file, key)
+    heads = _for_all_layers(file, f"{key}.attention.head_count", layers)
     hidden = file.integer(f"{key}.embedding_length")
+    if hidden != embedding.shape[1]:
+        raise TorchchatError(f"{key}.embedding_length is {hidden} in {file.path.name}, whose token_embd.weight has "
+                             f"{embedding.shape[1]} columns", DAMAGED)
     head_dim = _head_dim(file, key, hidden, heads)
-    return ModelConfig(
+    return _checked(
+        file, key, ModelConfig,
         architecture=ARCHITECTURES[key].name,
-        vocab_size=embedding.shape[0],
+        vocab_size=_vocabulary_size(file, key, embedding.shape[0]),
         hidden_size=hidden,
-        intermediate_size=_for_all_layers(file, f"{key}.feed_forward_length"),
-        num_layers=file.integer(f"{key}.block_count"),
+        intermediate_size=_for_all_layers(file, f"{key}.feed_forward_length", layers),
+        num_layers=layers,
         num_heads=heads,
-        num_kv_heads=_for_all_layers(file, f"{key}.attention.head_count_kv", heads),
+        num_kv_heads=_for_all_layers(file, f"{key}.attention.head_count_kv", layers, heads),
         head_dim=head_dim,
         max_context=file.integer(f"{key}.context_length"),
         norm_eps=file.number(f"{key}.attention.layer_norm_rms_epsilon"),
@@ -82,6 +102,15 @@ def config_of(file: GgufFile) -> ModelConfig:
     )
 
 
+def _checked(file: GgufFile, key: str, made: type[Fields], /, **fields: Any) -> Fields:
+    """What the core makes of the fields; what it refuses is told by the name of the file and of its keys."""
+    try:
+        return made(**fields)
+    except TorchchatError as error:
+        named = re.sub(r"\w+", lambda word: f"{key}.{KEYS[word[0]]}" if word[0] in KEYS else word[0], error.message)
+        raise TorchchatError(f"in {file.path.name}, {named}", DAMAGED) from error
+
+
 def _refuse_variations(file: GgufFile, key: str) -> None:
     """What files of these architectures can state and torchchat's transformer does not have."""
     if file.integer(f"{key}.expert_count", 0) > 0:
@@ -96,15 +125,38 @@ def _refuse_variations(file: GgufFile, key: str) -> None:
                  "attn_logit_softcapping", "final_logit_softcapping"):
         value = file.metadata.get(f"{key}.{name}", 0)
         if value not in (0, False):
-            raise TorchchatError(f"{key}.{name} is {value!r:.60} in {file.path.name}; torchchat's transformer does not "
-                                 "have that", OTHER_MODEL)
+            raise TorchchatError(f"{key}.{name} is {shown(value)} in {file.path.name}; torchchat's transformer does "
+                                 "not have that", OTHER_MODEL)
 
 
-def _for_all_layers(file: GgufFile, key: str, default: int | None = None) -> int:
+def _vocabulary_size(file: GgufFile, key: str, rows: int) -> int:
+    stated = file.integer(f"{key}.vocab_size", rows)
+    if stated != rows:
+        raise TorchchatError(f"{key}.vocab_size is {stated} in {file.path.name}, whose token_embd.weight has {rows} "
+                             "rows", DAMAGED)
+    return rows
+
+
+def _layers(file: GgufFile, key: str) -> int:
+    """The number of layers, which those that the tensors belong to have to be: 0, 1 and so on."""
+    stated = file.integer(f"{key}.block_count")
+    present = {found[1] for name in file.tensors if (found := LAYER.match(name))}
+    missing = next((layer for layer in range(min(stated, len(present) + 1)) if str(layer) not in present), None)
+    if missing is not None or len(present) != stated:
+        raise TorchchatError(f"{key}.block_count is {stated} in {file.path.name}, which has the tensors of "
+                             f"{len(present)} layers" + ("" if missing is None else f", and none of blk.{missing}"),
+                             DAMAGED)
+    return stated
+
+
+def _for_all_layers(file: GgufFile, key: str, layers: int, default: int | None = None) -> int:
     """A number that stands in the file once, or once for each layer; the layers have to agree."""
     if not isinstance(file.metadata.get(key), array):
         return file.integer(key, default)
-    values = set(file.integers(key))
+    entries = file.integers(key)
+    if len(entries) != layers:
+        raise TorchchatError(f"{key} has {len(entries)} entries in {file.path.name}, for {layers} layers", DAMAGED)
+    values = set(entries)
     if len(values) != 1:
         raise TorchchatError(f"{key} differs from layer to layer in {file.path.name}: {sorted(values)!r:.60}; "
                              "torchchat's transformer has the same for all", OTHER_MODEL)
@@ -114,7 +166,7 @@ def _for_all_layers(file: GgufFile, key: str, default: int | None = None) -> int
 def _head_dim(file: GgufFile, key: str, hidden: int, heads: int) -> int:
     if f"{key}.attention.key_length" not in file.metadata and (heads < 1 or hidden % heads):
         raise TorchchatError(f"{key}.embedding_length {hidden} is not a multiple of {key}.attention.head_count {heads} "
-                             f"in {file.path.name}, and there is no {key}.attention.key_length")
+                             f"in {file.path.name}, and there is no {key}.attention.key_length", DAMAGED)
     length = file.integer(f"{key}.attention.key_length", hidden // max(heads, 1))
     for name in ("attention.value_length", "rope.dimension_count"):
         if file.integer(f"{key}.{name}", length) != length:
@@ -145,19 +197,24 @@ def _rope_scaling(file: GgufFile, key: str, head_dim: int) -> RopeScaling | None
                                  OTHER_MODEL)
         return _yarn(file, key, factor, amplitude)
     if not tables and amplitude == 1.0:
-        return RopeScaling(kind="linear", factor=factor) if factor != 1.0 else None
+        return _checked(file, key, RopeScaling, kind="linear", factor=factor) if factor != 1.0 else None
     short, long = tables or ((1.0,) * (head_dim // 2),) * 2
     if short == long and factor == amplitude == 1.0 and _is_llama3(short, _rope_theta(file, key)):
         return RopeScaling(kind="llama3", factor=max(short), original_context=LLAMA3_CONTEXT)
-    return RopeScaling(
-        kind="longrope", attention_factor=amplitude, original_context=_original_context(file, key),
+    return _checked(
+        file, key, RopeScaling, kind="longrope", attention_factor=amplitude,
+        original_context=_original_context(file, key),
         short_factor=tuple(each * factor for each in short), long_factor=tuple(each * factor for each in long),
     )
 
 
 def _factor(file: GgufFile, key: str) -> float:
     """What positions are divided by; files before rope.scaling.* have rope.scale_linear. 0 stands for none."""
-    return file.number(f"{key}.rope.scaling.factor", file.number(f"{key}.rope.scale_linear", 1.0)) or 1.0
+    factor = file.number(f"{key}.rope.scaling.factor", file.number(f"{key}.rope.scale_linear", 1.0)) or 1.0
+    if factor < 0:
+        raise TorchchatError(f"{key}.rope.scaling.factor is {factor} in {file.path.name}; it has to be positive",
+                             DAMAGED)
+    return factor
 
 
 def _original_context(file: GgufFile, key: str) -> int:
@@ -172,12 +229,17 @@ def _yarn(file: GgufFile, key: str, factor: float, amplitude: float) -> RopeScal
             raise TorchchatError(f"{key}.rope.scaling.{name} is {file.number(f'{key}.rope.scaling.{name}')} in "
                                  f"{file.path.name}; torchchat knows {only} alone", OTHER_MODEL)
     logarithm = math.log(factor) if factor > 1.0 else 0.0
-    weight = file.number(f"{key}.rope.scaling.yarn_log_multiplier", 0.0)
-    return RopeScaling(
-        kind="yarn", factor=factor, original_context=_original_context(file, key),
+    # llama.cpp reads this one for mistral3 alone, of the architectures that are known here.
+    weight = file.number(f"{key}.rope.scaling.yarn_log_multiplier", 0.0) if key == "mistral3" else 0.0
+    divisor = 0.1 * weight * logarithm + 1.0
+    if divisor <= 0:
+        raise TorchchatError(f"{key}.rope.scaling.yarn_log_multiplier is {weight} in {file.path.name}; it must not be "
+                             "negative", DAMAGED)
+    return _checked(
+        file, key, RopeScaling, kind="yarn", factor=factor, original_context=_original_context(file, key),
         beta_fast=file.number(f"{key}.rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=file.number(f"{key}.rope.scaling.yarn_beta_slow", 1.0),
-        attention_factor=amplitude * (0.1 * logarithm + 1.0) / (0.1 * weight * logarithm + 1.0),
+        attention_factor=amplitude * (0.1 * logarithm + 1.0) / divisor,
     )
 
 

@@ -64,6 +64,7 @@ class GgufExporter:
         kind = OF_DTYPE[request.dtype] if options.gguf_type == "auto" else options.gguf_type
         config: ModelConfig = request.module.config
         architecture = architecture_of(config)
+        _warn_of_window(config)
         outputs = list(_outputs(request.module, config, architecture, kind))
         beside = request.path.with_name(f".{request.path.name}.{os.getpid()}")
         try:
@@ -74,6 +75,13 @@ class GgufExporter:
         finally:
             with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)
+
+
+def _warn_of_window(config: ModelConfig) -> None:
+    """llama.cpp's graph for `llama`, the one architecture that is written with a window, does not read it."""
+    if config.sliding_window is not None and config.sliding_window < config.max_context:
+        log.warning("the model sees the last %d positions, and llama.cpp attends to all of them: in texts that are "
+                    "longer, its answers differ from torchchat's", config.sliding_window)
 
 
 # ---- what is written ----------------------------------------------------------------------------------------------

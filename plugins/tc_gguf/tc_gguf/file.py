@@ -2,7 +2,8 @@
 
 The layout is that of ggml's docs/gguf.md, versions 2 and 3, little-endian. A file is hostile input: every count,
 length, offset and type in it is checked against the file's size before anything is allocated, and arrays stay as
-compact as they are stored, so that no file takes more than about four times its own size in memory.
+compact as they are stored, so that what is kept of a file takes no more than about four times its size in memory.
+A vocabulary takes more once it is made of this: `vocabulary` limits how many tokens and merges there may be.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import os
 import struct
 import sys
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any
 
+from tc_gguf.values import GgufValue, Texts, shown
 from torchchat_core.errors import TorchchatError
 
 DAMAGED = "the file is damaged, incomplete or no GGUF file; fetch it again"
@@ -25,54 +27,8 @@ MAXIMUM_KEYS = 4096  # real files have fewer than a hundred
 MAXIMUM_TENSORS = 16384  # real files have fewer than two thousand
 MAXIMUM_NAME = 65535  # bytes of a key or a tensor's name
 MAXIMUM_TEXT = 32 << 20  # bytes of one text; a whole tokenizer.json is the longest that is met
+LONGEST_TEXT = 1 << 20  # bytes of a text that is decoded; longer ones, which nothing here reads, stay bytes
 MAXIMUM_DIMENSIONS = 4
-
-
-class Texts(Sequence[str]):
-    """An array of texts, kept as the file's bytes and decoded when asked for.
-
-    Bytes that are no UTF-8 become U+FFFD, as only damaged files hold them.
-    """
-
-    def __init__(self, raw: bytes, ends: array[int]) -> None:
-        self._raw = raw
-        self._ends = ends  # of each text in `raw`; eight bytes of length come before each text
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        start = self._ends[place - 1] if place else 0
-        return self._raw[start + 8 : self._ends[place]].decode("utf-8", "replace")
-
-    def __iter__(self) -> Iterator[str]:
-        raw, start = self._raw, 0
-        for end in self._ends:
-            yield raw[start + 8 : end].decode("utf-8", "replace")
-            start = end
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, Texts):
-            return self._raw == other._raw
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]  # like a list
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} texts>"
-
-
-# Arrays are of whole or of floating numbers; those of booleans are of 0 and 1.
-GgufValue: TypeAlias = "bool | int | float | str | Texts | array[Any]"
 
 
 @dataclass(frozen=True)
@@ -140,8 +96,8 @@ class GgufFile:
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
-        """Raises `TorchchatError` as `integer` does."""
-        value: str = self._value(key, default, str, "a text")
+        """Raises `TorchchatError` as `integer` does, and where the text is longer than LONGEST_TEXT."""
+        value: str = self._value(key, default, str, f"a text of at most {LONGEST_TEXT} bytes")
         return value
 
     def texts(self, key: str, default: Texts | None = None) -> Texts:
@@ -170,13 +126,14 @@ class GgufFile:
         return value
 
     def _wrong(self, key: str, value: object, called: str) -> TorchchatError:
-        return TorchchatError(f"{key} is {value!r:.60} in {self.path.name}; it has to be {called}", DAMAGED)
+        return TorchchatError(f"{key} is {shown(value)} in {self.path.name}; it has to be {called}", DAMAGED)
 
 
 def read_split(paths: Sequence[Path]) -> GgufFile:
     """The model in one file, or in all the files that it was split into, in their order.
 
-    Metadata are those of the first. Raises `TorchchatError` where a file cannot be read, or does not belong there.
+    Metadata are those of the first; what names the model has to be the same where others have it too. Raises
+    `TorchchatError` where a file cannot be read, or does not belong there.
     """
     files = [read_gguf(path) for path in paths]
     first = files[0]
@@ -185,6 +142,7 @@ def read_split(paths: Sequence[Path]) -> GgufFile:
     tensors: dict[str, GgufTensor] = {}
     for number, file in enumerate(files):
         _check_shard(file, number, len(files))
+        _check_same_model(first, file)
         twice = tensors.keys() & file.tensors.keys()
         if twice:
             raise TorchchatError(f"{min(twice)!r:.100} is in two of the files of {first.path.name}",
@@ -206,6 +164,15 @@ def _check_shard(file: GgufFile, number: int, count: int) -> None:
         raise TorchchatError(f"{file.path.name} is part {stated[0] + 1} of {stated[1]}; part {number + 1} of {count} "
                              "was expected", "keep all parts in one folder, under the names NAME-00001-of-00002.gguf "
                              "and so on that they were published with")
+
+
+def _check_same_model(first: GgufFile, file: GgufFile) -> None:
+    for key in ("general.architecture", "general.name"):
+        stated = file.metadata.get(key, first.metadata.get(key))
+        if stated != first.metadata.get(key):
+            raise TorchchatError(f"{key} is {shown(stated)} in {file.path.name}, and "
+                                 f"{shown(first.metadata.get(key))} in {first.path.name}",
+                                 "they belong to different models; fetch all of them again")
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -308,7 +275,8 @@ class _Parser:
 
     def _value(self, key: str, kind: int) -> GgufValue:
         if kind == _TEXT:
-            return self._bytes(f"the text {key!r:.100}", MAXIMUM_TEXT).decode("utf-8", "replace")
+            raw = self._bytes(f"the text {key!r:.100}", MAXIMUM_TEXT)
+            return raw.decode("utf-8", "replace") if len(raw) <= LONGEST_TEXT else raw
         if kind == _ARRAY:
             return self._array(key, self._unpack(_UINT32, f"the type of {key!r:.100}"))
         if kind not in _NUMBERS:
@@ -355,7 +323,7 @@ class _Parser:
 
     def _alignment(self, value: GgufValue) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < 8 or value & (value - 1) or value > 1 << 30:
-            raise self._error(f"has {value!r:.40} as general.alignment; it has to be a power of two from 8 on")
+            raise self._error(f"has {shown(value)} as general.alignment; it has to be a power of two from 8 on")
         return value
 
     def _tensor(self) -> GgufTensor:

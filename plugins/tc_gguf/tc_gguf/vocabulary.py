@@ -5,18 +5,22 @@ The metadata keys and their defaults are those of llama.cpp (src/llama-vocab.cpp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tc_gguf.file import GgufFile
+from tc_gguf.file import MAXIMUM_KEYS, GgufFile
 from tc_gguf.pre_tokenizers import pre_tokenizer
+from torchchat_core.chat_template import LONGEST_SOURCE
 from torchchat_core.errors import TorchchatError
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SENTENCEPIECE, BYTE_LEVEL = "llama", "gpt2"  # tokenizer.ggml.model
 WITHOUT_TOKENS = frozenset({"none", "no_vocab"})
+MAXIMUM_TOKENS = 1 << 20  # real vocabularies have at most 300 thousand; each token takes some 200 bytes of memory
+MAXIMUM_MERGES = 1 << 22  # real ones have at most 600 thousand
 LARGEST_SCORE = 3.4e38  # of float32
 NONE = 0xFFFFFFFF  # an id that says that there is no such token
 USUAL = {"unknown": 0, "bos": 1, "eos": 2}  # of SENTENCEPIECE, where the file does not name them
@@ -79,13 +83,14 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
     for token in (ids[f"{name}_id"] for name in ("bos", "eos", "eot", "eom")):
         if token is not None and types[token] != UNKNOWN:
             types[token] = CONTROL  # whatever the converter took it for: it is never a part of a text
-    own = _sentencepiece_fields(file, len(tokens)) if kind == SENTENCEPIECE else _byte_level_fields(file)
+    own = _sentencepiece_fields(file, len(tokens)) if kind == SENTENCEPIECE else _byte_level_fields(file, tokens)
     return Vocabulary(kind=kind, tokens=tokens, types=types, templates=_templates(file),
                       adds_eos=file.boolean("tokenizer.ggml.add_eos_token", False), **ids, **own)
 
 
 def _sentencepiece_fields(file: GgufFile, size: int) -> dict[str, Any]:
-    scores = file.numbers("tokenizer.ggml.scores") if "tokenizer.ggml.scores" in file.metadata else [0.0] * size
+    given = "tokenizer.ggml.scores" in file.metadata
+    scores = file.numbers("tokenizer.ggml.scores") if given else array("f", [0.0]) * size
     _check_length(file, "tokenizer.ggml.scores", len(scores), size)
     wrong = next((score for score in scores if not abs(score) <= LARGEST_SCORE), None)
     if wrong is not None:
@@ -95,17 +100,27 @@ def _sentencepiece_fields(file: GgufFile, size: int) -> dict[str, Any]:
             "removes_extra_spaces": file.boolean("tokenizer.ggml.remove_extra_whitespaces", False)}
 
 
-def _byte_level_fields(file: GgufFile) -> dict[str, Any]:
+def _byte_level_fields(file: GgufFile, tokens: Sequence[str]) -> dict[str, Any]:
     pre = file.text("tokenizer.ggml.pre", "default") or "default"
-    return {"merges": list(file.texts("tokenizer.ggml.merges")), "pre": pre,
+    return {"merges": _merges(file, tokens), "pre": pre,
             "adds_bos": file.boolean("tokenizer.ggml.add_bos_token", pre_tokenizer(pre).adds_bos)}
+
+
+def _merges(file: GgufFile, tokens: Sequence[str]) -> Sequence[str]:
+    """No more of them than there are ways to make the tokens of two parts: one less than a token has characters."""
+    merges = file.texts("tokenizer.ggml.merges")
+    most = min(sum(map(len, tokens)) - len(tokens), MAXIMUM_MERGES)
+    if len(merges) > most:
+        raise TorchchatError(f"tokenizer.ggml.merges in {file.path.name} has {len(merges)} entries; the "
+                             f"{len(tokens)} tokens can have {most}", FIX)
+    return merges
 
 
 def _tokens(file: GgufFile) -> list[str]:
     """The texts of the tokens; those that are empty get names of their own, as in llama.cpp."""
-    tokens = [text or f"[EMPTY_{number}]" for number, text in enumerate(file.texts("tokenizer.ggml.tokens"))]
-    if not tokens:
-        raise TorchchatError(f"the vocabulary in {file.path.name} is empty", FIX)
+    texts = file.texts("tokenizer.ggml.tokens")
+    _check_token_count(file, len(texts))
+    tokens = [text or f"[EMPTY_{number}]" for number, text in enumerate(texts)]
     if len(set(tokens)) < len(tokens):
         seen: set[str] = set()
         twice = next(text for text in tokens if text in seen or seen.add(text))  # type: ignore[func-returns-value]
@@ -113,15 +128,28 @@ def _tokens(file: GgufFile) -> list[str]:
     return tokens
 
 
-def _types(file: GgufFile, size: int) -> list[int]:
+def _check_token_count(file: GgufFile, count: int) -> None:
+    """Models may have rows to spare, but no fewer than there are tokens."""
+    if count == 0:
+        raise TorchchatError(f"the vocabulary in {file.path.name} is empty", FIX)
+    if count > MAXIMUM_TOKENS:
+        raise TorchchatError(f"the vocabulary in {file.path.name} has {count} tokens; at most {MAXIMUM_TOKENS} are "
+                             "read", FIX)
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is not None and count > embedding.shape[0]:
+        raise TorchchatError(f"the vocabulary in {file.path.name} has {count} tokens; its token_embd.weight has rows "
+                             f"for {embedding.shape[0]}", FIX)
+
+
+def _types(file: GgufFile, size: int) -> MutableSequence[int]:
     if "tokenizer.ggml.token_type" not in file.metadata:
-        return [NORMAL] * size
-    types = [kind or NORMAL for kind in file.integers("tokenizer.ggml.token_type")]  # 0 is "undefined"
+        return array("B", [NORMAL]) * size
+    types = file.integers("tokenizer.ggml.token_type")
     _check_length(file, "tokenizer.ggml.token_type", len(types), size)
-    wrong = next((kind for kind in types if not NORMAL <= kind <= BYTE), None)
+    wrong = next((kind for kind in types if not 0 <= kind <= BYTE), None)
     if wrong is not None:
         raise TorchchatError(f"{file.path.name} holds the token type {wrong}; types are 0 to {BYTE}", FIX)
-    return types
+    return array("B", (kind or NORMAL for kind in types))  # 0 is "undefined"
 
 
 def _check_length(file: GgufFile, key: str, found: int, wanted: int) -> None:
@@ -146,6 +174,14 @@ def _token(file: GgufFile, name: str, usual: int | None, types: Sequence[int]) -
 def _templates(file: GgufFile) -> dict[str, str]:
     """The chat templates by name."""
     found = {"default": file.text("tokenizer.chat_template", "")}
-    for name in file.texts("tokenizer.chat_templates") if "tokenizer.chat_templates" in file.metadata else ():
+    names = file.texts("tokenizer.chat_templates") if "tokenizer.chat_templates" in file.metadata else ()
+    if len(names) > MAXIMUM_KEYS:  # each has a key of its own
+        raise TorchchatError(f"tokenizer.chat_templates in {file.path.name} has {len(names)} entries; at most "
+                             f"{MAXIMUM_KEYS} are read", FIX)
+    for name in names:
         found[name] = file.text(f"tokenizer.chat_template.{name}", "")
+    longest = max(map(len, found.values()))
+    if longest > LONGEST_SOURCE:
+        raise TorchchatError(f"a chat template in {file.path.name} has {longest} characters; {LONGEST_SOURCE} is the "
+                             "most", FIX)
     return {name: template for name, template in found.items() if template}

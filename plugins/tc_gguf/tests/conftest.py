@@ -62,6 +62,16 @@ def make_gguf() -> Callable[..., bytes]:
     return build_gguf
 
 
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[[bytes], Path]:
+    """Makes "model.gguf" of the bytes."""
+    def written(raw: bytes) -> Path:
+        path = tmp_path / "model.gguf"
+        path.write_bytes(raw)
+        return path
+    return written
+
+
 TINY = {"llama.context_length": 32, "llama.embedding_length": 64, "llama.block_count": 2,
         "llama.feed_forward_length": 96, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
         "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.rope.dimension_count": 16}

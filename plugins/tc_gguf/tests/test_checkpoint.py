@@ -48,12 +48,8 @@ def running(checkpoint: Checkpoint) -> EagerModel:
 
 
 @pytest.fixture
-def open_bytes(tmp_path: Path) -> Open:
-    def open_bytes(raw: bytes) -> GgufCheckpoint:
-        path = tmp_path / "model.gguf"
-        path.write_bytes(raw)
-        return opened(path)
-    return open_bytes
+def open_bytes(written: Callable[[bytes], Path]) -> Open:
+    return lambda raw: opened(written(raw))
 
 
 # ---- real files ---------------------------------------------------------------------------------------------------
@@ -228,6 +224,8 @@ def numbers(values: list[float]) -> tuple[int, tuple[int, ...], bytes]:
     return 0, (len(values),), np.array(values, np.float32).tobytes()
 
 
+MINUS_ONE = (5).to_bytes(4, "little") + (-1).to_bytes(4, "little", signed=True)
+UINT64 = (10).to_bytes(4, "little")  # the type that a value of eight bytes has
 BIAS = numbers([0.0] * 64)
 
 
@@ -289,7 +287,25 @@ def test_further_keys_are_read(config: Callable[..., ModelConfig], changes: Mapp
     ({"general.architecture": "rwkv"}, "unknown architecture 'rwkv'"),
     ({".block_count": None}, "has no 'llama.block_count'"),
     ({".block_count": "two"}, "llama.block_count is 'two' in model.gguf; it has to be a whole number"),
-    ({".block_count": 4_000_000_000}, "num_layers is 4000000000"),
+    ({".block_count": 4_000_000_000}, "block_count is 4000000000 in model.gguf, which has .* none of blk.2"),
+    ({".block_count": 3}, "block_count is 3 in model.gguf, which has the tensors of 2 layers, and none of blk.2"),
+    ({".block_count": 1}, "block_count is 1 in model.gguf, which has the tensors of 2 layers"),
+    ({".block_count": MINUS_ONE}, "block_count is -1 in model.gguf, which has the tensors of 2 layers"),
+    ({".attention.head_count": [4] * 7}, "head_count has 7 entries in model.gguf, for 2 layers"),
+    ({".attention.head_count_kv": [2]}, "head_count_kv has 1 entries in model.gguf, for 2 layers"),
+    ({".vocab_size": 5}, "llama.vocab_size is 5 in model.gguf, whose token_embd.weight has 320 rows"),
+    ({".context_length": UINT64 + (1 << 62).to_bytes(8, "little")},
+     "in model.gguf, llama.context_length is 4611686018427387904; it has to be a whole number"),
+    ({".context_length": 0}, "in model.gguf, llama.context_length is 0"),
+    ({".embedding_length": 0}, "embedding_length is 0 in model.gguf, whose token_embd.weight has 64 columns"),
+    ({".attention.head_count_kv": 3}, "in model.gguf, llama.attention.head_count 4 is not a multiple of "
+                                      "llama.attention.head_count_kv 3"),
+    ({".attention.layer_norm_rms_epsilon": 0.0}, "in model.gguf, llama.attention.layer_norm_rms_epsilon is 0.0; it"),
+    ({".rope.freq_base": 0.0}, "in model.gguf, llama.rope.freq_base is 0.0; it has to be a positive number"),
+    ({".rope.freq_base": -1.0}, "in model.gguf, llama.rope.freq_base is -1.0; it has to be a positive number"),
+    ({".rope.scaling.factor": -2.0}, "llama.rope.scaling.factor is -2.0 in model.gguf; it has to be positive"),
+    ({".rope.scaling.type": "yarn", ".rope.scaling.original_context_length": 1},
+     "in model.gguf, llama.rope.scaling.original_context_length is 1"),
     ({".attention.head_count": 0}, "no llama.attention.key_length"),
     ({".attention.head_count": 5}, "is not a multiple of llama.attention.head_count 5"),
     ({".attention.head_count_kv": [2, 4]}, r"differs from layer to layer in model.gguf: \[2, 4\]"),
@@ -308,6 +324,31 @@ def test_what_is_missing_wrong_or_unknown_is_refused(config: Callable[..., Model
     with pytest.raises(TorchchatError) as caught:
         config(changes)
     assert re.search(message, str(caught.value))
+    assert "model.gguf" in caught.value.message
+    assert caught.value.fix
+    assert "config file" not in str(caught.value)
+
+
+def test_layers_are_numbered_from_0_on(open_bytes: Open, make_gguf: Make, tiny_metadata: Mapping[str, Any],
+                                       tiny_tensors: Tensors) -> None:
+    for instead in ("blk.2.", "blk.99999999999.", "blk.01.", "blk.x."):
+        tensors = {name.replace("blk.1.", instead): tensor for name, tensor in tiny_tensors.items()}
+        with pytest.raises(TorchchatError, match="which has the tensors of 2 layers, and none of blk"):
+            open_bytes(make_gguf(tiny_metadata, tensors))
+
+
+def test_the_size_of_the_vocabulary_may_be_stated(config: Callable[..., ModelConfig]) -> None:
+    assert config({".vocab_size": 320}).vocab_size == 320
+
+
+def test_the_multiplier_of_yarns_temperature_is_mistral3s_alone(config: Callable[..., ModelConfig]) -> None:
+    changes = {**YARN, ".rope.scaling.yarn_log_multiplier": 1.0}
+    found = {name: config(changes, architecture=name).rope_scaling for name in ("mistral3", "llama", "qwen2")}
+    plain = 1 + 0.1 * math.log(4)
+    assert {name: scaling and scaling.attention_factor for name, scaling in found.items()} == {
+        "mistral3": 1.0, "llama": plain, "qwen2": plain}
+    with pytest.raises(TorchchatError, match=r"yarn_log_multiplier is -100\.0 in model\.gguf"):
+        config({**YARN, ".rope.scaling.yarn_log_multiplier": -100.0}, architecture="mistral3")
 
 
 def test_granite_without_rotary_embedding_is_refused(config: Callable[..., ModelConfig]) -> None:
@@ -344,9 +385,9 @@ YARN = {".rope.scaling.type": "yarn", ".rope.scaling.factor": 4.0, ".rope.scalin
     ({".rope.scaling.type": "none", ".rope.scaling.factor": 2.0}, None),
     ({".rope.scaling.factor": 0.0}, None),
     (YARN, RopeScaling(kind="yarn", factor=4.0, original_context=8, attention_factor=1 + 0.1 * math.log(4))),
-    ({**YARN, ".rope.scaling.yarn_beta_fast": 16.0, ".rope.scaling.yarn_beta_slow": 2.0,
-      ".rope.scaling.yarn_log_multiplier": 1.0},
-     RopeScaling(kind="yarn", factor=4.0, original_context=8, beta_fast=16.0, beta_slow=2.0, attention_factor=1.0)),
+    ({**YARN, ".rope.scaling.yarn_beta_fast": 16.0, ".rope.scaling.yarn_beta_slow": 2.0},
+     RopeScaling(kind="yarn", factor=4.0, original_context=8, beta_fast=16.0, beta_slow=2.0,
+                 attention_factor=1 + 0.1 * math.log(4))),
     ({**YARN, ".rope.scaling.attn_factor": 0.5},
      RopeScaling(kind="yarn", factor=4.0, original_context=8, attention_factor=0.5 * (1 + 0.1 * math.log(4)))),
 ])

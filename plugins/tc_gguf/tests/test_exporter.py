@@ -187,6 +187,16 @@ def test_the_type_is_the_model_s_own_where_none_is_asked_for(dtype: str, type_na
     assert file.tensors["blk.0.attn_norm.weight"].type.name == "F32"
 
 
+def test_a_sliding_window_is_told_as_llama_cpp_does_not_have_it(tmp_path: Path,
+                                                                caplog: pytest.LogCaptureFixture) -> None:
+    context = tiny_config().max_context
+    for window, told in ((context - 1, True), (context, False), (None, False)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            export(seeded(tiny_config(architecture="mistral", sliding_window=window)), tmp_path / "model.gguf")
+        assert (f"sees the last {window} positions, and llama.cpp attends to all of them" in caplog.text) is told
+
+
 def test_matrices_with_odd_rows_become_f16_which_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         file = read_gguf(export(seeded(tiny_config()), tmp_path / "model.gguf", "q8_0"))
@@ -300,7 +310,7 @@ def test_chat_template_and_ends_of_turns_come_back(folder: Callable[..., ModelFi
     path = with_tokenizer(files, 260, tmp_path / "model.gguf")
     written = GgufTokenizerReader().read(path, {})
     assert (written.eos_id, written.end_ids) == (257, {258, 259})
-    assert written.chat_template == "{{ messages }}<|im_end|>"
+    assert written.chat_template == settings["chat_template"]
     assert read_gguf(path).text("tokenizer.chat_template.tool_use") == "{{ tools }}"
     assert read_gguf(path).integer("tokenizer.ggml.eom_token_id") == 259
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tc_gguf.file import MAXIMUM_KEYS, MAXIMUM_TEXT, GgufFile, read_gguf, read_split
+from tc_gguf.file import LONGEST_TEXT, MAXIMUM_KEYS, MAXIMUM_TEXT, GgufFile, read_gguf, read_split
 from torchchat_core.errors import TorchchatError
 
 Read = Callable[[bytes], GgufFile]
@@ -19,12 +19,8 @@ F32, Q8_0 = 0, 8
 
 
 @pytest.fixture
-def read(tmp_path: Path) -> Read:
-    def read(raw: bytes) -> GgufFile:
-        path = tmp_path / "model.gguf"
-        path.write_bytes(raw)
-        return read_gguf(path)
-    return read
+def read(written: Callable[[bytes], Path]) -> Read:
+    return lambda raw: read_gguf(written(raw))
 
 
 def refused(read: Read, raw: bytes, message: str) -> None:
@@ -86,6 +82,13 @@ def test_texts_behave_like_a_list(read: Read, make_gguf: Make) -> None:
 def test_damaged_utf8_in_a_token_becomes_the_replacement_character(read: Read, make_gguf: Make) -> None:
     raw = struct.pack("<IIQQ", 9, 8, 1, 2) + b"a\xff"
     assert list(read(make_gguf({"texts": raw}, {})).texts("texts")) == ["a\ufffd"]
+
+
+def test_texts_that_nothing_reads_may_be_long(read: Read, make_gguf: Make) -> None:
+    file = read(make_gguf({"a": "x" * LONGEST_TEXT, "b": "x" * (LONGEST_TEXT + 1)}, {}))
+    assert file.text("a") == "x" * LONGEST_TEXT
+    with pytest.raises(TorchchatError, match=rf"b is a text of {LONGEST_TEXT + 1} bytes in model\.gguf; .* at most"):
+        file.text("b")
 
 
 def test_lookups_name_the_key_and_the_value_of_another_type(read: Read, make_gguf: Make) -> None:
@@ -214,7 +217,7 @@ def parts(tmp_path: Path, make_gguf: Make) -> Callable[..., list[Path]]:
 
 
 def test_split_files_are_read_as_one(parts: Callable[..., list[Path]]) -> None:
-    paths = parts({}, {})
+    paths = parts({"general.name": "one"}, {})
     file = read_split(paths)
     assert {name: tensor.path for name, tensor in file.tensors.items()} == dict(zip(("tensor0", "tensor1"), paths,
                                                                                     strict=True))
@@ -228,6 +231,9 @@ def test_split_files_are_read_as_one(parts: Callable[..., list[Path]]) -> None:
     ({}, {"tensor": "tensor0"}, "'tensor0' is in two of the files"),
     ({"split.tensors.count": 3}, {}, "hold 2 tensors; its split.tensors.count is 3"),
     ({"split.no": "0"}, {}, "split.no is '0'"),
+    ({"general.architecture": "llama"}, {"general.architecture": "qwen2"},
+     r"architecture is 'qwen2' in model-00002-of-00002\.gguf, and 'llama' in model-00001"),
+    ({"general.name": "one"}, {"general.name": "other"}, "general.name is 'other' in .*, and 'one' in"),
 ])
 def test_parts_that_do_not_belong_together_are_refused(
     parts: Callable[..., list[Path]], first: Mapping[str, Any], second: Mapping[str, Any], message: str

@@ -318,6 +318,31 @@ def test_an_empty_vocabulary_is_refused(make_gguf: Callable[..., bytes], tmp_pat
         GgufTokenizerReader().read(tmp_path / "empty.gguf", {})
 
 
+def test_a_vocabulary_may_have_fewer_tokens_than_the_model_has_rows_but_no_more(
+    make_gguf: Callable[..., bytes], written: Callable[[bytes], Path]
+) -> None:
+    keys = {f"tokenizer.ggml.{key}": value for key, value in SPM.items()}
+    for rows in (8, 9, 64):
+        path = written(make_gguf(keys, {"token_embd.weight": (0, (rows, 2), bytes(rows * 8))}))
+        assert GgufTokenizerReader().read(path, {}).vocab_size == 8
+    path = written(make_gguf(keys, {"token_embd.weight": (0, (7, 2), bytes(56))}))
+    with pytest.raises(TorchchatError, match=r"has 8 tokens; its token_embd\.weight has rows for 7"):
+        GgufTokenizerReader().read(path, {})
+
+
+def test_there_are_no_more_merges_than_ways_to_part_the_tokens(made: Callable[..., Tokenizer]) -> None:
+    """The tokens he, ll, hell, <|end|> and <tool> have 1 + 1 + 3 + 6 + 5."""
+    made(BPE, merges=["h e"] * 16)
+    with pytest.raises(TorchchatError, match=r"merges in made\.gguf has 17 entries; the 261 tokens can have 16"):
+        made(BPE, merges=["h e"] * 17)
+
+
+def test_a_template_that_is_too_long_is_told_with_the_file(made: Callable[..., Tokenizer]) -> None:
+    with pytest.raises(TorchchatError, match=r"a chat template in made\.gguf has 65537 characters") as caught:
+        made(SPM, {"tokenizer.chat_template": "x" * 65537})
+    assert "--tokenizer-path" in str(caught.value.fix)
+
+
 def test_a_template_that_is_no_text_is_refused(made: Callable[..., Tokenizer]) -> None:
     with pytest.raises(TorchchatError, match=r"tokenizer\.chat_template is 5"):
         made(SPM, {"tokenizer.chat_template": 5})
