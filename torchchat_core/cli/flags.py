@@ -60,7 +60,7 @@ def model_request(flags: Mapping[str, Any]) -> ModelRequest:
     from torchchat_core.pipeline import ModelRequest
 
     given = {field.name: flags[field.name] for field in fields(ModelRequest) if flags.get(field.name) is not None}
-    if flags["gguf_path"] is not None:
+    if flags.get("gguf_path") is not None:
         if "checkpoint_path" in given:
             raise click.UsageError("--checkpoint-path and --gguf-path exclude each other")
         given["checkpoint_path"] = flags["gguf_path"]
