@@ -25,10 +25,11 @@ def quantise_layers(model: nn.Module, scheme: str, form: WeightFormat, refusal: 
     kind = KINDS[scheme.partition(":")[0]]
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kind)]
     reports = []
-    with torch.no_grad(), progress.task("quantising", total=sum(_weight(layer).numel() for _, layer in layers)) as task:
+    size = sum(_weight(layer).nbytes for _, layer in layers)
+    with torch.no_grad(), progress.task(f"quantising, {scheme}", total=size, unit="B") as task:
         for name, layer in layers:
             reports.append(_replace(model, name, layer, scheme, form, refusal, negative_scales))
-            task.advance(_weight(layer).numel())
+            task.advance(_weight(layer).nbytes)
     return QuantReport(layers=tuple(reports))
 
 

@@ -6,15 +6,19 @@ what they were packed from is let go. What they stand for does not change.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchchat_core import kernels
 from torchchat_core.quantization.layers import QuantizedLinear, rounded_rows
 
 ATEN_GROUPS = (32, 64, 128, 256)  # that the products of four-bit weights take
+# Elsewhere core's kernels are plain C++, and ATen's own are faster where they take the weights.
+HAS_KERNEL_INSTRUCTIONS = platform.machine().lower() in ("x86_64", "amd64")
 TILE_COLUMNS = 128  # of tinygemm, with eight inner tiles
 INNER_TILES = 8
 
@@ -35,19 +39,33 @@ def prepare(model: nn.Module, dtype: torch.dtype) -> None:
 
 def fastest(layer: QuantizedLinear, dtype: torch.dtype, with_kernels: bool) -> nn.Module:
     """The layer itself where nothing is known that multiplies its weights as they are."""
-    device, form = layer.values.device.type, layer.format
-    whole = form.group_size is not None and layer.columns % form.group_size == 0
+    device = layer.values.device.type
+    if device == "cpu" and with_kernels and HAS_KERNEL_INSTRUCTIONS:
+        return PanelLinear(layer)
+    if device == "cpu" and _one_scale_a_row(layer):
+        return AtenInt8Linear(layer, dtype)
+    if device == "cpu" and _whole_groups_of_four_bits(layer) and layer.rows % 16 == 0:
+        return AtenInt4Linear(layer, dtype, torch.ops.aten._weight_int4pack_mm_for_cpu, _packed_for_cpu)
     if device == "cpu" and with_kernels:
         return PanelLinear(layer)
-    if device == "cpu" and form.bits == 8 and form.group_size is None and not form.asymmetric:
-        return AtenInt8Linear(layer, dtype)
-    if form.bits != 4 or form.group_size not in ATEN_GROUPS or not whole:
-        return layer
-    if device == "cpu" and layer.rows % 16 == 0:
-        return AtenInt4Linear(layer, dtype, torch.ops.aten._weight_int4pack_mm_for_cpu, _packed_for_cpu)
-    if device == "cuda" and dtype == torch.bfloat16 and layer.rows % 8 == 0 and layer.columns % TILE_COLUMNS == 0:
+    if device == "cuda" and _one_scale_a_row(layer) and dtype != torch.float16:
+        return RowScaledLinear(layer, dtype)
+    if device == "cuda" and _whole_groups_of_four_bits(layer) and _fits_tinygemm(layer, dtype):
         return AtenInt4Linear(layer, dtype, torch.ops.aten._weight_int4pack_mm, _packed_for_cuda)
     return layer
+
+
+def _one_scale_a_row(layer: QuantizedLinear) -> bool:
+    return layer.format.bits == 8 and layer.format.group_size is None and not layer.format.asymmetric
+
+
+def _whole_groups_of_four_bits(layer: QuantizedLinear) -> bool:
+    size = layer.format.group_size
+    return layer.format.bits == 4 and size in ATEN_GROUPS and layer.columns % size == 0
+
+
+def _fits_tinygemm(layer: QuantizedLinear, dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and layer.rows % 8 == 0 and layer.columns % TILE_COLUMNS == 0
 
 
 class RunningLinear(nn.Module):
@@ -99,6 +117,27 @@ class AtenInt8Linear(RunningLinear):
     def multiply(self, x: Tensor) -> Tensor:
         x = rounded_rows(x) if self.rounds else x
         product: Tensor = torch.ops.aten._weight_int8pack_mm(x, self.values, self.scales)
+        return product if self.bias is None else product + self.bias
+
+
+class RowScaledLinear(RunningLinear):
+    """Eight-bit weights with one scale a row: the integers are multiplied in the activations' dtype, then scaled.
+
+    Not in float16, whose sums of products with integers leave its range.
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    def __init__(self, layer: QuantizedLinear, dtype: torch.dtype) -> None:
+        super().__init__(layer)
+        self.rounds = layer.format.activations == "int8"
+        self.register_buffer("values", (layer.values ^ 128).view(torch.int8))  # less 128
+        self.register_buffer("scales", layer.scales[:, 0].to(dtype))
+
+    def multiply(self, x: Tensor) -> Tensor:
+        x = rounded_rows(x) if self.rounds else x
+        product = F.linear(x, self.values.to(x.dtype)) * self.scales
         return product if self.bias is None else product + self.bias
 
 
