@@ -1,7 +1,7 @@
 """Which layers a section of a recipe takes.
 
 A section with "layers" takes those whose names match one of its patterns. A section without takes the rest: all layers
-of its kind that no other section names. "except" leaves layers out, in both. A layer that two sections name, and two
+of its kind that no other section takes. "except" leaves layers out, in both. A layer that two sections name, and two
 sections of one kind that both want the rest, are errors; so is a pattern that matches nothing.
 """
 
