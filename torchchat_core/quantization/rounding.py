@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,10 @@ from torch import Tensor
 
 from torchchat_core.quantization.layers import IntegerWeights, WeightFormat, packed_values
 
-CHUNK = 1 << 22  # weights that are rounded at once: what is held beside the model stays small
+# Weights that are rounded at once. On the CPU few enough for PyTorch to use one thread: the threads are over the chunks
+# here, which do not wait for each other, and whose temporary results stay in the processor's cache.
+CHUNK = {"cpu": 1 << 15}
+CHUNK_ELSEWHERE = 1 << 22
 LARGEST = 65280.0  # the largest float16 with eight significant bits
 # A group's extreme weight becomes this integer in the candidates for a four-bit scale (of the sign that has one more).
 EXTREMES = (8.9, 8.4, 8.0, 7.6, 7.2, 6.8, 6.4)
@@ -27,17 +32,27 @@ def quantise(weight: Tensor, form: WeightFormat, negative_scales: bool = True) -
     rows, columns = weight.shape
     made = {name: torch.empty(shape, dtype=dtype, device=weight.device)
             for name, (shape, dtype) in form.shapes(rows, columns).items()}
-    step = max(1, CHUNK // columns)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        groups = _groups(weight[part].float(), form)
-        scales, centres = _scales(groups, form, negative_scales)
-        stored = (_integers(groups, scales, centres, form) + form.middle).to(torch.uint8).flatten(1)[:, :columns]
-        made["values"][part] = packed_values(stored, form.bits)
-        made["scales"][part] = scales.squeeze(2).half()
-        if centres is not None:
-            made["centres"][part] = centres.squeeze(2).half()
+    step = max(1, CHUNK.get(weight.device.type, CHUNK_ELSEWHERE) // columns)
+
+    def round_rows(start: int) -> None:
+        _round_rows(weight[start : start + step], form, negative_scales,
+                    {name: tensor[start : start + step] for name, tensor in made.items()})
+
+    with ThreadPoolExecutor(torch.get_num_threads() if weight.device.type == "cpu" else 1) as pool:
+        for _ in pool.map(round_rows, range(0, rows, step)):
+            pass  # raises what the threads raised
     return IntegerWeights(format=form, columns=columns, **made)
+
+
+@torch.no_grad()
+def _round_rows(weight: Tensor, form: WeightFormat, negative_scales: bool, out: Mapping[str, Tensor]) -> None:
+    groups = _groups(weight.float(), form)
+    scales, centres = _scales(groups, form, negative_scales)
+    stored = (_integers(groups, scales, centres, form) + form.middle).to(torch.uint8).flatten(1)[:, : weight.shape[1]]
+    out["values"].copy_(packed_values(stored, form.bits))
+    out["scales"].copy_(scales.squeeze(2))
+    if centres is not None:
+        out["centres"].copy_(centres.squeeze(2))
 
 
 def _groups(weight: Tensor, form: WeightFormat) -> Tensor:
