@@ -121,6 +121,12 @@ def torchchat_commands() -> list[CommandInfo]:
             order=41,
         ),
         CommandInfo(
+            name="quantize",
+            summary="Write a model with fewer bytes, and say what became of each layer.",
+            factory="torchchat_core.cli.quantize:quantize",
+            order=42,
+        ),
+        CommandInfo(
             name="plugins",
             summary="List the plugins: what each offers, and why one failed.",
             factory="torchchat_core.cli.plugins:plugins",

@@ -14,7 +14,8 @@ import torch
 from torchchat_core.errors import TorchchatError, did_you_mean
 from torchchat_core.models.weights import TORCH_DTYPES, build_model
 from torchchat_core.plugins import Registry
-from torchchat_core.quantization.recipe import read_recipe
+from torchchat_core.quantization.recipe import Recipe, RecipeReport, RecipeText, parse_recipe
+from torchchat_core.quantization.saved import QuantizedCheckpoint, refuse_quantised
 from torchchat_core.small_files import expanded
 from torchchat_core.sources.reference import missing_file, resolve
 from torchchat_core.specs import (
@@ -61,6 +62,7 @@ class OpenedModel:
     text_format: TextFormat
     executor: ExecutorInfo
     max_seq_length: int  # tokens that a sequence may have: the model's own, or fewer where asked for
+    quantisation: RecipeReport | None = None  # where a recipe was applied
 
 
 @contextmanager
@@ -69,21 +71,21 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
 
     Raises `TorchchatError` for whatever is missing, damaged, unknown or impossible on this machine.
     """
-    device = choose_device(request.device)
+    wished = parse_recipe(request.quantize, registry) if request.quantize is not None else None
+    device = _chosen_device(request, wished)
     files = fetch_files(request, registry)
     checkpoint = open_checkpoint(request, files, registry)
     limit = _checked_limit(request.max_seq_length, checkpoint.config.max_context)
     text_format = read_text_format(files, registry, checkpoint.config.vocab_size)
-    dtype = choose_dtype(request.dtype, device, checkpoint.dtype)
-    recipe = read_recipe(request.quantize, registry, device, dtype) if request.quantize is not None else None
-    executor = choose_executor(request.executor, device, dtype, recipe.schemes if recipe else (), registry)
+    dtype = choose_dtype(_wished_dtype(request, wished), device, checkpoint.dtype)
+    recipe = _settled(wished, checkpoint, registry, device, dtype)
+    executor = choose_executor(request.executor, device, dtype, _schemes(recipe, checkpoint), registry)
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
-    if recipe is not None:
-        recipe.apply(module)
+    report = recipe.apply(module) if recipe is not None else None
     model: LoadedModel = executor.make().load(LoadRequest(device=device, dtype=dtype, module=module))
     try:
         yield OpenedModel(name=files.ref.text, model=model, text_format=text_format, executor=executor,
-                          max_seq_length=limit)
+                          max_seq_length=limit, quantisation=report)
     finally:
         model.close()
 
@@ -95,18 +97,61 @@ def export_model(request: ModelRequest, exporter: ExporterInfo, path: Path, opti
     The dtype is the checkpoint's own unless another one is asked for. Raises `TorchchatError` as `open_model` does,
     and for what the exporter does not write.
     """
-    device = choose_device(request.device if request.device != "fast" else "cpu")
+    wished = parse_recipe(request.quantize, registry) if request.quantize is not None else None
+    device = _chosen_device(request, wished, otherwise="cpu")
     files = fetch_files(request, registry)
     checkpoint = open_checkpoint(request, files, registry)
-    dtype = choose_dtype(request.dtype, device, checkpoint.dtype) if request.dtype else stored_dtype(checkpoint.dtype)
-    recipe = read_recipe(request.quantize, registry, device, dtype) if request.quantize is not None else None
-    require_export(exporter, device, dtype, recipe.schemes if recipe else ())
+    asked = _wished_dtype(request, wished)
+    dtype = choose_dtype(asked, device, checkpoint.dtype) if asked else stored_dtype(checkpoint.dtype)
+    recipe = _settled(wished, checkpoint, registry, device, dtype)
+    require_export(exporter, device, dtype, _schemes(recipe, checkpoint))
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
     if recipe is not None:
         recipe.apply(module)
     exporter.make().export(ExportRequest(module=module, path=path, device=device, dtype=dtype, files=files,
                                          options=options))
     return files
+
+
+def quantise_model(request: ModelRequest, folder: Path, registry: Registry) -> tuple[ModelFiles, RecipeReport]:
+    """Writes the model, quantised by the recipe of the request, to `folder`; what it was made of, and the report.
+
+    The model is quantised for the device that the request or the recipe names, which need not be here. Raises
+    `TorchchatError` as `open_model` does, and where the folder cannot be written.
+    """
+    from torchchat_core.quantization.writing import write_quantised
+
+    if request.quantize is None:
+        raise TorchchatError("no recipe was given", "give one with --quantize")
+    wished = parse_recipe(request.quantize, registry)
+    files = fetch_files(request, registry)
+    checkpoint = open_checkpoint(request, files, registry)
+    named = wished.device if request.device in ("fast", "auto") else request.device
+    target = named if named in DEVICES else "cpu"
+    device = target if has_device(target) else "cpu"
+    asked = _wished_dtype(request, wished)
+    dtype = choose_dtype(asked, device, checkpoint.dtype) if asked else stored_dtype(checkpoint.dtype)
+    refuse_quantised(checkpoint, "it is not quantised again")
+    recipe = wished.settle(registry, target, dtype)
+    module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
+    report = recipe.apply(module)
+    write_quantised(module, wished.content, report, files, registry, folder, dtype)
+    return files, report
+
+
+def _settled(wished: RecipeText | None, checkpoint: Checkpoint, registry: Registry, device: str, dtype: str
+             ) -> Recipe | None:
+    if wished is None:
+        return None
+    refuse_quantised(checkpoint, "it is not quantised again")
+    return wished.settle(registry, device, dtype)
+
+
+def _schemes(recipe: Recipe | None, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Of the quantised layers that the model will have."""
+    if recipe is not None:
+        return recipe.schemes
+    return checkpoint.schemes if isinstance(checkpoint, QuantizedCheckpoint) else ()
 
 
 def fetch_files(request: ModelRequest, registry: Registry) -> ModelFiles:
@@ -135,6 +180,7 @@ def open_checkpoint(request: ModelRequest, files: ModelFiles, registry: Registry
         return checkpoint
     from torchchat_core.sources.adapters import with_adapter
 
+    refuse_quantised(checkpoint, "no adapter can be merged into it")
     return with_adapter(checkpoint, expanded(request.adapter))
 
 
@@ -147,6 +193,17 @@ def open_files(files: ModelFiles, registry: Registry) -> Checkpoint:
                              "no installed model source", f"pip install {known}" if known else None)
     checkpoint: Checkpoint = source.make().open(files)
     return checkpoint
+
+
+def _chosen_device(request: ModelRequest, recipe: RecipeText | None, otherwise: str = "fast") -> str:
+    """The one that was asked for; where that is any, the recipe's, and where it names none, `otherwise`."""
+    if request.device not in ("fast", "auto"):
+        return choose_device(request.device)
+    return choose_device((recipe.device if recipe is not None else None) or otherwise)
+
+
+def _wished_dtype(request: ModelRequest, recipe: RecipeText | None) -> str | None:
+    return request.dtype or (recipe.dtype if recipe is not None else None)
 
 
 def choose_device(name: str) -> str:
@@ -178,9 +235,11 @@ def choose_dtype(name: str | None, device: str, stored: torch.dtype) -> str:
     """
     if name == "fast":
         return _fastest_dtype(device)
+    if name == "fast16":
+        return _fastest_dtype(device) if device != "cpu" else "bf16"
     if name is not None:
         if name not in DTYPE_NAMES:
-            raise TorchchatError(f"unknown dtype {name!r}; known are fast, {', '.join(DTYPE_NAMES)}",
+            raise TorchchatError(f"unknown dtype {name!r}; known are fast, fast16, {', '.join(DTYPE_NAMES)}",
                                  did_you_mean(name, DTYPE_NAMES))
         return DTYPE_NAMES[name]
     own = stored_dtype(stored)

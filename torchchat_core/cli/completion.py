@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
@@ -9,6 +11,7 @@ from torchchat_core.plugins import load_registry
 from torchchat_core.specs import DEVICES, DTYPES, ExecutorInfo, ModelSourceInfo, QuantizerInfo
 
 SHELLS = ("bash", "zsh", "fish")
+RECIPES = Path(__file__).resolve().parent.parent / "data" / "recipes"
 
 
 @click.command()
@@ -40,9 +43,10 @@ def complete_executor(_context: click.Context, _parameter: click.Parameter, type
 
 
 def complete_scheme(_context: click.Context, _parameter: click.Parameter, typed: str) -> list[CompletionItem]:
-    """Installed quantisation schemes, and files."""
+    """Recipes, installed quantisation schemes, and files."""
+    recipes = {path.stem for path in RECIPES.glob("*.json")}
     schemes = {info.scheme for info in load_registry().infos(QuantizerInfo)}
-    return [*_items(schemes, typed), CompletionItem(typed, type="file")]
+    return [*_items(recipes | schemes, typed), CompletionItem(typed, type="file")]
 
 
 def complete_device(_context: click.Context, _parameter: click.Parameter, typed: str) -> list[CompletionItem]:

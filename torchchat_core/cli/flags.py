@@ -40,8 +40,9 @@ def model_flags(function: Function) -> Function:
         click.option("--adapter", metavar="DIR", help="A LoRA adapter (PEFT format) to merge into the model."),
         click.option("--hf-token", metavar="TOKEN", help="For models that need their owner's permission; else HF_TOKEN "
                                                          "or the stored login."),
-        click.option("--quantize", metavar="RECIPE", help="A scheme such as linear:int8, a JSON object, or a file that "
-                                                          "holds one.", shell_complete=complete_scheme),
+        click.option("--quantize", metavar="RECIPE", help="A recipe such as cpu, a scheme such as linear:int8, a "
+                                                          "JSON object, or a file that holds one.",
+                     shell_complete=complete_scheme),
         click.option("--executor", metavar="NAME", help="What runs the model; auto takes the first that fits "
                                                         "[default: auto].", shell_complete=complete_executor),
         click.option("--device", metavar="NAME", help="cpu, cuda, mps, or fast: a GPU where there is one "

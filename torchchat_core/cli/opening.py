@@ -6,12 +6,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import click
+
+from torchchat_core.cli.amounts import bytes_text
 from torchchat_core.cli.flags import model_request
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.plugins import Registry
 
 if TYPE_CHECKING:
     from torchchat_core.pipeline import OpenedModel
+    from torchchat_core.quantization.recipe import RecipeReport
 
 
 @contextmanager
@@ -22,4 +26,15 @@ def opened_model(flags: Mapping[str, Any], registry: Registry) -> Iterator[Opene
     with ExitStack() as stack:
         with shown_progress():
             opened = stack.enter_context(open_model(model_request(flags), registry))
+        if opened.quantisation is not None:
+            click.echo(quantisation_line(opened.quantisation), err=True)
         yield opened
+
+
+def quantisation_line(report: RecipeReport) -> str:
+    """What a recipe did, in one line; reasons only where they are all the same."""
+    reasons = {layer.reason for layer in report.left}
+    why = f" ({reasons.pop()})" if len(reasons) == 1 else ""
+    left = f", left {len(report.left)} alone{why}" if report.left else ""
+    count = f"{len(report.done)} layer{'' if len(report.done) == 1 else 's'}"
+    return f"quantised {count}{left}: {bytes_text(report.bytes_before)} -> {bytes_text(report.bytes_after)}"

@@ -22,14 +22,19 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu")
 
     A tensor that already has `dtype` on the CPU stays mapped to its file; another is converted once, alone, so
     that the memory beyond the model's own never exceeds one tensor.
+    Layers that the checkpoint holds as integers become quantised ones.
     Raises `TorchchatError` for a tensor that is missing, has the wrong shape, or that the model has no place for.
     """
+    from torchchat_core.quantization.saved import QuantizedCheckpoint
+
     model = _without_memory(checkpoint.config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    refuse_unknown(checkpoint, shapes.keys())
+    there = checkpoint.put_layers(model, dtype, device) if isinstance(checkpoint, QuantizedCheckpoint) else set()
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name not in there}
+    refuse_unknown(checkpoint, shapes.keys() | there)
     for name, shape in shapes.items():
         _assign(model, name, fetch_weight(checkpoint, name, shape, dtype).to(device=device, dtype=dtype))
-    if checkpoint.config.tied_embeddings:
+    plain = isinstance(model.lm_head, nn.Linear) and isinstance(model.model.embed_tokens, nn.Embedding)
+    if checkpoint.config.tied_embeddings and plain:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.model.rotary.to(device)
     return model.eval()

@@ -1,8 +1,13 @@
-"""A recipe is a JSON object: each key a scheme such as "linear:int8", each value the options of its quantizer.
+"""A recipe says how a model is made smaller, in one JSON object:
 
-    {"linear:int8": {"groupsize": 64}, "embedding:int8": {}}
+    {"version": 1,
+     "executor": {"accelerator": "cpu"}, "precision": {"dtype": "bf16"},
+     "linear:int4": {"groupsize": 32, "except": ["*.o_proj"]},
+     "linear:int8": {"layers": ["lm_head"]},
+     "embedding": {"bitwidth": 8, "groupsize": 0}}
 
-`--quantize` takes such an object, a file that holds one, or a scheme's name alone.
+Keys with a colon are sections: a scheme, the options of its quantizer, and which layers it takes (`selection`).
+`--quantize` takes such an object, a file that holds one, the name of a recipe that comes with torchchat, or a scheme.
 """
 
 from __future__ import annotations
@@ -10,23 +15,51 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from torchchat_core.errors import TorchchatError, did_you_mean
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.options import from_mapping
 from torchchat_core.plugins import Registry
+from torchchat_core.quantization.replacing import stored_bytes
+from torchchat_core.quantization.selection import Selection, check_selections, layers_of_sections, only
 from torchchat_core.small_files import expanded, read_json
-from torchchat_core.specs import QuantizerInfo, QuantReport
+from torchchat_core.specs import LayerReport, QuantizerInfo
+
+VERSION = 1
+SHIPPED = Path(__file__).resolve().parent.parent / "data" / "recipes"
+SETTINGS = {"executor": "accelerator", "precision": "dtype"}  # sections that say how the model runs, and their one key
+EMBEDDING = "embedding"  # the section by the original's name: its bitwidth chooses the scheme
+KEYS = ("version", *SETTINGS, EMBEDDING)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One section of a recipe: what makes the layers, and its options, checked."""
+    """One section of a recipe: what makes the layers, its options, checked, and which layers it takes."""
 
     scheme: str
     quantizer: QuantizerInfo
     options: Any
+    selection: Selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeReport:
+    """What a recipe did: every layer of the kinds that it has sections for, and the bytes of the whole model."""
+
+    layers: tuple[LayerReport, ...]
+    bytes_before: int  # of all weights; those that layers share count once
+    bytes_after: int
+
+    @property
+    def done(self) -> tuple[LayerReport, ...]:
+        return tuple(layer for layer in self.layers if layer.scheme is not None)
+
+    @property
+    def left(self) -> tuple[LayerReport, ...]:
+        return tuple(layer for layer in self.layers if layer.scheme is None)
 
 
 @dataclass(frozen=True)
@@ -39,38 +72,92 @@ class Recipe:
     def schemes(self) -> tuple[str, ...]:
         return tuple(step.scheme for step in self.steps)
 
-    def apply(self, model: Transformer) -> list[QuantReport]:
-        """Replaces the layers of `model` in place; one report for each section."""
-        return [step.quantizer.make().apply(model, step.options) for step in self.steps]
+    def apply(self, model: Transformer) -> RecipeReport:
+        """Replaces the layers of `model` in place.
+
+        Raises `TorchchatError` where the sections do not select layers of this model, before anything is changed.
+        """
+        chosen, left = layers_of_sections(model, [step.selection for step in self.steps])
+        before, reports = stored_bytes(model), list[LayerReport]()
+        for step, names in zip(self.steps, chosen, strict=True):
+            with only(model, names):
+                reports += step.quantizer.make().apply(model, step.options).layers
+        for name in left:
+            size = stored_bytes(model.get_submodule(name))
+            reports.append(LayerReport(name=name, scheme=None, bytes_before=size, bytes_after=size,
+                                       reason="the recipe leaves it out"))
+        return RecipeReport(layers=tuple(reports), bytes_before=before, bytes_after=stored_bytes(model))
+
+
+@dataclass(frozen=True)
+class RecipeText:
+    """A recipe as it was written, before it is known what the model runs on."""
+
+    content: Mapping[str, Any]
+    sections: Mapping[str, Mapping[str, Any]]  # scheme -> options and selection
+    device: str | None = None  # where it says so, as --device takes it
+    dtype: str | None = None  # likewise, as --dtype takes it
+
+    def settle(self, registry: Registry, device: str, dtype: str) -> Recipe:
+        """With the quantizers for the device and the dtype. Raises `TorchchatError` for options that they refuse."""
+        steps = tuple(_step(scheme, section, registry, device, dtype) for scheme, section in self.sections.items())
+        check_selections([step.selection for step in steps])
+        return Recipe(steps)
 
 
 def read_recipe(text: str, registry: Registry, device: str, dtype: str) -> Recipe:
-    """The recipe that a user means: a JSON object, a file, or the name of a scheme.
+    """The recipe that a user means: a JSON object, a file, or the name of a recipe or a scheme.
 
     Where several quantizers make a scheme, the one for the device and the dtype is taken. Raises `TorchchatError`
     for what is no recipe, a scheme that no installed quantizer makes, or wrong options.
     """
-    sections = _sections(text, registry)
-    if not sections:
+    return parse_recipe(text, registry).settle(registry, device, dtype)
+
+
+def parse_recipe(text: str, registry: Registry) -> RecipeText:
+    """The recipe that a user means, without its options being checked yet."""
+    content = _content(text, registry)
+    version = content.get("version", VERSION)
+    if version != VERSION or isinstance(version, bool):
+        raise TorchchatError(f"the recipe is of version {version!r:.40}; this torchchat reads version {VERSION}",
+                             "use a newer torchchat")
+    sections: dict[str, Mapping[str, Any]] = {}
+    for key, value in content.items():
+        scheme, section = _section(key, value, registry)
+        if scheme in sections:
+            raise TorchchatError(f"the recipe has two sections for {scheme!r}")
+        if scheme is not None:
+            sections[scheme] = section
+    device, dtype = (_setting(content, key) for key in SETTINGS)
+    if not sections and device is None and dtype is None:
         raise TorchchatError("the recipe is empty", 'give a scheme, such as {"linear:int8": {}}')
-    return Recipe(tuple(_step(scheme, options, registry, device, dtype) for scheme, options in sections.items()))
+    return RecipeText(content, sections, device, dtype)
 
 
-def _sections(text: str, registry: Registry) -> Mapping[str, Any]:
+def _content(text: str, registry: Registry) -> Mapping[str, Any]:
     if text.lstrip().startswith("{"):
         try:
-            found = json.loads(text, object_pairs_hook=_without_repetition)
+            return dict(json.loads(text, object_pairs_hook=_without_repetition))
         except (ValueError, RecursionError) as error:
             raise TorchchatError(f"the recipe is not JSON: {error}") from None
-        return dict(found)
-    if text in _schemes(registry):
+    known = _schemes(registry)
+    if text in known:
         return {text: {}}
+    if text in recipe_names():
+        return read_json(SHIPPED / f"{text}.json")
     path = expanded(text)
     if path.is_file():
         return read_json(path)
-    known = _schemes(registry)
-    raise TorchchatError(f"there is no recipe, file or scheme {text!r}; schemes here: {', '.join(known) or 'none'}",
-                         did_you_mean(text, known) or "give a scheme, a JSON file, or a JSON object")
+    names = (*recipe_names(), *known)
+    raise TorchchatError(f"there is no recipe, file or scheme {text!r}; recipes: {', '.join(recipe_names())}; schemes "
+                         f"here: {', '.join(known) or 'none'}",
+                         did_you_mean(text, names) or "give a recipe, a scheme, a JSON file, or a JSON object")
+
+
+@cache
+def recipe_names() -> tuple[str, ...]:
+    """The recipes that come with torchchat."""
+    return tuple(sorted(path.stem for path in SHIPPED.glob("*.json")))
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -81,7 +168,39 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _step(scheme: str, options: object, registry: Registry, device: str, dtype: str) -> Step:
+# ---- its keys -----------------------------------------------------------------------------------------------------
+
+
+def _setting(content: Mapping[str, Any], key: str) -> str | None:
+    """What "executor" or "precision" says."""
+    if key not in content:
+        return None
+    section, name = content[key], SETTINGS[key]
+    if not isinstance(section, Mapping) or section.keys() != {name} or not isinstance(section[name], str):
+        raise TorchchatError(f"{key!r} is {section!r:.80} in the recipe; it has to be an object with {name!r} alone",
+                             f'such as {{"{key}": {{"{name}": "{"cpu" if key == "executor" else "bf16"}"}}}}')
+    return str(section[name])
+
+
+def _section(key: str, value: Any, registry: Registry) -> tuple[str | None, Mapping[str, Any]]:
+    """The scheme that a key stands for, and what is said of it; None for the keys that are no sections."""
+    if key == "version" or key in SETTINGS:
+        return None, {}
+    if key != EMBEDDING and ":" not in key:
+        known = (*KEYS, *_schemes(registry))
+        raise TorchchatError(f"the recipe has the unknown key {key!r}; known are {', '.join(known)}",
+                             did_you_mean(key, known))
+    if not isinstance(value, Mapping):
+        raise TorchchatError(f"the options of {key!r} are {value!r}; they have to be a JSON object")
+    if key != EMBEDDING:
+        return key, value
+    bits = value.get("bitwidth", 8)
+    if bits not in (4, 8) or isinstance(bits, bool):
+        raise TorchchatError(f"the bitwidth of the embedding is {bits!r:.40}; it has to be 4 or 8")
+    return f"embedding:int{bits}", {name: each for name, each in value.items() if name != "bitwidth"}
+
+
+def _step(scheme: str, section: Mapping[str, Any], registry: Registry, device: str, dtype: str) -> Step:
     makers = [info for info in registry.infos(QuantizerInfo) if info.scheme == scheme]
     known = _schemes(registry)
     if not makers:
@@ -89,13 +208,15 @@ def _step(scheme: str, options: object, registry: Registry, device: str, dtype: 
                              did_you_mean(scheme, known) or "install the plugin that makes it")
     fitting = [info for info in makers if device in info.devices and dtype in info.dtypes] or makers
     quantizer = registry.find(QuantizerInfo, fitting[0].name)  # several owners of one name are an error there
-    if not isinstance(options, Mapping):
-        raise TorchchatError(f"the options of {scheme!r} are {options!r}; they have to be a JSON object")
+    selection, options = Selection.split(scheme, section)
     if quantizer.options is None:
         if options:
             raise TorchchatError(f"{scheme!r} has no options; {next(iter(options))!r} was given")
-        return Step(scheme, quantizer, None)
-    return Step(scheme, quantizer, from_mapping(quantizer.options, options))
+        return Step(scheme, quantizer, None, selection)
+    try:
+        return Step(scheme, quantizer, from_mapping(quantizer.options, options), selection)
+    except TorchchatError as error:
+        raise TorchchatError(f"{scheme}: {error.message}", error.fix) from None
 
 
 def _schemes(registry: Registry) -> list[str]:

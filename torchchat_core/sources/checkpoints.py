@@ -58,6 +58,10 @@ def open_checkpoint(files: ModelFiles, scheme: str | None = None, named: ModelCo
     """
     containers = [read_container(path, files.format == "safetensors") for path in _shards(files.weights)]
     shards = [_weights(container.tensors) for container in containers]
+    if files.format == "safetensors" and any(name.endswith(".values") for shard in shards for name in shard):
+        from torchchat_core.quantization.saved import open_quantised
+
+        return open_quantised(files, _united(shards, files))
     found = _naming_scheme({name for shard in shards for name in shard})
     if scheme is not None and found != scheme:
         raise TorchchatError(f"{files.weights[0].name} is not of the format {scheme!r}: its tensors have the names of "

@@ -24,6 +24,7 @@ from torchchat_core.models.hugging_face_config import config_to_hugging_face
 from torchchat_core.models.rope_layout import half_split_rows
 from torchchat_core.models.weights import TORCH_DTYPES, fetch_weight, refuse_unknown, weight_shapes
 from torchchat_core.plugins import Registry
+from torchchat_core.quantization.saved import refuse_quantised
 from torchchat_core.small_files import read_file, read_json
 from torchchat_core.sources.safetensors_writer import SHARD_BYTES, write_safetensors
 from torchchat_core.specs import Checkpoint, ModelFiles, Tokenizer
@@ -45,9 +46,22 @@ def write_folder(checkpoint: Checkpoint, files: ModelFiles, registry: Registry, 
     written without. Raises `TorchchatError` where `folder` exists and is not empty, where it cannot be written, and
     for a checkpoint that is incomplete or does not fit into the dtype.
     """
+    refuse_quantised(checkpoint, "its weights are no longer there to be converted")
     refuse_unknown(checkpoint, weight_shapes(checkpoint.config).keys())
     config = dataclasses.replace(checkpoint.config, tied_embeddings=_tied(checkpoint))
-    raw, shapes = config_to_hugging_face(config), weight_shapes(config)
+    shapes = weight_shapes(config)
+    with new_folder(config, files, registry, folder, dtype) as beside:
+        write_safetensors(beside, shapes, TORCH_DTYPES[dtype], _reader(checkpoint, shapes, dtype), shard_bytes)
+
+
+@contextmanager
+def new_folder(config: ModelConfig, files: ModelFiles, registry: Registry, folder: Path, dtype: str,
+               more: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """A folder with all but the weights, which are to be written into the path that is given.
+
+    It takes its name when the block ends well. `more` are fields of config.json beside those that `config` has.
+    """
+    raw = {**config_to_hugging_face(config), **(more or {})}
     tokenizer = read_tokenizer(files, registry) if files.tokenizer else None
     _check_room(folder, sum(map(math.prod, shapes.values())) * TORCH_DTYPES[dtype].itemsize)
     with _appearing(folder) as beside:
@@ -55,7 +69,7 @@ def write_folder(checkpoint: Checkpoint, files: ModelFiles, registry: Registry, 
         texts |= _configs(raw, files, tokenizer, dtype)
         for name, content in texts.items():
             (beside / name).write_bytes(content)
-        write_safetensors(beside, shapes, TORCH_DTYPES[dtype], _reader(checkpoint, shapes, dtype), shard_bytes)
+        yield beside
 
 
 def check_free(folder: Path) -> None:

@@ -12,6 +12,8 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.models.attention import CachedAttention, Segment
 from torchchat_core.models.kv_cache import KVCache
 from torchchat_core.models.transformer import Transformer
+from torchchat_core.models.weights import TORCH_DTYPES
+from torchchat_core.quantization.running import prepare
 from torchchat_core.specs import LoadRequest
 
 
@@ -19,6 +21,7 @@ class EagerExecutor:
     """Implements `specs.Executor` with abilities `score` and `batch`."""
 
     def load(self, request: LoadRequest) -> EagerModel:
+        prepare(request.module, TORCH_DTYPES[request.dtype])
         use_fastest_linear(request.module)
         return EagerModel(request.module, request.device, request.dtype)
 
@@ -90,7 +93,7 @@ class EagerSession:
 
     def __init__(self, model: EagerModel, limit: int) -> None:
         module = model.module
-        dtype = module.model.embed_tokens.weight.dtype
+        dtype = module.model.norm.weight.dtype  # the embedding may be quantised
         self.limit = limit
         self.cache = KVCache(module.config, limit, dtype, torch.device(model.device))
         self.extended = module.model.rotary.extends(limit)

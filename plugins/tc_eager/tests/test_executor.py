@@ -14,6 +14,9 @@ from torchchat_core import kernels
 from torchchat_core.errors import TorchchatError
 from torchchat_core.models.config import ModelConfig, RopeScaling
 from torchchat_core.models.transformer import Transformer
+from torchchat_core.quantization.layers import WeightFormat
+from torchchat_core.quantization.replacing import quantise_layers
+from torchchat_core.quantization.running import PanelLinear
 from torchchat_core.specs import LoadRequest
 
 SIZES: dict[str, Any] = {"architecture": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
@@ -179,3 +182,15 @@ def test_bfloat16_layers_are_swapped_and_their_weights_are_shared() -> None:
     module = load("bf16", tied_embeddings=True).module
     assert isinstance(module.lm_head, FewRowsLinear)
     assert module.lm_head.weight is module.model.embed_tokens.weight
+
+
+@pytest.mark.skipif(not kernels.available(), reason="the CPU kernels cannot be built here")
+def test_quantised_layers_are_packed_for_the_kernels_and_the_embedding_may_be_quantised() -> None:
+    torch.manual_seed(0)
+    module = Transformer(ModelConfig(**SIZES)).eval().requires_grad_(False)
+    quantise_layers(module, "linear:int8", WeightFormat(bits=8))
+    quantise_layers(module, "embedding:int8", WeightFormat(bits=8))
+    model = EagerExecutor().load(LoadRequest(device="cpu", dtype="fp32", module=module))
+    assert isinstance(model.module.lm_head, PanelLinear)
+    exact, found = load().session().score([1, 2, 3, 4]), model.session().score([1, 2, 3, 4])
+    assert float((found - exact).norm() / exact.norm()) < 0.05

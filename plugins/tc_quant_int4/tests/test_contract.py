@@ -1,0 +1,30 @@
+"""The quantizers pass the contracts that every plugin and every quantizer have to pass."""
+
+from __future__ import annotations
+
+from torchchat_core.testing import PluginContract, QuantizerContract
+
+
+class TestPlugin(PluginContract):
+    plugin = "tc_quant_int4"
+
+
+# Four bits leave an error of about a tenth in random weights, which the layers of a random model add up.
+
+
+class TestInt4(QuantizerContract):
+    plugin, name = "tc_quant_int4", "int4"
+    recipes = ({}, {"groupsize": 32, "asymmetric": True}, {"groupsize": 64}, {"groupsize": 128})
+    error_bound = 0.45
+
+
+class TestInt4Dynamic(QuantizerContract):
+    plugin, name = "tc_quant_int4", "a8w4dq"
+    recipes = ({}, {"groupsize": 128})
+    error_bound = 0.45
+
+
+class TestInt4Embedding(QuantizerContract):
+    plugin, name = "tc_quant_int4", "embedding-int4"
+    recipes = ({}, {"groupsize": 0})
+    error_bound = 0.45

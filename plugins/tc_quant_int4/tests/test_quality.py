@@ -1,0 +1,74 @@
+"""What four bits cost on the two real models beside the repository, and that every scheme runs from the command line.
+
+The method is that of golden/perplexity.json; its results are those of the models in float64.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from torchchat_core.cli.main import main
+from torchchat_core.pipeline import ModelRequest, open_model
+from torchchat_core.plugins import load_registry
+
+TESTDATA = Path(__file__).resolve().parents[4] / "shared" / "testdata"
+TEXT, WINDOW, BOS = "tinystories_2MiB", 256, 1
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small matrices are computed sooner by one thread where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Any]:
+    if not TESTDATA.is_dir():
+        pytest.skip("the test data beside the repository (../shared/testdata) is absent")
+    content: dict[str, Any] = json.loads((TESTDATA / "golden/perplexity.json").read_text())
+    return content["results"][TEXT]
+
+
+def perplexity(model: str, recipe: str) -> float:
+    text = (TESTDATA / f"text/{TEXT}.txt").read_text(encoding="utf-8")[:8000].replace("<|endoftext|>", "")
+    request = ModelRequest(model=str(TESTDATA / "hf" / model), quantize=recipe, device="cpu")
+    total, count = 0.0, 0
+    with open_model(request, load_registry()) as opened:
+        ids = opened.text_format.tokenizer.encode(text)
+        for start in range(0, len(ids), WINDOW - 1):
+            expected = ids[start : start + WINDOW - 1]
+            session: Any = opened.model.session(WINDOW)
+            logits = session.score([BOS, *expected[:-1]]).double()
+            total -= float(torch.log_softmax(logits, -1)[range(len(expected)), expected].sum())
+            count += len(expected)
+    return math.exp(total / count)
+
+
+# Models of a quarter and of half a million weights lose more than large ones: some 11 and 5 % (docs/quantisation.md).
+@pytest.mark.parametrize(("recipe", "bound"), [("linear:int4", 0.14), ('{"linear:int4": {"asymmetric": true}}', 0.15),
+                                               ("embedding:int4", 0.14)])
+@pytest.mark.parametrize("model", ["stories260K", "TinyStories-656K"])
+def test_the_perplexity_stays_within_a_bound(model: str, recipe: str, bound: float, golden: dict[str, Any]) -> None:
+    assert perplexity(model, recipe) <= golden[model.replace("-", "_")]["ppl"] * (1 + bound)
+
+
+@pytest.mark.parametrize("recipe", ["linear:int4", "linear:a8w4dq", "embedding:int4", "mobile"])
+def test_every_scheme_runs_from_the_command_line(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "--device", "cpu", "--quantize", recipe, "--prompt", "Hello", "--max-new-tokens", "8",
+              "--temperature", "0"])
+    shown = capsys.readouterr()
+    assert ended.value.code == 0
+    assert shown.out.strip()
+    assert "quantised" in shown.err
+    assert " -> " in shown.err

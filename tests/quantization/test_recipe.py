@@ -1,0 +1,133 @@
+"""Recipes: what they accept, which layers they take, what they report, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.models.transformer import Transformer
+from torchchat_core.pipeline import ModelRequest, open_model
+from torchchat_core.plugins import Registry
+from torchchat_core.quantization.layers import QuantizedEmbedding, QuantizedLinear
+from torchchat_core.quantization.recipe import RecipeReport, parse_recipe, read_recipe, recipe_names
+from torchchat_core.testing.models import seeded, tiny_config
+
+
+def applied(recipe: dict[str, Any], registry: Registry, **changes: Any) -> tuple[Transformer, RecipeReport]:
+    model = seeded(tiny_config(**changes))
+    return model, read_recipe(json.dumps(recipe), registry, "cpu", "fp32").apply(model)
+
+
+def schemes(report: RecipeReport) -> dict[str, str | None]:
+    return {layer.name: layer.scheme for layer in report.layers}
+
+
+def test_a_section_without_layers_takes_what_no_other_names(registry: Registry) -> None:
+    model, report = applied({"linear:int4": {"except": ["*.up_proj"]},
+                             "linear:int8": {"layers": ["lm_head", "*.0.mlp.*"], "except": ["*.up_proj"]}}, registry)
+    found = schemes(report)
+    assert len(found) == 15
+    assert [name for name, scheme in found.items() if scheme == "linear:int8"] == [
+        "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj", "lm_head"]
+    assert found["model.layers.0.mlp.up_proj"] is found["model.layers.1.mlp.up_proj"] is None
+    left = {layer.reason for layer in report.left}
+    assert left == {"the recipe leaves it out"}
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    assert isinstance(model.model.layers[0].mlp.gate_proj, QuantizedLinear)
+    assert model.model.layers[0].mlp.gate_proj.format.bits == 8
+
+
+def test_layers_left_out_are_those_that_were_there(registry: Registry) -> None:
+    model = seeded(tiny_config())
+    before = model.model.layers[0].self_attn.o_proj
+    read_recipe('{"linear:int4": {"except": ["*.o_proj"]}}', registry, "cpu", "fp32").apply(model)
+    assert model.model.layers[0].self_attn.o_proj is before
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_bytes_are_those_of_the_whole_model_and_shared_ones_count_once(tied: bool, registry: Registry) -> None:
+    _, report = applied({"linear:int8": {"layers": ["lm_head"]}}, registry, tied_embeddings=tied)
+    plain = seeded(tiny_config(tied_embeddings=tied))
+    assert report.bytes_before == sum(tensor.nbytes for tensor in (*plain.parameters(), *plain.buffers()))
+    head = 96 * 32 + 96 * 2  # values and scales
+    assert report.bytes_after == report.bytes_before + head - (0 if tied else 96 * 32 * 4)
+
+
+def test_the_embedding_goes_by_the_original_s_name(registry: Registry) -> None:
+    for bits in (4, 8):
+        model, report = applied({"embedding": {"bitwidth": bits, "groupsize": 32}}, registry)
+        assert schemes(report) == {"model.embed_tokens": f"embedding:int{bits}"}
+        assert isinstance(model.model.embed_tokens, QuantizedEmbedding)
+        assert model.model.embed_tokens.format.bits == bits
+
+
+def test_a_recipe_comes_from_a_name_a_file_or_text(registry: Registry, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text('{"version": 1, "linear:int4": {"groupsize": 64}}')
+    assert parse_recipe(str(tmp_path / "mine.json"), registry).sections == {"linear:int4": {"groupsize": 64}}
+    assert parse_recipe("linear:int4", registry).sections == {"linear:int4": {}}
+    assert parse_recipe("cuda", registry).sections == {"linear:int4": {"groupsize": 256}}
+    assert recipe_names() == ("cpu", "cuda", "desktop", "mobile", "pi5")
+
+
+def test_the_recipe_chooses_dtype_and_device_where_the_user_does_not(registry: Registry) -> None:
+    recipe = '{"executor": {"accelerator": "cpu"}, "precision": {"dtype": "fp32"}, "linear:int8": {}}'
+    for dtype, expected in ((None, "fp32"), ("bf16", "bf16")):
+        with open_model(ModelRequest(quantize=recipe, dtype=dtype), registry) as opened:
+            assert (opened.model.device, opened.model.dtype) == ("cpu", expected)
+            assert opened.quantisation is not None
+            assert len(opened.quantisation.done) == 29
+    if not torch.cuda.is_available():
+        with pytest.raises(TorchchatError, match="no cuda device"), \
+                open_model(ModelRequest(quantize="cuda"), registry):
+            pass
+        with open_model(ModelRequest(quantize="cuda", device="cpu"), registry) as opened:
+            assert opened.model.device == "cpu"
+
+
+@pytest.mark.parametrize(("recipe", "message"), [
+    ({"liner:int4": {}}, "no installed quantizer makes 'liner:int4'.*did you mean linear:int4"),
+    ({"precison": {"dtype": "bf16"}}, "unknown key 'precison'.*did you mean precision"),
+    ({"precision": {"dtype": "bf17"}, "linear:int4": {}}, "unknown dtype 'bf17'"),
+    ({"precision": "bf16", "linear:int4": {}}, "'precision' is 'bf16' in the recipe; it has to be an object"),
+    ({"executor": {"device": "cpu"}, "linear:int4": {}}, "with 'accelerator' alone"),
+    ({"executor": {"accelerator": "gpu"}, "linear:int4": {}}, "unknown device 'gpu'"),
+    ({"version": 2, "linear:int4": {}}, "of version 2; this torchchat reads version 1"),
+    ({"version": 1}, "the recipe is empty"),
+    ({"linear:int4": {"groupsize": -1}}, "linear:int4: groupsize is -1"),
+    ({"linear:int4": {"groupsize": 40}}, "the group size is 40"),
+    ({"linear:int4": {"group_size": 32}}, "no option 'group_size'.*did you mean groupsize"),
+    ({"embedding": {"bitwidth": 3}}, "the bitwidth of the embedding is 3"),
+    ({"embedding": {}, "embedding:int8": {}}, "two sections for 'embedding:int8'"),
+    ({"linear:int4": {}, "linear:int8": {}}, "both take all linear layers"),
+    ({"linear:int4": {"layers": ["lm_head"]}, "linear:int8": {"layers": ["lm_*"]}}, "both name the layer 'lm_head'"),
+    ({"linear:int4": {"layers": ["lm_hed"]}}, "'lm_hed', which is no linear layer of this model.*did you mean lm_head"),
+    ({"linear:int4": {"except": ["model.embed_tokens"]}}, "which is no linear layer"),
+    ({"linear:int4": {"layers": "lm_head"}}, "'layers' of 'linear:int4' is 'lm_head'; it has to be a list"),
+    ({"linear:int4": {"layers": []}}, "is empty: the section would take no layer"),
+])
+def test_a_recipe_that_cannot_be_followed_is_told(recipe: dict[str, Any], message: str, registry: Registry) -> None:
+    with pytest.raises(TorchchatError) as caught, open_model(ModelRequest(quantize=json.dumps(recipe)), registry):
+        pass
+    assert re.search(message, str(caught.value)), str(caught.value)
+
+
+def test_a_wrong_selection_changes_nothing(registry: Registry) -> None:
+    model = seeded(tiny_config())
+    with pytest.raises(TorchchatError, match="which is no linear layer"):
+        read_recipe('{"embedding": {}, "linear:int4": {"layers": ["x"]}}', registry, "cpu", "fp32").apply(model)
+    assert type(model.model.embed_tokens) is nn.Embedding
+
+
+def test_weights_that_are_not_finite_are_left_alone(registry: Registry) -> None:
+    model = seeded(tiny_config())
+    model.lm_head.weight[0, 0] = float("nan")
+    report = read_recipe("linear:int8", registry, "cpu", "fp32").apply(model)
+    assert [(layer.name, layer.reason) for layer in report.left] == [
+        ("lm_head", "it has weights that are not finite")]

@@ -1,0 +1,72 @@
+"""`torchchat quantize` by its command line: what it writes, what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchchat_core.cli.main import main
+
+pytest.importorskip("tc_quant_int4", reason="tc-quant-int4 is not installed")
+pytest.importorskip("tc_quant_int8", reason="tc-quant-int8 is not installed")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No settings of the user, and a record of products of its own; the kernels stay where they are."""
+    monkeypatch.setenv("TORCHCHAT_CONFIG", str(tmp_path / "config.toml"))
+    monkeypatch.setattr("torchchat_core.products.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return int(ended.value.code or 0)
+
+
+def test_it_writes_a_folder_says_what_became_of_the_layers_and_records_it(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(tmp_path / "small")
+    assert run("quantize", "--quantize", "mobile", "--output-dir", folder) == 0
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert lines[-1] == folder
+    assert lines[0].split()[:2] == ["model.embed_tokens", "embedding:int4"]
+    assert any(line.startswith("model.layers.0.* (7 layers)") and "linear:a8w4dq" in line for line in lines)
+    assert "quantised 30 layers: 12 MB -> 2 MB" in shown.err
+    recorded = json.loads((tmp_path / "cache" / "products.json").read_text())["products"]
+    assert [(row["kind"], row["path"], row["detail"]) for row in recorded] == [
+        ("quantised", folder, "embedding:int4, linear:a8w4dq")]
+    assert run("generate", folder, "--device", "cpu", "--prompt", "Hello", "--max-new-tokens", "4") == 0
+
+
+def test_layers_that_are_left_alone_are_told_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]
+                                                             ) -> None:
+    recipe = '{"linear:int4": {"except": ["lm_head"]}}'
+    assert run("quantize", "--quantize", recipe, "-o", str(tmp_path / "small"), "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    left = [layer for layer in shown["layers"] if layer["scheme"] is None]
+    assert [(layer["name"], layer["reason"]) for layer in left] == [("lm_head", "the recipe leaves it out")]
+    assert left[0]["bytes_before"] == left[0]["bytes_after"]
+    assert shown["bytes_after"] < shown["bytes_before"]
+    assert run("generate", "--device", "cpu", "--quantize", recipe, "--prompt", "a", "--max-new-tokens", "1") == 0
+    assert "quantised 28 layers, left 1 alone (the recipe leaves it out): " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "status", "message"), [
+    (["--quantize", "cpu"], 2, "say where to write"),
+    (["-o", "OUT"], 2, "say how"),
+    (["--quantize", "cpuu", "-o", "OUT"], 1, "did you mean cpu"),
+    (["--quantize", "cpu", "-o", "."], 1, "exists and is not empty"),
+    (["--quantize", '{"precision": {"dtype": "bf16"}}', "-o", "OUT"], 1, "quantised no layer"),
+])
+def test_wrong_usage_is_told(arguments: list[str], status: int, message: str, tmp_path: Path,
+                             capsys: pytest.CaptureFixture[str]) -> None:
+    given = [str(tmp_path / "out") if word == "OUT" else word for word in arguments]
+    assert run("quantize", *given) == status
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,62 @@
+"""Replacing the layers of a model one by one, with a report of each: what quantizers have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from torchchat_core import progress
+from torchchat_core.quantization.layers import QuantizedEmbedding, QuantizedLinear, WeightFormat
+from torchchat_core.quantization.rounding import quantise
+from torchchat_core.specs import LayerReport, QuantReport
+
+KINDS: dict[str, type[nn.Module]] = {"linear": nn.Linear, "embedding": nn.Embedding}  # by the first word of a scheme
+Refusal = Callable[[int, int], str | None]  # of rows and columns: why such a matrix is left alone
+
+
+def quantise_layers(model: nn.Module, scheme: str, form: WeightFormat, refusal: Refusal = lambda *_: None,
+                    negative_scales: bool = True) -> QuantReport:
+    """Replaces every layer of the scheme's kind by one with weights in `form`, unless `refusal` says why not.
+
+    A weight that another layer shares stays with that one as it is.
+    """
+    kind = KINDS[scheme.partition(":")[0]]
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kind)]
+    reports = []
+    size = sum(_weight(layer).nbytes for _, layer in layers)
+    with torch.no_grad(), progress.task(f"quantising, {scheme}", total=size, unit="B") as task:
+        for name, layer in layers:
+            reports.append(_replace(model, name, layer, scheme, form, refusal, negative_scales))
+            task.advance(_weight(layer).nbytes)
+    return QuantReport(layers=tuple(reports))
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module, scheme: str, form: WeightFormat, refusal: Refusal,
+             negative_scales: bool) -> LayerReport:
+    weight, before = _weight(layer), stored_bytes(layer)
+    reason = refusal(*weight.shape) or (None if weight.isfinite().all() else "it has weights that are not finite")
+    if reason is not None:
+        return LayerReport(name=name, scheme=None, bytes_before=before, bytes_after=before, reason=reason)
+    weights = quantise(weight, form, negative_scales)
+    smaller = QuantizedEmbedding(weights, weight.dtype) if isinstance(layer, nn.Embedding) \
+        else QuantizedLinear(weights, layer.get_parameter("bias") if layer.bias is not None else None)
+    model.set_submodule(name, smaller)
+    return LayerReport(name=name, scheme=scheme, bytes_before=before, bytes_after=stored_bytes(smaller))
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    return layer.get_parameter("weight")
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters and buffers; those that are shared within the module count once."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def no_whole_groups(columns: int, group_size: int | None) -> str | None:
+    """Why a runtime that needs whole groups does not take rows of so many columns."""
+    if group_size is None or columns % group_size == 0:
+        return None
+    return f"its {columns} columns are not a multiple of the group size {group_size}"

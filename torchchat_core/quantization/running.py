@@ -1,0 +1,170 @@
+"""From layers as they are stored to layers that run fast: core's CPU kernels, or ATen's products of packed weights.
+
+`prepare` is for executors, once, when a model is loaded. The weights are packed for the product that will be used, and
+what they were packed from is let go. What they stand for does not change.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchchat_core import kernels
+from torchchat_core.quantization.layers import QuantizedLinear, rounded_rows
+
+ATEN_GROUPS = (32, 64, 128, 256)  # that the products of four-bit weights take
+# Elsewhere core's kernels are plain C++, and ATen's own are faster where they take the weights.
+HAS_KERNEL_INSTRUCTIONS = platform.machine().lower() in ("x86_64", "amd64")
+TILE_COLUMNS = 128  # of tinygemm, with eight inner tiles
+INNER_TILES = 8
+
+
+def prepare(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replaces the quantised linear layers of `model` by the fastest ones for activations of `dtype`.
+
+    One layer at a time, so that no more than one stands in memory twice.
+    """
+    names = [name for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)]
+    size = sum(model.get_submodule(name).get_buffer("values").nbytes for name in names)
+    with_kernels = bool(names) and kernels.available(building=size >= kernels.WORTH_BUILDING)
+    for name in names:
+        layer = model.get_submodule(name)
+        if isinstance(layer, QuantizedLinear):
+            model.set_submodule(name, fastest(layer, dtype, with_kernels))
+
+
+def fastest(layer: QuantizedLinear, dtype: torch.dtype, with_kernels: bool) -> nn.Module:
+    """The layer itself where nothing is known that multiplies its weights as they are."""
+    device = layer.values.device.type
+    if device == "cpu" and with_kernels and HAS_KERNEL_INSTRUCTIONS:
+        return PanelLinear(layer)
+    if device == "cpu" and _one_scale_a_row(layer):
+        return AtenInt8Linear(layer, dtype)
+    if device == "cpu" and _whole_groups_of_four_bits(layer) and layer.rows % 16 == 0:
+        return AtenInt4Linear(layer, dtype, torch.ops.aten._weight_int4pack_mm_for_cpu, _packed_for_cpu)
+    if device == "cpu" and with_kernels:
+        return PanelLinear(layer)
+    if device == "cuda" and _one_scale_a_row(layer) and dtype != torch.float16:
+        return RowScaledLinear(layer, dtype)
+    if device == "cuda" and _whole_groups_of_four_bits(layer) and _fits_tinygemm(layer, dtype):
+        return AtenInt4Linear(layer, dtype, torch.ops.aten._weight_int4pack_mm, _packed_for_cuda)
+    return layer
+
+
+def _one_scale_a_row(layer: QuantizedLinear) -> bool:
+    return layer.format.bits == 8 and layer.format.group_size is None and not layer.format.asymmetric
+
+
+def _whole_groups_of_four_bits(layer: QuantizedLinear) -> bool:
+    size = layer.format.group_size
+    return layer.format.bits == 4 and size in ATEN_GROUPS and layer.columns % size == 0
+
+
+def _fits_tinygemm(layer: QuantizedLinear, dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and layer.rows % 8 == 0 and layer.columns % TILE_COLUMNS == 0
+
+
+class RunningLinear(nn.Module):
+    """x [..., in] -> [..., out], with whatever rows there are as one matrix."""
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class PanelLinear(RunningLinear):
+    """Core's CPU kernel: activations are rounded to int8 in blocks of 32, as llama.cpp does, and multiplied as such."""
+
+    packed: Tensor
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__(layer)
+        form, blocks = layer.format, -(-layer.columns // kernels.BLOCK_COLUMNS)
+        self.bits, self.asymmetric = form.bits, form.asymmetric
+        self.group_size = form.group_size or blocks * kernels.BLOCK_COLUMNS
+        offsets = None
+        if layer.centres is not None:
+            offsets = (layer.centres.float() - form.middle * layer.scales.float()).half()
+        self.register_buffer("packed", torch.ops.torchchat.pack_quantized(
+            layer.stored(), layer.scales.half(), offsets, self.bits, self.group_size))
+
+    def multiply(self, x: Tensor) -> Tensor:
+        product: Tensor = torch.ops.torchchat.quantized_linear(x, self.packed, self.bias, self.out_features, self.bits,
+                                                               self.group_size, self.asymmetric)
+        return product
+
+
+class AtenInt8Linear(RunningLinear):
+    """ATen's product with eight-bit weights, one scale a row, on the CPU."""
+
+    def __init__(self, layer: QuantizedLinear, dtype: torch.dtype) -> None:
+        super().__init__(layer)
+        self.rounds = layer.format.activations == "int8"
+        self.register_buffer("values", (layer.values ^ 128).view(torch.int8))  # less 128
+        self.register_buffer("scales", layer.scales[:, 0].to(dtype))
+
+    def multiply(self, x: Tensor) -> Tensor:
+        x = rounded_rows(x) if self.rounds else x
+        product: Tensor = torch.ops.aten._weight_int8pack_mm(x, self.values, self.scales)
+        return product if self.bias is None else product + self.bias
+
+
+class RowScaledLinear(RunningLinear):
+    """Eight-bit weights with one scale a row: the integers are multiplied in the activations' dtype, then scaled.
+
+    Not in float16, whose sums of products with integers leave its range.
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    def __init__(self, layer: QuantizedLinear, dtype: torch.dtype) -> None:
+        super().__init__(layer)
+        self.rounds = layer.format.activations == "int8"
+        self.register_buffer("values", (layer.values ^ 128).view(torch.int8))  # less 128
+        self.register_buffer("scales", layer.scales[:, 0].to(dtype))
+
+    def multiply(self, x: Tensor) -> Tensor:
+        x = rounded_rows(x) if self.rounds else x
+        product = F.linear(x, self.values.to(x.dtype)) * self.scales
+        return product if self.bias is None else product + self.bias
+
+
+class AtenInt4Linear(RunningLinear):
+    """ATen's product with four-bit weights in groups: of the CPU, or tinygemm on CUDA."""
+
+    def __init__(self, layer: QuantizedLinear, dtype: torch.dtype, product: Callable[..., Tensor],
+                 pack: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(layer)
+        self.group_size, self.rounds = layer.format.group_size, layer.format.activations == "int8"
+        self.product = product
+        centres = torch.zeros_like(layer.scales) if layer.centres is None else layer.centres
+        pairs = torch.stack((layer.scales.to(dtype), centres.to(dtype)), dim=2)  # [rows, groups, 2]
+        self.register_buffer("packed", pack(layer.stored()))
+        self.register_buffer("scales", pairs.transpose(0, 1).contiguous())
+
+    def multiply(self, x: Tensor) -> Tensor:
+        x = rounded_rows(x) if self.rounds else x
+        product = self.product(x, self.packed, self.group_size, self.scales)
+        return product if self.bias is None else product + self.bias
+
+
+def _packed_for_cpu(stored: Tensor) -> Tensor:
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(stored.int(), INNER_TILES)  # type: ignore[no-any-return]
+
+
+def _packed_for_cuda(stored: Tensor) -> Tensor:
+    """tinygemm wants two to a byte, the even column in the upper half."""
+    pairs = stored[:, ::2] << 4 | stored[:, 1::2]
+    return torch.ops.aten._convert_weight_to_int4pack(pairs, INNER_TILES)  # type: ignore[no-any-return]
