@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from torchchat_core.cli.amounts import bytes_text
+from torchchat_core.amounts import bytes_text
 from torchchat_core.cli.flags import model_request
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.plugins import Registry

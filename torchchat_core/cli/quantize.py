@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from torchchat_core.cli.amounts import bytes_text
+from torchchat_core.amounts import bytes_text
 from torchchat_core.cli.flags import model_flags, model_request
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import expanded

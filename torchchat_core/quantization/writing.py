@@ -16,7 +16,7 @@ from torchchat_core.plugins import Registry
 from torchchat_core.quantization.layers import QuantizedLayer
 from torchchat_core.quantization.recipe import RecipeReport
 from torchchat_core.quantization.saved import MANIFEST, VERSION
-from torchchat_core.sources.hugging_face_folder import new_folder
+from torchchat_core.sources.hugging_face_folder import check_room, new_folder
 from torchchat_core.sources.safetensors_writer import SHARD_BYTES, write_safetensors
 from torchchat_core.specs import ModelFiles
 
@@ -34,6 +34,7 @@ def write_quantised(model: Transformer, recipe: Mapping[str, Any], report: Recip
     manifest = {"version": VERSION, "recipe": recipe, "dtype": dtype,
                 "rope_interleaved": model.config.rope_interleaved, "layers": _layers(model, report)}
     tensors = _tensors(model)
+    check_room(folder, sum(tensor.nbytes for tensor in tensors.values()))
     with new_folder(model.config, files, registry, folder, dtype, FOREIGN) as beside:
         (beside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         write_safetensors(beside, {name: tuple(tensor.shape) for name, tensor in tensors.items()},

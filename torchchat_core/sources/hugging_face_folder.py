@@ -50,6 +50,7 @@ def write_folder(checkpoint: Checkpoint, files: ModelFiles, registry: Registry, 
     refuse_unknown(checkpoint, weight_shapes(checkpoint.config).keys())
     config = dataclasses.replace(checkpoint.config, tied_embeddings=_tied(checkpoint))
     shapes = weight_shapes(config)
+    check_room(folder, sum(map(math.prod, shapes.values())) * TORCH_DTYPES[dtype].itemsize)
     with new_folder(config, files, registry, folder, dtype) as beside:
         write_safetensors(beside, shapes, TORCH_DTYPES[dtype], _reader(checkpoint, shapes, dtype), shard_bytes)
 
@@ -63,7 +64,6 @@ def new_folder(config: ModelConfig, files: ModelFiles, registry: Registry, folde
     """
     raw = {**config_to_hugging_face(config), **(more or {})}
     tokenizer = read_tokenizer(files, registry) if files.tokenizer else None
-    _check_room(folder, sum(map(math.prod, shapes.values())) * TORCH_DTYPES[dtype].itemsize)
     with _appearing(folder) as beside:
         texts = _text_files(files, registry, tokenizer) if tokenizer is not None else {}
         texts |= _configs(raw, files, tokenizer, dtype)
@@ -85,7 +85,11 @@ def check_free(folder: Path) -> None:
         raise TorchchatError(f"there is no folder {str(folder.parent)!r}", "make it first")
 
 
-def _check_room(folder: Path, needed: int) -> None:
+def check_room(folder: Path, needed: int) -> None:
+    """Raises `TorchchatError` where the disk of `folder`, which need not exist, has less than `needed` bytes free."""
+    parent = folder.absolute().parent
+    if not parent.is_dir():
+        return  # which is told by whatever makes the folder
     free = shutil.disk_usage(folder.absolute().parent).free
     if free < needed:
         raise TorchchatError(f"the weights need {bytes_text(needed)}, and {str(folder.absolute().parent)!r} has "
