@@ -96,6 +96,69 @@ def test_bfloat16_products_equal_those_in_float32(instructions: str) -> None:
             torch.testing.assert_close(found.float(), expected, atol=1e-3, rtol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dense_products_of_any_number_of_rows_are_those_of_linear(instructions: str, dtype: torch.dtype) -> None:
+    for outputs, columns in ((64, 256), (7, 77), (600, 512)):
+        weight, bias = torch.randn(outputs, columns).to(dtype), torch.randn(outputs).to(dtype)
+        for rows in (1, 4, 5, 40):
+            x = torch.randn(rows, columns).to(dtype)
+            expected = x.float() @ weight.float().T + bias.float()
+            exact = 1e-5 if dtype == torch.float32 else 1e-2
+            for shift, wanted in ((bias, expected), (None, expected - bias.float())):
+                found = operators.dense_linear(x, weight, shift)
+                assert found.dtype == dtype
+                torch.testing.assert_close(found.float(), wanted, atol=exact * float(wanted.abs().max()), rtol=exact)
+
+
+def caches(kv_heads: int, capacity: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.randn(kv_heads, capacity, size).to(dtype), torch.randn(kv_heads, capacity, size).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [0, 5])
+def test_attention_over_the_used_part_of_a_cache_is_softmax_attention(instructions: str, dtype: torch.dtype,
+                                                                     window: int) -> None:
+    for heads, kv_heads, size in ((4, 2, 64), (3, 1, 10), (2, 2, 40), (6, 6, 128)):
+        for held, count in ((0, 1), (70, 1), (3, 4), (0, 20), (30, 20)):
+            length = held + count
+            keys, values = caches(kv_heads, 100, size, dtype)
+            before = keys.clone(), values.clone()
+            query, key, value = (torch.randn(count, n, size).to(dtype) for n in (heads, kv_heads, kv_heads))
+            found = operators.cached_attention(query, key, value, keys, values, torch.tensor([held, window]), 0.3)
+            assert torch.equal(keys[:, held:length], key.transpose(0, 1))
+            assert torch.equal(values[:, held:length], value.transpose(0, 1))
+            for cache, old in zip((keys, values), before, strict=True):
+                assert torch.equal(cache[:, :held], old[:, :held])
+                assert torch.equal(cache[:, length:], old[:, length:])
+            wide = [x[:, :length].float().repeat_interleave(heads // kv_heads, 0) for x in (keys, values)]
+            scores = query.float().transpose(0, 1) @ wide[0].transpose(1, 2) * 0.3  # [heads, count, length]
+            row, column = torch.arange(held, length)[:, None], torch.arange(length)
+            hidden = (column > row) | (column <= row - window if window else False)
+            expected = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ wide[1]
+            exact = 1e-5 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(found.float(), expected.transpose(0, 1).flatten(1), atol=exact, rtol=exact)
+
+
+def test_scores_of_any_size_give_finite_attention(instructions: str) -> None:
+    keys, values = caches(1, 8, 16, torch.float32)
+    query, key = torch.full((1, 1, 16), 1e18), torch.full((1, 1, 16), 1e18)
+    found = operators.cached_attention(query, key, key, keys.fill_(1.0), values, torch.tensor([7, 0]), 1.0)
+    assert torch.equal(found, key.flatten(1))
+
+
+def test_attention_refuses_what_does_not_fit_and_leaves_the_cache(instructions: str) -> None:
+    query, key = torch.randn(1, 4, 8), torch.randn(1, 2, 8)
+    keys, values = caches(2, 16, 8, torch.float32)
+    before = keys.clone()
+    whole = (query, key, key, keys, values, torch.tensor([3, 0]), 1.0)
+    for at, wrong in ((0, query.bfloat16()), (0, torch.randn(1, 3, 8)), (0, query[0]), (1, torch.randn(2, 2, 8)),
+                      (2, torch.randn(1, 2, 4)), (3, keys[:1]), (3, keys[:, ::2]), (5, torch.tensor([16, 0])),
+                      (5, torch.tensor([-1, 0])), (5, torch.tensor([3])), (5, torch.tensor([3.0, 0.0]))):
+        with pytest.raises(RuntimeError):
+            operators.cached_attention(*whole[:at], wrong, *whole[at + 1 :])
+    assert torch.equal(keys, before)
+
+
 def test_what_is_not_finite_makes_the_row_not_a_number(instructions: str) -> None:
     packed, _ = matrix(16, 64, 4, 32, False)
     for value in (float("nan"), float("inf"), -float("inf")):
@@ -122,6 +185,10 @@ def test_the_compiler_can_trace_the_operators(bits: int) -> None:
     packed, _ = matrix(48, 64, bits, 32, True)
     torch.library.opcheck(operators.quantized_linear, (torch.randn(3, 64), packed, torch.randn(48), 48, bits, 32, True))
     torch.library.opcheck(operators.unpack_quantized, (packed, 48, 64, bits, 32, True))
+    torch.library.opcheck(operators.dense_linear, (torch.randn(9, 8), torch.randn(4, 8), torch.randn(4)))
+    keys, values = caches(2, 16, 8, torch.float32)
+    torch.library.opcheck(operators.cached_attention, (torch.randn(1, 4, 8), torch.randn(1, 2, 8), torch.randn(1, 2, 8),
+                                                       keys, values, torch.tensor([3, 0]), 0.5))
     torch.library.opcheck(operators.bfloat16_linear, (torch.randn(2, 8).bfloat16(), torch.randn(4, 8).bfloat16(), None))
 
 

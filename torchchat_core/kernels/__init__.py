@@ -74,6 +74,8 @@ def _load(path: Path) -> None:
     torch.library.register_fake("torchchat::quantized_linear", _fake_linear)
     torch.library.register_fake("torchchat::bfloat16_linear", _fake_bfloat16_linear)
     torch.library.register_fake("torchchat::unpack_ggml", lambda *_: None)
+    torch.library.register_fake("torchchat::dense_linear", _fake_bfloat16_linear)
+    torch.library.register_fake("torchchat::cached_attention", _fake_cached_attention)
 
 
 def packed_bytes(outputs: int, columns: int, bits: int, group_size: int, asymmetric: bool) -> int:
@@ -100,3 +102,8 @@ def _fake_linear(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int, b
 
 def _fake_bfloat16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
     return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _fake_cached_attention(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor,  # noqa: ARG001
+                           place: Tensor, scale: float) -> Tensor:  # noqa: ARG001
+    return query.new_empty((query.shape[0], query.shape[1] * query.shape[2]))

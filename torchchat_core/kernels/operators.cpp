@@ -1,9 +1,13 @@
 // The kernels as operators of PyTorch: torchchat::quantized_linear, pack_quantized, unpack_quantized, bfloat16_linear,
-// unpack_ggml.
+// unpack_ggml, dense_linear, cached_attention.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/scaled_dot_product_attention.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -11,13 +15,18 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "bfloat16_linear.h"
+#include "float32_linear.h"
 #include "ggml_blocks.h"
 #include "quantized_linear.h"
 
 namespace torchchat {
 namespace {
 
+constexpr int64_t kFewTokens = 8;  // that attend head by head; more of them are worth PyTorch's blocked kernel
+constexpr size_t kWorthOneDnn = 3 << 18;  // bytes of weights: its preparation takes some 15 microseconds
+constexpr int64_t kWorkOfAThread = 1 << 14;  // products of keys and queries that are worth a thread
 constexpr int64_t kRowsAtOnce = 192;  // of activations: their int8 values stay in the second-level cache
 
 std::atomic<Instructions> instructions_in_use{best_instructions()};
@@ -211,6 +220,131 @@ at::Tensor bfloat16_linear(const at::Tensor& x, const at::Tensor& weight, const 
   return out;
 }
 
+// x [rows, columns] times weight [outputs, columns], both float32, for a few rows -> [rows, outputs].
+at::Tensor float32_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  const at::Tensor rows = x.contiguous();
+  const int64_t count = x.size(0), columns = x.size(1), outputs = weight.size(0);
+  const at::Tensor added = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
+  TORCH_CHECK(!bias || added.numel() == outputs, "the bias has ", added.numel(), " values for ", outputs, " outputs");
+  at::Tensor out = at::empty({count, outputs}, x.options());
+  const float *from = rows.const_data_ptr<float>(), *weights = weight.const_data_ptr<float>();
+  const float* shift = bias ? added.const_data_ptr<float>() : nullptr;
+  float* to = out.mutable_data_ptr<float>();
+  const MultiplyFloatRow multiply_row = choose_multiply_float_row(instructions_in_use);
+  at::parallel_for(0, outputs, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t output = begin; output < end; ++output)
+      for (int64_t row = 0; row < count; ++row)
+        to[row * outputs + output] =
+            multiply_row(weights + output * columns, from + row * columns, columns) + (shift ? shift[output] : 0.0f);
+  });
+  return out;
+}
+
+// float32 through oneDNN, where this PyTorch has it: at::linear goes to MKL, which on AMD processors is slower.
+at::Tensor many_float32_rows(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  using Linear = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, std::string_view,
+                            c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
+  static const auto found = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+  if (!found.has_value()) return at::linear(x, weight, bias);
+  static const auto linear = found->typed<Linear>();
+  return linear.call(x, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
+}
+
+// x [rows, columns] times weight [outputs, columns] of one dtype -> [rows, outputs]: kernels of ours for a few rows,
+// PyTorch's for many.
+at::Tensor dense_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), "x has to be [rows, columns], the "
+              "weight [outputs, columns]");
+  TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "x is of ", x.scalar_type(), ", the weight of ",
+              weight.scalar_type());
+  const bool few = x.size(0) <= kFewRows && weight.is_contiguous() && x.device().is_cpu() && weight.device().is_cpu();
+  if (few && x.scalar_type() == at::kBFloat16) return bfloat16_linear(x, weight, bias);
+  if (few && x.scalar_type() == at::kFloat) return float32_linear(x, weight, bias);
+  const bool wide = x.scalar_type() == at::kFloat && x.device().is_cpu() && weight.nbytes() >= kWorthOneDnn;
+  return wide ? many_float32_rows(x, weight, bias) : at::linear(x, weight, bias);
+}
+
+// Attention of a few tokens, head by head. `keys` and `values` [kv_heads, capacity, size] hold this step's already;
+// the token `row` sees those before `held + row + 1`, and of them the last `window`.
+template <typename Scalar>
+void attend_few(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, int64_t held, int64_t window,
+                double scale, at::Tensor& out) {
+  const int64_t count = query.size(0), heads = query.size(1), size = query.size(2), capacity = keys.size(1);
+  const int64_t group = heads / keys.size(0);
+  const Scalar *queries = query.const_data_ptr<Scalar>(), *all_keys = keys.const_data_ptr<Scalar>(),
+               *all_values = values.const_data_ptr<Scalar>();
+  Scalar* to = out.mutable_data_ptr<Scalar>();
+  const Instructions instructions = instructions_in_use;
+  const auto score = choose_score_keys<Scalar>(instructions);
+  const auto blend = choose_blend_values<Scalar>(instructions);
+  const int64_t work = (held + count) * size * count;  // of one head
+  at::parallel_for(0, heads, std::max<int64_t>(1, kWorkOfAThread / work), [&](int64_t begin, int64_t end) {
+    std::vector<float> weights(held + count), wide(size), blended(size);
+    for (int64_t head = begin; head < end; ++head)
+      for (int64_t row = 0; row < count; ++row) {
+        const Scalar* from = queries + (row * heads + head) * size;
+        for (int64_t i = 0; i < size; ++i) wide[i] = static_cast<float>(from[i]) * static_cast<float>(scale);
+        const int64_t last = held + row + 1, first = window > 0 ? std::max<int64_t>(0, last - window) : 0;
+        const int64_t place = (head / group * capacity + first) * size;
+        score(wide.data(), all_keys + place, last - first, size, weights.data());
+        scores_to_weights(weights.data(), last - first);
+        blend(weights.data(), all_values + place, last - first, size, blended.data());
+        Scalar* target = to + (row * heads + head) * size;
+        for (int64_t i = 0; i < size; ++i) target[i] = static_cast<Scalar>(blended[i]);
+      }
+  });
+}
+
+// The same for many tokens, by PyTorch's kernel.
+at::Tensor attend_many(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, int64_t held,
+                       int64_t window, double scale) {
+  const int64_t count = query.size(0), length = held + count;
+  std::optional<at::Tensor> mask;
+  if (held > 0 || (window > 0 && length > window)) {
+    const at::Tensor column = at::arange(length), row = at::arange(held, length).unsqueeze(1);
+    mask = column.le(row);
+    if (window > 0) mask = mask->logical_and(column.gt(row.sub(window)));
+  }
+  const at::Tensor context = at::scaled_dot_product_attention(
+      query.transpose(0, 1).unsqueeze(0), keys.narrow(1, 0, length).unsqueeze(0),
+      values.narrow(1, 0, length).unsqueeze(0), mask, 0.0, !mask.has_value(), scale, query.size(1) != keys.size(0));
+  return context.squeeze(0).transpose(0, 1).reshape({count, -1});
+}
+
+// Puts key and value [n, kv_heads, size] into the caches [kv_heads, capacity, size] behind place[0] positions that
+// they hold, and has query [n, heads, size] attend causally to all of them, or to place[1] of them where that is not
+// 0: -> [n, heads * size]. `place` is a tensor so that a compiled graph is the same at every length.
+at::Tensor cached_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& keys,
+                            at::Tensor& values, const at::Tensor& place, double scale) {
+  TORCH_CHECK(place.scalar_type() == at::kLong && place.numel() == 2 && place.is_contiguous() &&
+                  place.device().is_cpu(),
+              "place has to be int64 [2] on the CPU: positions held, and the window or 0");
+  const int64_t held = place.const_data_ptr<int64_t>()[0], window = place.const_data_ptr<int64_t>()[1];
+  TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && keys.dim() == 3, "query, key and the caches have three dimensions");
+  const int64_t count = query.size(0), heads = query.size(1), size = query.size(2), kv_heads = keys.size(0);
+  TORCH_CHECK(key.sizes() == value.sizes() && key.size(0) == count && key.size(1) == kv_heads && key.size(2) == size,
+              "key and value have to be [", count, ", ", kv_heads, ", ", size, "]");
+  TORCH_CHECK(keys.sizes() == values.sizes() && keys.size(2) == size && keys.is_contiguous() && values.is_contiguous(),
+              "the caches have to be contiguous and of one shape, [kv_heads, capacity, ", size, "]");
+  for (const at::Tensor* each : {&key, &value, &std::as_const(keys), &std::as_const(values)})
+    TORCH_CHECK(each->scalar_type() == query.scalar_type() && each->device().is_cpu() && query.device().is_cpu(),
+                "query, key, value and the caches have to be of one dtype, on the CPU");
+  TORCH_CHECK(count > 0 && kv_heads > 0 && size > 0 && heads % kv_heads == 0, heads, " heads over ", kv_heads,
+              " kv_heads for ", count, " tokens");
+  TORCH_CHECK(held >= 0 && window >= 0 && held <= keys.size(1) - count, held, " positions and ", count,
+              " more do not fit a cache of ", keys.size(1));
+  keys.narrow(1, held, count).copy_(key.transpose(0, 1));
+  values.narrow(1, held, count).copy_(value.transpose(0, 1));
+  const at::Tensor rows = query.contiguous();
+  if (count > kFewTokens) return attend_many(rows, keys, values, held, window, scale);
+  at::Tensor out = at::empty({count, heads * size}, query.options());
+  if (query.scalar_type() == at::kFloat) attend_few<float>(rows, keys, values, held, window, scale, out);
+  else if (query.scalar_type() == at::kBFloat16) attend_few<at::BFloat16>(rows, keys, values, held, window, scale, out);
+  else if (query.scalar_type() == at::kHalf) attend_few<at::Half>(rows, keys, values, held, window, scale, out);
+  else TORCH_CHECK(false, "the query is of ", query.scalar_type(), "; it has to be float32, bfloat16 or float16");
+  return out;
+}
+
 template <typename Format>
 void unpack_format(const at::Tensor& blocks, at::Tensor& out) {
   const int64_t count = blocks.size(0);
@@ -255,6 +389,9 @@ TORCH_LIBRARY(torchchat, library) {
               "asymmetric) -> Tensor");
   library.def("unpack_ggml(Tensor blocks, str format, Tensor(a!) out) -> ()");
   library.def("bfloat16_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  library.def("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  library.def("cached_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor "
+              "place, float scale) -> Tensor");
   library.def("use_instructions(str name) -> str", &torchchat::use_instructions);
 }
 
@@ -264,4 +401,6 @@ TORCH_LIBRARY_IMPL(torchchat, CPU, library) {
   library.impl("quantized_linear", &torchchat::quantized_linear);
   library.impl("unpack_ggml", &torchchat::unpack_ggml);
   library.impl("bfloat16_linear", &torchchat::bfloat16_linear);
+  library.impl("dense_linear", &torchchat::dense_linear);
+  library.impl("cached_attention", &torchchat::cached_attention);
 }

@@ -31,6 +31,14 @@ class CachedAttention:
     def __init__(self, config: ModelConfig, segments: Sequence[Segment]) -> None:
         self.config = config
         self.segments = segments
+        self._places: dict[int | None, Tensor] = {}
+
+    def place(self, layer: int) -> Tensor:
+        """Where the tokens of a single sequence stand, for graphs: int64 [2], positions held, and the window or 0."""
+        window = self.config.layer_window(layer)
+        if window not in self._places:
+            self._places[window] = torch.tensor([self.segments[0].cache.length, window or 0])
+        return self._places[window]
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if len(self.segments) == 1:

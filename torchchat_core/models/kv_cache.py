@@ -32,12 +32,19 @@ class KVCache:
         Raises `TorchchatError` where `limit` would be passed.
         """
         end = self.length + key.shape[0]
-        if end > self._keys[layer].shape[1]:
-            self._grow(layer, end)
-        keys, values = self._keys[layer], self._values[layer]
+        keys, values = self.room(layer, key.shape[0])
         keys[:, self.length : end] = key.transpose(0, 1)
         values[:, self.length : end] = value.transpose(0, 1)
         return keys[:, :end], values[:, :end]
+
+    def room(self, layer: int, count: int) -> tuple[Tensor, Tensor]:
+        """All memory of one layer, [kv_heads, capacity, head_dim] twice, with room for `count` more positions.
+
+        For operators that write to it themselves, behind `length`. Raises `TorchchatError` as `write` does.
+        """
+        if self.length + count > self._keys[layer].shape[1]:
+            self._grow(layer, self.length + count)
+        return self._keys[layer], self._values[layer]
 
     def advance(self, count: int) -> None:
         """Counts the `count` positions last written to every layer as held."""

@@ -42,13 +42,16 @@ def bytes_held(device: str) -> list[int]:
 def _bytes_of_tensors() -> int:
     """Of all tensors that Python knows of, each storage once: exact, but blind for what C++ alone holds."""
     tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor) and not found.is_meta]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in map(_storage, tensors) if storage}.values())
+    real = [tensor for tensor in tensors if not hasattr(tensor, "fake_mode")]  # compilers leave some without memory
+    return sum(dict(filter(None, map(_place_and_bytes, real))).values())
 
 
-def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
+def _place_and_bytes(tensor: Tensor) -> tuple[int, int] | None:
+    """Where its storage is and how large; None for wrappers, whose inner tensors are found by themselves."""
     try:
-        return tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):  # wrappers, whose inner tensors are found by themselves
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except (NotImplementedError, RuntimeError):
         return None
 
 
