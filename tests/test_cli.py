@@ -186,7 +186,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_an_executor_the_command_that_installs_one_is_told(torchchat: Any) -> None:
-    done = torchchat("-p", "no:eager", "generate", "embedded", "--prompt", "x")
+    done = torchchat("-p", "no:eager", "-p", "no:compile", "generate", "embedded", "--prompt", "x")
     assert "no installed executor runs models in memory on" in done.err
     assert "try: pip install tc-eager" in done.err
 
@@ -235,8 +235,8 @@ def test_faulty_plugins_cost_a_line_each_and_nothing_else(tmp_path: Path, testda
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(f"[torchchat.v1]\n{name} = {name}\n")
-    done = start("generate", str(testdata / "hf/stories260K"), "--prompt", "Once", "--max-new-tokens", "3",
-                 "--temperature", "0", PYTHONPATH=str(tmp_path))
+    done = start("-p", "no:compile", "generate", str(testdata / "hf/stories260K"), "--prompt", "Once",
+                 "--max-new-tokens", "3", "--temperature", "0", PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stdout) == (0, "Once upon a time\n")
     assert sorted(done.stderr.splitlines()) == [
         "warning: executor 'eager' is offered by clashing:eager and by tc-eager:eager; use the full name",
