@@ -105,26 +105,8 @@ class PanelLinear(RunningLinear):
         return product
 
 
-class AtenInt8Linear(RunningLinear):
-    """ATen's product with eight-bit weights, one scale a row, on the CPU."""
-
-    def __init__(self, layer: QuantizedLinear, dtype: torch.dtype) -> None:
-        super().__init__(layer)
-        self.rounds = layer.format.activations == "int8"
-        self.register_buffer("values", (layer.values ^ 128).view(torch.int8))  # less 128
-        self.register_buffer("scales", layer.scales[:, 0].to(dtype))
-
-    def multiply(self, x: Tensor) -> Tensor:
-        x = rounded_rows(x) if self.rounds else x
-        product: Tensor = torch.ops.aten._weight_int8pack_mm(x, self.values, self.scales)
-        return product if self.bias is None else product + self.bias
-
-
-class RowScaledLinear(RunningLinear):
-    """Eight-bit weights with one scale a row: the integers are multiplied in the activations' dtype, then scaled.
-
-    Not in float16, whose sums of products with integers leave its range.
-    """
+class EightBitRows(RunningLinear):
+    """Eight-bit weights with one scale a row."""
 
     values: Tensor
     scales: Tensor
@@ -137,8 +119,30 @@ class RowScaledLinear(RunningLinear):
 
     def multiply(self, x: Tensor) -> Tensor:
         x = rounded_rows(x) if self.rounds else x
-        product = F.linear(x, self.values.to(x.dtype)) * self.scales
+        product = self.product(x)
         return product if self.bias is None else product + self.bias
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [n, in] times the weights, without the bias."""
+        raise NotImplementedError
+
+
+class AtenInt8Linear(EightBitRows):
+    """ATen's product, on the CPU."""
+
+    def product(self, x: Tensor) -> Tensor:
+        product: Tensor = torch.ops.aten._weight_int8pack_mm(x, self.values, self.scales)
+        return product
+
+
+class RowScaledLinear(EightBitRows):
+    """The integers are multiplied in the activations' dtype, then scaled.
+
+    Not in float16, whose sums of products with integers leave its range.
+    """
+
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.values.to(x.dtype)) * self.scales
 
 
 class AtenInt4Linear(RunningLinear):
