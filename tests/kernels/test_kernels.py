@@ -92,7 +92,7 @@ def test_bfloat16_products_equal_those_in_float32(instructions: str) -> None:
         for rows in (1, 2, 3, 4):
             x = torch.randn(rows, columns).bfloat16()
             expected = x.float() @ weight.float().T + bias.float()
-            found = operators.bfloat16_linear(x, weight, bias)
+            found = operators.dense_linear(x, weight, bias)
             torch.testing.assert_close(found.float(), expected, atol=1e-3, rtol=1e-2)
 
 
@@ -179,6 +179,46 @@ def test_wrong_arguments_are_refused_before_anything_is_read(instructions: str) 
             operators.quantized_linear(*arguments)
 
 
+def test_products_made_together_are_those_made_one_by_one(instructions: str) -> None:
+    sizes = [48, 7, 33]
+    packed = [matrix(outputs, 100, 4, 32, False)[0] for outputs in sizes]
+    weights, bias = [torch.randn(outputs, 100) for outputs in sizes], torch.randn(sum(sizes))
+    for rows in (1, 3, 40):
+        x = torch.randn(rows, 100)
+        for shift in (None, bias):
+            parts = [None] * 3 if shift is None else list(shift.split(sizes))
+            alone = [operators.quantized_linear(x, each, part, outputs, 4, 32, False)
+                     for each, part, outputs in zip(packed, parts, sizes, strict=True)]
+            together = operators.quantized_linears(x, packed, shift, sizes, 4, 32, False)
+            assert torch.equal(together, torch.cat(alone, 1))
+            alone = [operators.dense_linear(x, each, part) for each, part in zip(weights, parts, strict=True)]
+            torch.testing.assert_close(operators.dense_linears(x, weights, shift), torch.cat(alone, 1))
+
+
+def test_matrices_that_do_not_belong_together_are_refused(instructions: str) -> None:
+    packed = [matrix(outputs, 64, 4, 32, False)[0] for outputs in (32, 16)]
+    x = torch.randn(2, 64)
+    for wrong in ([packed[:1], [32, 16]], [[], []], [packed, [32, 32]], [packed, [16, 32]]):
+        with pytest.raises(RuntimeError):
+            operators.quantized_linears(x, wrong[0], None, wrong[1], 4, 32, False)
+    with pytest.raises(RuntimeError, match="bias has 3"):
+        operators.quantized_linears(x, packed, torch.zeros(3), [32, 16], 4, 32, False)
+    for weights in ([], [torch.randn(4, 63)], [torch.randn(4, 64).bfloat16()]):
+        with pytest.raises(RuntimeError):
+            operators.dense_linears(x, weights, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norms_are_those_of_float32_rounded_once(instructions: str, dtype: torch.dtype) -> None:
+    for shape in ((1, 768), (5, 77), (2, 3, 64), (300, 256)):
+        x, weight = torch.randn(shape).to(dtype), torch.rand(shape[-1]).to(dtype)
+        expected = torch.nn.functional.rms_norm(x.float(), (shape[-1],), weight.float(), 1e-5)
+        found = operators.rms_norm(x, weight, 1e-5)
+        assert (found.dtype, found.shape) == (dtype, x.shape)
+        torch.testing.assert_close(found.float(), expected.to(dtype).float(), atol=1e-6, rtol=1e-5 if dtype ==
+                                   torch.float32 else float(torch.finfo(dtype).eps))
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_compiler_can_trace_the_operators(bits: int) -> None:
     assert kernels.load() is None
@@ -189,7 +229,11 @@ def test_the_compiler_can_trace_the_operators(bits: int) -> None:
     keys, values = caches(2, 16, 8, torch.float32)
     torch.library.opcheck(operators.cached_attention, (torch.randn(1, 4, 8), torch.randn(1, 2, 8), torch.randn(1, 2, 8),
                                                        keys, values, torch.tensor([3, 0]), 0.5))
-    torch.library.opcheck(operators.bfloat16_linear, (torch.randn(2, 8).bfloat16(), torch.randn(4, 8).bfloat16(), None))
+    torch.library.opcheck(operators.dense_linear, (torch.randn(2, 8).bfloat16(), torch.randn(4, 8).bfloat16(), None))
+    torch.library.opcheck(operators.dense_linears, (torch.randn(2, 8), [torch.randn(4, 8), torch.randn(3, 8)], None))
+    torch.library.opcheck(operators.quantized_linears, (torch.randn(3, 64), [packed, packed], None, [48, 48], bits, 32,
+                                                        True))
+    torch.library.opcheck(operators.rms_norm, (torch.randn(3, 64), torch.randn(64), 1e-5))
 
 
 def test_blocks_of_next_to_nothing_count_as_zeros(instructions: str) -> None:

@@ -72,9 +72,11 @@ def _load(path: Path) -> None:
     torch.library.register_fake("torchchat::pack_quantized", _fake_pack)
     torch.library.register_fake("torchchat::unpack_quantized", _fake_unpack)
     torch.library.register_fake("torchchat::quantized_linear", _fake_linear)
-    torch.library.register_fake("torchchat::bfloat16_linear", _fake_bfloat16_linear)
+    torch.library.register_fake("torchchat::quantized_linears", _fake_linears)
     torch.library.register_fake("torchchat::unpack_ggml", lambda *_: None)
-    torch.library.register_fake("torchchat::dense_linear", _fake_bfloat16_linear)
+    torch.library.register_fake("torchchat::dense_linear", _fake_dense_linear)
+    torch.library.register_fake("torchchat::dense_linears", _fake_dense_linears)
+    torch.library.register_fake("torchchat::rms_norm", lambda x, *_: torch.empty_like(x))
     torch.library.register_fake("torchchat::cached_attention", _fake_cached_attention)
 
 
@@ -100,8 +102,17 @@ def _fake_linear(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int, b
     return x.new_empty((x.shape[0], outputs))
 
 
-def _fake_bfloat16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
+def _fake_linears(x: Tensor, packed: list[Tensor], bias: Tensor | None, outputs: list[int], bits: int,  # noqa: ARG001
+                  group_size: int, asymmetric: bool) -> Tensor:  # noqa: ARG001
+    return x.new_empty((x.shape[0], sum(outputs)))
+
+
+def _fake_dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
     return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _fake_dense_linears(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:  # noqa: ARG001
+    return x.new_empty((x.shape[0], sum(weight.shape[0] for weight in weights)))
 
 
 def _fake_cached_attention(query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor,  # noqa: ARG001

@@ -6,6 +6,7 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -155,12 +156,57 @@ BlendValues<Scalar> choose_blend_values(Instructions instructions) {
   return blend_values_portable<Scalar>;
 }
 
-// Scores -> weights that sum to 1 (softmax); the largest score is taken off first, so that nothing overflows.
-inline void scores_to_weights(float* scores, int64_t count) {
-  const float largest = *std::max_element(scores, scores + count);
-  float sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += scores[i] = std::exp(scores[i] - largest);
-  for (int64_t i = 0; i < count; ++i) scores[i] /= sum;
+// e^x for x <= 0, within 2 units in the last place: 2^n times a polynomial on half an octave around 1.
+inline __attribute__((always_inline)) float exp_of_negative(float x) {
+  constexpr float kSmallest = -87.0f;  // e^x is still a normal number
+  const float octaves = std::max(x, kSmallest) * 1.44269504f;
+  const float whole = static_cast<float>(static_cast<int32_t>(octaves - 0.5f));
+  const float rest = std::max(x, kSmallest) - whole * 0.693359375f + whole * 2.12194440e-4f;  // |rest| <= ln(2) / 2
+  float power = 1.0f / 5040;
+  power = power * rest + 1.0f / 720;
+  power = power * rest + 1.0f / 120;
+  power = power * rest + 1.0f / 24;
+  power = power * rest + 1.0f / 6;
+  power = power * rest + 0.5f;
+  power = power * rest * rest + rest + 1.0f;
+  return power * std::bit_cast<float>((static_cast<int32_t>(whole) + 127) << 23);
+}
+
+// Scores -> weights that sum to 1 (softmax); the largest score is taken off first, so that nothing overflows. What is
+// not a number makes all weights that.
+inline __attribute__((always_inline)) void scores_to_weights(float* scores, int64_t count) {
+  constexpr int64_t kLanes = 16;  // side by side, so that the compiler may take them together
+  const int64_t whole = count / kLanes * kLanes;
+  float most[kLanes], sums[kLanes] = {}, largest = scores[0], sum = 0;
+  std::fill(most, most + kLanes, largest);
+  for (int64_t i = 0; i < whole; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) most[lane] = std::max(most[lane], scores[i + lane]);
+  for (float each : most) largest = std::max(largest, each);
+  for (int64_t i = whole; i < count; ++i) largest = std::max(largest, scores[i]);
+  for (int64_t i = 0; i < count; ++i) scores[i] = exp_of_negative(scores[i] - largest);
+  for (int64_t i = 0; i < whole; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += scores[i + lane];
+  for (int64_t i = whole; i < count; ++i) sum += scores[i];
+  for (float each : sums) sum += each;
+  const float factor = 1.0f / sum;
+  for (int64_t i = 0; i < count; ++i) scores[i] *= factor;
+}
+
+using ScoresToWeights = void (*)(float* scores, int64_t count);
+
+inline void scores_to_weights_portable(float* scores, int64_t count) { scores_to_weights(scores, count); }
+
+#if defined(__x86_64__)
+TORCHCHAT_AVX2 inline void scores_to_weights_avx2(float* scores, int64_t count) { scores_to_weights(scores, count); }
+TORCHCHAT_AVX512 inline void scores_to_weights_avx512(float* scores, int64_t count) { scores_to_weights(scores, count); }
+#endif
+
+inline ScoresToWeights choose_scores_to_weights(Instructions instructions) {
+#if defined(__x86_64__)
+  if (instructions == Instructions::kAvx512) return scores_to_weights_avx512;
+  if (instructions == Instructions::kAvx2) return scores_to_weights_avx2;
+#endif
+  return scores_to_weights_portable;
 }
 
 }  // namespace torchchat

@@ -20,7 +20,9 @@ from torchchat_core.small_files import cache_folder
 
 FOLDER = Path(__file__).parent
 # No -march: the code chooses when it runs. No contraction: products and sums are rounded one by one, as written.
-FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off")
+# The last two let loops become vector instructions and leave their results as they are.
+FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
+         "-fno-trapping-math")
 OPENMP = ("-Xpreprocessor", "-fopenmp") if sys.platform == "darwin" else ("-fopenmp",)
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT_SECONDS = 600

@@ -1,16 +1,18 @@
-// The kernels as operators of PyTorch: torchchat::quantized_linear, pack_quantized, unpack_quantized, bfloat16_linear,
-// unpack_ggml, dense_linear, cached_attention.
+// The kernels as operators of PyTorch: torchchat::quantized_linear(s), pack_quantized, unpack_quantized, unpack_ggml,
+// dense_linear(s), rms_norm, cached_attention.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <torch/library.h>
 
 #include <atomic>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
@@ -26,7 +28,7 @@ namespace {
 
 constexpr int64_t kFewTokens = 8;  // that attend head by head; more of them are worth PyTorch's blocked kernel
 constexpr size_t kWorthOneDnn = 3 << 18;  // bytes of weights: its preparation takes some 15 microseconds
-constexpr int64_t kWorkOfAThread = 1 << 14;  // products of keys and queries that are worth a thread
+constexpr int64_t kWorkOfAThread = 1 << 17;  // products of keys and queries that are worth a thread
 constexpr int64_t kRowsAtOnce = 192;  // of activations: their int8 values stay in the second-level cache
 
 std::atomic<Instructions> instructions_in_use{best_instructions()};
@@ -143,15 +145,25 @@ at::Tensor unpack_quantized(const at::Tensor& packed, int64_t outputs, int64_t c
   return matrix;
 }
 
+// Packed matrices that multiply the same activations; their outputs stand side by side.
+struct Matrices {
+  std::vector<const uint8_t*> data;
+  std::vector<int64_t> outputs;
+
+  int64_t panels() const {
+    return std::accumulate(outputs.begin(), outputs.end(), int64_t{0},
+                           [](int64_t sum, int64_t each) { return sum + panels_of(each); });
+  }
+};
+
 template <typename Scalar>
-void multiply(const at::Tensor& x, const at::Tensor& packed, const float* bias, const PanelLayout& layout,
+void multiply(const at::Tensor& x, const Matrices& matrices, const float* bias, const PanelLayout& layout,
               at::Tensor& out) {
-  const int64_t rows = x.size(0), columns = x.size(1), outputs = out.size(1), bytes = layout.panel_bytes();
+  const int64_t rows = x.size(0), columns = x.size(1), width = out.size(1), bytes = layout.panel_bytes();
   const Instructions instructions = instructions_in_use;
   const RoundBlock round = choose_round_block(instructions);
   const MultiplyPanel multiply_panel = choose_multiply_panel(instructions, layout.bits);
   const Scalar* from = x.const_data_ptr<Scalar>();
-  const uint8_t* weights = packed.const_data_ptr<uint8_t>();
   Scalar* to = out.mutable_data_ptr<Scalar>();
   RoundedRows rounded(rows, columns);
   if (rows < 4) round_rows(from, columns, 0, rows, round, rounded);
@@ -159,83 +171,113 @@ void multiply(const at::Tensor& x, const at::Tensor& packed, const float* bias, 
     at::parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
       round_rows(from, columns, begin, end, round, rounded);
     });
-  at::parallel_for(0, panels_of(outputs), 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, matrices.panels(), 1, [&](int64_t begin, int64_t end) {
     std::vector<float> products(std::min(rows, kRowsAtOnce) * kPanelRows);
     for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
       const int64_t count = std::min(kRowsAtOnce, rows - first);
-      for (int64_t panel = begin; panel < end; ++panel) {
-        multiply_panel(layout, weights + panel * bytes, rounded, first, count, products.data());
-        const int64_t start = panel * kPanelRows, lanes = std::min(kPanelRows, outputs - start);
-        for (int64_t row = 0; row < count; ++row)
-          for (int64_t lane = 0; lane < lanes; ++lane)
-            to[(first + row) * outputs + start + lane] =
-                static_cast<Scalar>(products[row * kPanelRows + lane] + (bias ? bias[start + lane] : 0.0f));
+      int64_t before = 0, left = 0;  // panels and outputs of the matrices before this one
+      for (size_t index = 0; index < matrices.data.size(); ++index) {
+        const int64_t outputs = matrices.outputs[index], panels = panels_of(outputs);
+        const int64_t last = std::min(end - before, panels);
+        for (int64_t panel = std::max<int64_t>(begin - before, 0); panel < last; ++panel) {
+          multiply_panel(layout, matrices.data[index] + panel * bytes, rounded, first, count, products.data());
+          const int64_t start = panel * kPanelRows, lanes = std::min(kPanelRows, outputs - start);
+          for (int64_t row = 0; row < count; ++row)
+            for (int64_t lane = 0; lane < lanes; ++lane)
+              to[(first + row) * width + left + start + lane] = static_cast<Scalar>(
+                  products[row * kPanelRows + lane] + (bias ? bias[left + start + lane] : 0.0f));
+        }
+        before += panels;
+        left += outputs;
       }
     }
   });
 }
 
-// x [rows, columns] of float32, bfloat16 or float16 -> [rows, outputs] of the same dtype.
-at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
-                            int64_t outputs, int64_t bits, int64_t group_size, bool asymmetric) {
+at::Tensor multiply_all(const at::Tensor& x, at::TensorList packed, const std::optional<at::Tensor>& bias,
+                        at::IntArrayRef outputs, int64_t bits, int64_t group_size, bool asymmetric) {
   TORCH_CHECK(x.dim() == 2 && x.device().is_cpu(), "x has to be [rows, columns] on the CPU");
+  TORCH_CHECK(!packed.empty() && packed.size() == outputs.size(), packed.size(), " matrices, and outputs of ",
+              outputs.size());
   const PanelLayout layout = checked_layout(x.size(1), bits, group_size, asymmetric);
-  check_packed(packed, layout, outputs);
+  Matrices matrices;
+  for (size_t index = 0; index < packed.size(); ++index) {
+    check_packed(packed[index], layout, outputs[index]);
+    matrices.data.push_back(packed[index].const_data_ptr<uint8_t>());
+    matrices.outputs.push_back(outputs[index]);
+  }
+  const int64_t width = std::accumulate(outputs.begin(), outputs.end(), int64_t{0});
   const at::Tensor rows = x.contiguous();
   const at::Tensor added = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
-  TORCH_CHECK(!bias || added.numel() == outputs, "the bias has ", added.numel(), " values for ", outputs, " outputs");
+  TORCH_CHECK(!bias || added.numel() == width, "the bias has ", added.numel(), " values for ", width, " outputs");
   const float* shift = bias ? added.const_data_ptr<float>() : nullptr;
-  at::Tensor out = at::empty({x.size(0), outputs}, x.options());
-  if (x.scalar_type() == at::kFloat) multiply<float>(rows, packed, shift, layout, out);
-  else if (x.scalar_type() == at::kBFloat16) multiply<at::BFloat16>(rows, packed, shift, layout, out);
-  else if (x.scalar_type() == at::kHalf) multiply<at::Half>(rows, packed, shift, layout, out);
+  at::Tensor out = at::empty({x.size(0), width}, x.options());
+  if (x.scalar_type() == at::kFloat) multiply<float>(rows, matrices, shift, layout, out);
+  else if (x.scalar_type() == at::kBFloat16) multiply<at::BFloat16>(rows, matrices, shift, layout, out);
+  else if (x.scalar_type() == at::kHalf) multiply<at::Half>(rows, matrices, shift, layout, out);
   else TORCH_CHECK(false, "x is of ", x.scalar_type(), "; it has to be float32, bfloat16 or float16");
   return out;
 }
 
-// x [rows, columns] times weight [outputs, columns], both bfloat16, for a few rows -> [rows, outputs].
-at::Tensor bfloat16_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), "x has to be [rows, columns], the "
-              "weight [outputs, columns]");
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16 && weight.is_contiguous() &&
-              x.device().is_cpu() && weight.device().is_cpu(), "both have to be bfloat16 on the CPU, row by row");
-  const at::Tensor rows = x.contiguous();
-  const at::Tensor added = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
-  const int64_t count = x.size(0), columns = x.size(1), outputs = weight.size(0);
-  TORCH_CHECK(!bias || added.numel() == outputs, "the bias has ", added.numel(), " values for ", outputs, " outputs");
-  at::Tensor out = at::empty({count, outputs}, x.options());
-  const auto* from = reinterpret_cast<const uint16_t*>(rows.const_data_ptr<at::BFloat16>());
-  const auto* weights = reinterpret_cast<const uint16_t*>(weight.const_data_ptr<at::BFloat16>());
-  const float* shift = bias ? added.const_data_ptr<float>() : nullptr;
-  at::BFloat16* to = out.mutable_data_ptr<at::BFloat16>();
-  const MultiplyRow multiply_row = choose_multiply_row(instructions_in_use);
-  at::parallel_for(0, outputs, 16, [&](int64_t begin, int64_t end) {
-    std::vector<float> sums(count);
-    for (int64_t output = begin; output < end; ++output) {
-      multiply_row(weights + output * columns, from, columns, count, sums.data());
-      for (int64_t row = 0; row < count; ++row)
-        to[row * outputs + output] = static_cast<at::BFloat16>(sums[row] + (shift ? shift[output] : 0.0f));
-    }
-  });
-  return out;
+// x [rows, columns] of float32, bfloat16 or float16 -> [rows, outputs] of the same dtype.
+at::Tensor quantized_linear(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
+                            int64_t outputs, int64_t bits, int64_t group_size, bool asymmetric) {
+  return multiply_all(x, packed, bias, outputs, bits, group_size, asymmetric);
 }
 
-// x [rows, columns] times weight [outputs, columns], both float32, for a few rows -> [rows, outputs].
-at::Tensor float32_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  const at::Tensor rows = x.contiguous();
-  const int64_t count = x.size(0), columns = x.size(1), outputs = weight.size(0);
-  const at::Tensor added = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
-  TORCH_CHECK(!bias || added.numel() == outputs, "the bias has ", added.numel(), " values for ", outputs, " outputs");
-  at::Tensor out = at::empty({count, outputs}, x.options());
-  const float *from = rows.const_data_ptr<float>(), *weights = weight.const_data_ptr<float>();
+// The same with several matrices, whose outputs stand side by side: [rows, sum of outputs]. The activations are
+// rounded once, and the threads meet once.
+at::Tensor quantized_linears(const at::Tensor& x, at::TensorList packed, const std::optional<at::Tensor>& bias,
+                             at::IntArrayRef outputs, int64_t bits, int64_t group_size, bool asymmetric) {
+  return multiply_all(x, packed, bias, outputs, bits, group_size, asymmetric);
+}
+
+// Sums of one row of weights with `count` rows of activations.
+template <typename Scalar>
+struct RowProducts;
+
+template <>
+struct RowProducts<at::BFloat16> {
+  MultiplyRow multiply_row = choose_multiply_row(instructions_in_use);
+  void operator()(const at::BFloat16* weights, const at::BFloat16* x, int64_t columns, int64_t count, float* sums) const {
+    multiply_row(reinterpret_cast<const uint16_t*>(weights), reinterpret_cast<const uint16_t*>(x), columns, count, sums);
+  }
+};
+
+template <>
+struct RowProducts<float> {
+  MultiplyFloatRow multiply_row = choose_multiply_float_row(instructions_in_use);
+  void operator()(const float* weights, const float* x, int64_t columns, int64_t count, float* sums) const {
+    for (int64_t row = 0; row < count; ++row) sums[row] = multiply_row(weights, x + row * columns, columns);
+  }
+};
+
+// A few rows: x [count, columns] times weights [outputs, columns] each, the outputs side by side.
+template <typename Scalar>
+at::Tensor few_rows(const at::Tensor& x, at::TensorList weights, const std::optional<at::Tensor>& bias) {
+  const int64_t count = x.size(0), columns = x.size(1);
+  int64_t width = 0;
+  for (const at::Tensor& weight : weights) width += weight.size(0);
+  const at::Tensor rows = x.contiguous(), added = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
+  TORCH_CHECK(!bias || added.numel() == width, "the bias has ", added.numel(), " values for ", width, " outputs");
+  at::Tensor out = at::empty({count, width}, x.options());
+  const Scalar* from = rows.const_data_ptr<Scalar>();
   const float* shift = bias ? added.const_data_ptr<float>() : nullptr;
-  float* to = out.mutable_data_ptr<float>();
-  const MultiplyFloatRow multiply_row = choose_multiply_float_row(instructions_in_use);
-  at::parallel_for(0, outputs, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t output = begin; output < end; ++output)
-      for (int64_t row = 0; row < count; ++row)
-        to[row * outputs + output] =
-            multiply_row(weights + output * columns, from + row * columns, columns) + (shift ? shift[output] : 0.0f);
+  Scalar* to = out.mutable_data_ptr<Scalar>();
+  const RowProducts<Scalar> products;
+  at::parallel_for(0, width, 16, [&](int64_t begin, int64_t end) {
+    std::vector<float> sums(count);
+    int64_t left = 0;  // outputs of the matrices before this one
+    for (const at::Tensor& weight : weights) {
+      const Scalar* data = weight.const_data_ptr<Scalar>();
+      const int64_t outputs = weight.size(0), last = std::min(end - left, outputs);
+      for (int64_t output = std::max<int64_t>(begin - left, 0); output < last; ++output) {
+        products(data + output * columns, from, columns, count, sums.data());
+        for (int64_t row = 0; row < count; ++row)
+          to[row * width + left + output] = static_cast<Scalar>(sums[row] + (shift ? shift[left + output] : 0.0f));
+      }
+      left += outputs;
+    }
   });
   return out;
 }
@@ -250,49 +292,86 @@ at::Tensor many_float32_rows(const at::Tensor& x, const at::Tensor& weight, cons
   return linear.call(x, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
 }
 
-// x [rows, columns] times weight [outputs, columns] of one dtype -> [rows, outputs]: kernels of ours for a few rows,
-// PyTorch's for many.
-at::Tensor dense_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), "x has to be [rows, columns], the "
-              "weight [outputs, columns]");
-  TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "x is of ", x.scalar_type(), ", the weight of ",
-              weight.scalar_type());
-  const bool few = x.size(0) <= kFewRows && weight.is_contiguous() && x.device().is_cpu() && weight.device().is_cpu();
-  if (few && x.scalar_type() == at::kBFloat16) return bfloat16_linear(x, weight, bias);
-  if (few && x.scalar_type() == at::kFloat) return float32_linear(x, weight, bias);
+// Many rows, by PyTorch's products.
+at::Tensor many_rows(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
   const bool wide = x.scalar_type() == at::kFloat && x.device().is_cpu() && weight.nbytes() >= kWorthOneDnn;
   return wide ? many_float32_rows(x, weight, bias) : at::linear(x, weight, bias);
+}
+
+// x [rows, columns] times weights [outputs, columns], all of one dtype, the outputs side by side: kernels of ours for a
+// few rows, PyTorch's for many.
+at::Tensor multiply_dense(const at::Tensor& x, at::TensorList weights, const std::optional<at::Tensor>& bias) {
+  bool few = x.size(0) <= kFewRows && x.device().is_cpu();
+  for (const at::Tensor& weight : weights) {
+    TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), "x has to be [rows, columns], a "
+                "weight [outputs, columns]");
+    TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "x is of ", x.scalar_type(), ", a weight of ",
+                weight.scalar_type());
+    few = few && weight.is_contiguous() && weight.device().is_cpu();
+  }
+  if (few && x.scalar_type() == at::kBFloat16) return few_rows<at::BFloat16>(x, weights, bias);
+  if (few && x.scalar_type() == at::kFloat) return few_rows<float>(x, weights, bias);
+  if (weights.size() == 1) return many_rows(x, weights[0], bias);
+  std::vector<at::Tensor> products;
+  for (const at::Tensor& weight : weights) products.push_back(many_rows(x, weight, std::nullopt));
+  const at::Tensor all = at::cat(products, 1);
+  return bias ? all.add(*bias) : all;
+}
+
+at::Tensor dense_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  return multiply_dense(x, weight, bias);
+}
+
+// The same with several weights: [rows, sum of outputs].
+at::Tensor dense_linears(const at::Tensor& x, at::TensorList weights, const std::optional<at::Tensor>& bias) {
+  TORCH_CHECK(!weights.empty(), "there are no weights");
+  return multiply_dense(x, weights, bias);
+}
+
+// Puts the rows of `from` [n, kv_heads, size] into `cache` [kv_heads, capacity, size] behind `held` positions.
+template <typename Scalar>
+void store_rows(const at::Tensor& from, at::Tensor& cache, int64_t held) {
+  const int64_t capacity = cache.size(1), size = cache.size(2);
+  const Scalar* rows = from.const_data_ptr<Scalar>();
+  Scalar* to = cache.mutable_data_ptr<Scalar>();
+  for (int64_t row = 0; row < from.size(0); ++row)
+    for (int64_t head = 0; head < from.size(1); ++head)
+      std::memcpy(to + (head * capacity + held + row) * size, rows + row * from.stride(0) + head * from.stride(1),
+                  size * sizeof(Scalar));
 }
 
 // Attention of a few tokens, head by head. `keys` and `values` [kv_heads, capacity, size] hold this step's already;
 // the token `row` sees those before `held + row + 1`, and of them the last `window`.
 template <typename Scalar>
-void attend_few(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, int64_t held, int64_t window,
-                double scale, at::Tensor& out) {
+at::Tensor attend_few(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, int64_t held,
+                      int64_t window, double scale) {
   const int64_t count = query.size(0), heads = query.size(1), size = query.size(2), capacity = keys.size(1);
-  const int64_t group = heads / keys.size(0);
+  const int64_t group = heads / keys.size(0), row_stride = query.stride(0), head_stride = query.stride(1);
+  at::Tensor out = at::empty({count, heads * size}, query.options());
   const Scalar *queries = query.const_data_ptr<Scalar>(), *all_keys = keys.const_data_ptr<Scalar>(),
                *all_values = values.const_data_ptr<Scalar>();
   Scalar* to = out.mutable_data_ptr<Scalar>();
   const Instructions instructions = instructions_in_use;
   const auto score = choose_score_keys<Scalar>(instructions);
+  const auto to_weights = choose_scores_to_weights(instructions);
   const auto blend = choose_blend_values<Scalar>(instructions);
   const int64_t work = (held + count) * size * count;  // of one head
   at::parallel_for(0, heads, std::max<int64_t>(1, kWorkOfAThread / work), [&](int64_t begin, int64_t end) {
     std::vector<float> weights(held + count), wide(size), blended(size);
     for (int64_t head = begin; head < end; ++head)
       for (int64_t row = 0; row < count; ++row) {
-        const Scalar* from = queries + (row * heads + head) * size;
+        const Scalar* from = queries + row * row_stride + head * head_stride;
         for (int64_t i = 0; i < size; ++i) wide[i] = static_cast<float>(from[i]) * static_cast<float>(scale);
         const int64_t last = held + row + 1, first = window > 0 ? std::max<int64_t>(0, last - window) : 0;
         const int64_t place = (head / group * capacity + first) * size;
         score(wide.data(), all_keys + place, last - first, size, weights.data());
-        scores_to_weights(weights.data(), last - first);
+        to_weights(weights.data(), last - first);
         blend(weights.data(), all_values + place, last - first, size, blended.data());
         Scalar* target = to + (row * heads + head) * size;
         for (int64_t i = 0; i < size; ++i) target[i] = static_cast<Scalar>(blended[i]);
       }
   });
+  return out;
 }
 
 // The same for many tokens, by PyTorch's kernel.
@@ -310,6 +389,9 @@ at::Tensor attend_many(const at::Tensor& query, const at::Tensor& keys, const at
       values.narrow(1, 0, length).unsqueeze(0), mask, 0.0, !mask.has_value(), scale, query.size(1) != keys.size(0));
   return context.squeeze(0).transpose(0, 1).reshape({count, -1});
 }
+
+// [n, heads, size] with the numbers of each head side by side; the heads may lie apart.
+at::Tensor rows_of_heads(const at::Tensor& x) { return x.stride(2) == 1 ? x : x.contiguous(); }
 
 // Puts key and value [n, kv_heads, size] into the caches [kv_heads, capacity, size] behind place[0] positions that
 // they hold, and has query [n, heads, size] attend causally to all of them, or to place[1] of them where that is not
@@ -333,16 +415,59 @@ at::Tensor cached_attention(const at::Tensor& query, const at::Tensor& key, cons
               " kv_heads for ", count, " tokens");
   TORCH_CHECK(held >= 0 && window >= 0 && held <= keys.size(1) - count, held, " positions and ", count,
               " more do not fit a cache of ", keys.size(1));
-  keys.narrow(1, held, count).copy_(key.transpose(0, 1));
-  values.narrow(1, held, count).copy_(value.transpose(0, 1));
-  const at::Tensor rows = query.contiguous();
-  if (count > kFewTokens) return attend_many(rows, keys, values, held, window, scale);
-  at::Tensor out = at::empty({count, heads * size}, query.options());
-  if (query.scalar_type() == at::kFloat) attend_few<float>(rows, keys, values, held, window, scale, out);
-  else if (query.scalar_type() == at::kBFloat16) attend_few<at::BFloat16>(rows, keys, values, held, window, scale, out);
-  else if (query.scalar_type() == at::kHalf) attend_few<at::Half>(rows, keys, values, held, window, scale, out);
-  else TORCH_CHECK(false, "the query is of ", query.scalar_type(), "; it has to be float32, bfloat16 or float16");
-  return out;
+  const auto attend = [&](auto number) {
+    using Scalar = decltype(number);
+    store_rows<Scalar>(rows_of_heads(key), keys, held);
+    store_rows<Scalar>(rows_of_heads(value), values, held);
+    return count > kFewTokens ? attend_many(query, keys, values, held, window, scale)
+                              : attend_few<Scalar>(rows_of_heads(query), keys, values, held, window, scale);
+  };
+  if (query.scalar_type() == at::kFloat) return attend(float());
+  if (query.scalar_type() == at::kBFloat16) return attend(at::BFloat16());
+  if (query.scalar_type() == at::kHalf) return attend(at::Half());
+  TORCH_CHECK(false, "the query is of ", query.scalar_type(), "; it has to be float32, bfloat16 or float16");
+}
+
+// x [rows, columns] / sqrt(mean(x^2) + eps) * weight [columns], computed in float32 and rounded once.
+template <typename Scalar>
+void normalise(const at::Tensor& x, const at::Tensor& weight, float eps, at::Tensor& out) {
+  const int64_t columns = x.size(1), grain = std::max<int64_t>(1, kWorkOfAThread / columns);
+  const Scalar *from = x.const_data_ptr<Scalar>(), *factors = weight.const_data_ptr<Scalar>();
+  Scalar* to = out.mutable_data_ptr<Scalar>();
+  at::parallel_for(0, x.size(0), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const Scalar* values = from + row * columns;
+      constexpr int64_t kLanes = 16;  // sums side by side, so that the compiler may take them together
+      float sums[kLanes] = {}, sum = 0;
+      const int64_t whole = columns / kLanes * kLanes;
+      for (int64_t i = 0; i < whole; i += kLanes)
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          const auto value = static_cast<float>(values[i + lane]);
+          sums[lane] += value * value;
+        }
+      for (int64_t i = whole; i < columns; ++i) sum += static_cast<float>(values[i]) * static_cast<float>(values[i]);
+      for (float each : sums) sum += each;
+      const float factor = 1.0f / std::sqrt(sum / static_cast<float>(columns) + eps);
+      for (int64_t i = 0; i < columns; ++i)
+        to[row * columns + i] =
+            static_cast<Scalar>(static_cast<float>(values[i]) * factor * static_cast<float>(factors[i]));
+    }
+  });
+}
+
+// x [..., columns] -> the same shape and dtype.
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
+  TORCH_CHECK(x.dim() > 0 && weight.dim() == 1 && x.size(-1) == weight.size(0), "x has to be [..., columns], the weight "
+              "[columns]");
+  TORCH_CHECK(x.scalar_type() == weight.scalar_type() && x.device().is_cpu() && weight.device().is_cpu(),
+              "x and the weight have to be of one dtype, on the CPU");
+  const at::Tensor rows = x.reshape({-1, x.size(-1)}).contiguous(), factors = weight.contiguous();
+  at::Tensor out = at::empty(rows.sizes(), rows.options());
+  if (x.scalar_type() == at::kFloat) normalise<float>(rows, factors, static_cast<float>(eps), out);
+  else if (x.scalar_type() == at::kBFloat16) normalise<at::BFloat16>(rows, factors, static_cast<float>(eps), out);
+  else if (x.scalar_type() == at::kHalf) normalise<at::Half>(rows, factors, static_cast<float>(eps), out);
+  else TORCH_CHECK(false, "x is of ", x.scalar_type(), "; it has to be float32, bfloat16 or float16");
+  return out.view(x.sizes());
 }
 
 template <typename Format>
@@ -387,9 +512,12 @@ TORCH_LIBRARY(torchchat, library) {
               "Tensor");
   library.def("quantized_linear(Tensor x, Tensor packed, Tensor? bias, int outputs, int bits, int group_size, bool "
               "asymmetric) -> Tensor");
+  library.def("quantized_linears(Tensor x, Tensor[] packed, Tensor? bias, int[] outputs, int bits, int group_size, bool "
+              "asymmetric) -> Tensor");
   library.def("unpack_ggml(Tensor blocks, str format, Tensor(a!) out) -> ()");
-  library.def("bfloat16_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   library.def("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  library.def("dense_linears(Tensor x, Tensor[] weights, Tensor? bias) -> Tensor");
+  library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   library.def("cached_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor "
               "place, float scale) -> Tensor");
   library.def("use_instructions(str name) -> str", &torchchat::use_instructions);
@@ -399,8 +527,10 @@ TORCH_LIBRARY_IMPL(torchchat, CPU, library) {
   library.impl("pack_quantized", &torchchat::pack_quantized);
   library.impl("unpack_quantized", &torchchat::unpack_quantized);
   library.impl("quantized_linear", &torchchat::quantized_linear);
+  library.impl("quantized_linears", &torchchat::quantized_linears);
   library.impl("unpack_ggml", &torchchat::unpack_ggml);
-  library.impl("bfloat16_linear", &torchchat::bfloat16_linear);
   library.impl("dense_linear", &torchchat::dense_linear);
+  library.impl("dense_linears", &torchchat::dense_linears);
+  library.impl("rms_norm", &torchchat::rms_norm);
   library.impl("cached_attention", &torchchat::cached_attention);
 }

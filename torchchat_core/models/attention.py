@@ -31,14 +31,14 @@ class CachedAttention:
     def __init__(self, config: ModelConfig, segments: Sequence[Segment]) -> None:
         self.config = config
         self.segments = segments
-        self._places: dict[int | None, Tensor] = {}
+        self._places: dict[tuple[int, int | None], Tensor] = {}
 
-    def place(self, layer: int) -> Tensor:
-        """Where the tokens of a single sequence stand, for graphs: int64 [2], positions held, and the window or 0."""
-        window = self.config.layer_window(layer)
-        if window not in self._places:
-            self._places[window] = torch.tensor([self.segments[0].cache.length, window or 0])
-        return self._places[window]
+    def place(self, layer: int, cache: KVCache) -> Tensor:
+        """Where the tokens of a sequence stand, for operators: int64 [2], positions held, and the window or 0."""
+        key = (id(cache), self.config.layer_window(layer))
+        if key not in self._places:
+            self._places[key] = torch.tensor([cache.length, key[1] or 0])
+        return self._places[key]
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if len(self.segments) == 1:
@@ -54,6 +54,16 @@ class CachedAttention:
         if query.shape[0] == 1:
             return attend_one(query, keys, values, self.config.attention_scale, window)
         return attend_many(query, keys, values, self.config.attention_scale, window)
+
+
+class KernelAttention(CachedAttention):
+    """The same by core's CPU kernel, which puts keys and values into the cache itself."""
+
+    def _attend(self, layer: int, cache: KVCache, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values = cache.room(layer, query.shape[0])  # [kv_heads, capacity, head_dim]
+        context: Tensor = torch.ops.torchchat.cached_attention(query, key, value, keys, values,
+                                                               self.place(layer, cache), self.config.attention_scale)
+        return context
 
 
 def attend_one(query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:

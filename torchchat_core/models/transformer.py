@@ -108,17 +108,23 @@ class Attention(nn.Module):
                                 bias=config.attention_output_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.qkv: nn.Module | None = None  # the first three projections in one product, where an executor has that
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        query = self.q_proj(hidden).view(-1, self.num_heads, self.head_dim)  # [n, heads, head_dim]
-        key = self.k_proj(hidden).view(-1, self.num_kv_heads, self.head_dim)  # [n, kv_heads, head_dim]
-        value = self.v_proj(hidden).view(-1, self.num_kv_heads, self.head_dim)
+        query, key, value = self.project(hidden) if self.qkv is None else self.qkv(hidden)
+        query = query.view(-1, self.num_heads, self.head_dim)  # [n, heads, head_dim]
+        key = key.view(-1, self.num_kv_heads, self.head_dim)  # [n, kv_heads, head_dim]
+        value = value.view(-1, self.num_kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query = apply_rotary(query, cos, sin, self.rope_interleaved)
         key = apply_rotary(key, cos, sin, self.rope_interleaved)
         output: Tensor = self.o_proj(attend(self.index, query, key, value))
         return output
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [n, hidden] -> queries, keys, values, each [n, heads * head_dim]."""
+        return self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
 
 
 class FeedForward(nn.Module):
@@ -129,9 +135,11 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_up: nn.Module | None = None  # the first two in one product, where an executor has that
 
     def forward(self, hidden: Tensor) -> Tensor:
-        output: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        gate, up = (self.gate_proj(hidden), self.up_proj(hidden)) if self.gate_up is None else self.gate_up(hidden)
+        output: Tensor = self.down_proj(F.silu(gate) * up)
         return output
 
 

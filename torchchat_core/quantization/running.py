@@ -7,13 +7,14 @@ what they were packed from is let go. What they stand for does not change.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchchat_core import kernels
+from torchchat_core.kernels.layers import joined_bias
 from torchchat_core.quantization.layers import QuantizedLinear, rounded_rows
 
 ATEN_GROUPS = (32, 64, 128, 256)  # that the products of four-bit weights take
@@ -103,6 +104,37 @@ class PanelLinear(RunningLinear):
         product: Tensor = torch.ops.torchchat.quantized_linear(x, self.packed, self.bias, self.out_features, self.bits,
                                                                self.group_size, self.asymmetric)
         return product
+
+
+    def joined(self, layers: Sequence[nn.Module]) -> nn.Module | None:
+        """A `kernels.layers.Joinable`: layers of one format."""
+        alike = [layer for layer in layers if isinstance(layer, PanelLinear) and layer.form == self.form
+                 and (layer.bias is None) == (self.bias is None)]
+        return PanelLinears(alike) if len(alike) == len(layers) else None
+
+    @property
+    def form(self) -> tuple[int, int, bool]:
+        return self.bits, self.group_size, self.asymmetric
+
+
+class PanelLinears(nn.Module):
+    """x [n, in] -> the outputs of several `PanelLinear`, whose weights stay where they are."""
+
+    bias: Tensor | None
+
+    def __init__(self, layers: Sequence[PanelLinear]) -> None:
+        super().__init__()
+        self.sizes = [layer.out_features for layer in layers]
+        for index, layer in enumerate(layers):
+            self.register_buffer(f"packed{index}", layer.packed)
+        self.bits, self.group_size, self.asymmetric = layers[0].form
+        self.register_buffer("bias", joined_bias([layer.bias for layer in layers]))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        packed = [getattr(self, f"packed{index}") for index in range(len(self.sizes))]
+        products: tuple[Tensor, ...] = torch.ops.torchchat.quantized_linears(
+            x, packed, self.bias, self.sizes, self.bits, self.group_size, self.asymmetric).split(self.sizes, 1)
+        return products
 
 
 class EightBitRows(RunningLinear):

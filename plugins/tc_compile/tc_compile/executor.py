@@ -6,13 +6,19 @@ import logging
 from collections.abc import Iterable
 from typing import cast
 
-from tc_compile.graphs import LayerGraph, find_graph
-from tc_compile.layers import CompiledLayer, use_dense_linear
+from torch import nn
+
+from tc_compile.graphs import find_graph
+from tc_compile.layers import CompiledStack
 from tc_compile.signature import LayerSignature
 from tc_eager.executor import EagerExecutor, EagerModel
 from torchchat_core import kernels
 from torchchat_core.errors import TorchchatError
+from torchchat_core.kernels.layers import use_kernel_linear, use_kernel_norms
+from torchchat_core.models.attention import KernelAttention
 from torchchat_core.models.transformer import DecoderLayer, Transformer
+from torchchat_core.models.weights import TORCH_DTYPES
+from torchchat_core.quantization.running import prepare
 from torchchat_core.specs import LoadRequest
 
 logger = logging.getLogger(__name__)
@@ -29,26 +35,23 @@ class CompileExecutor:
         if reason is not None:
             logger.warning("not compiled, run operation by operation: %s", reason)
             return EagerExecutor().load(request)
-        use_dense_linear(request.module)
+        prepare(request.module, TORCH_DTYPES[request.dtype])
+        use_kernel_linear(request.module)
         try:
             compile_layers(request.module)
         except TorchchatError as error:
             logger.warning("not compiled, run operation by operation: %s", error)
             return EagerExecutor().load(request)
-        return EagerModel(request.module, request.device, request.dtype)
+        use_kernel_norms(request.module.model)
+        return EagerModel(request.module, request.device, request.dtype, KernelAttention)
 
 
 def compile_layers(module: Transformer) -> None:
-    """Puts a `CompiledLayer` in every layer's place; layers that are alike share one graph.
+    """Puts a `CompiledStack` in the place of all layers; layers that are alike share one graph.
 
     Raises `TorchchatError` where one cannot be compiled; then the module is as it was.
     """
-    graphs: dict[str, LayerGraph] = {}
-    compiled = []
-    for layer in cast(Iterable[DecoderLayer], module.model.layers):
-        signature = LayerSignature(layer, module.config.attention_scale)
-        if signature.key not in graphs:
-            graphs[signature.key] = find_graph(signature)
-        compiled.append(CompiledLayer(layer, signature, graphs[signature.key]))
-    for index, replacement in enumerate(compiled):
-        module.model.layers[index] = replacement
+    layers = list(cast(Iterable[DecoderLayer], module.model.layers))
+    signatures = [LayerSignature(layer, module.config.attention_scale) for layer in layers]
+    found = {key: find_graph(signature) for key, signature in {each.key: each for each in signatures}.items()}
+    module.model.layers = nn.ModuleList([CompiledStack(layers, signatures, [found[each.key] for each in signatures])])

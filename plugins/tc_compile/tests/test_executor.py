@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from tc_compile import compiling, executor, graphs
 from tc_compile.executor import CompileExecutor
-from tc_compile.graphs import find_graph, graph_folder
-from tc_compile.layers import CompiledLayer, use_dense_linear
+from tc_compile.graphs import LayerGraph, find_graph, graph_folder
+from tc_compile.layers import CompiledStack
 from tc_compile.signature import LayerSignature
 from tc_eager.executor import EagerModel
 from torchchat_core import kernels
+from torchchat_core.kernels.layers import use_kernel_linear
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.specs import LoadRequest
 from torchchat_core.testing.models import PROMPTS, reference_logits, seeded, tiny_config
@@ -33,7 +34,7 @@ def load(module: Transformer) -> EagerModel:
 
 def signature(**changes: Any) -> LayerSignature:
     module = seeded(tiny_config(**changes))
-    use_dense_linear(module)
+    use_kernel_linear(module)
     return LayerSignature(module.model.layers[0], module.config.attention_scale)
 
 
@@ -55,8 +56,10 @@ def never_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "_trace", fail)
 
 
-def compiled_layers(model: EagerModel) -> list[CompiledLayer]:
-    return [layer for layer in model.module.model.layers if isinstance(layer, CompiledLayer)]
+def graphs_of(model: EagerModel) -> list[LayerGraph]:
+    """Of each layer, where the layers are compiled."""
+    stacks = [module for module in model.module.model.layers if isinstance(module, CompiledStack)]
+    return [run.__self__ for stack in stacks for _, run, _ in stack.steps]  # type: ignore[attr-defined]
 
 
 # ---- graphs -------------------------------------------------------------------------------------------------------
@@ -64,9 +67,9 @@ def compiled_layers(model: EagerModel) -> list[CompiledLayer]:
 
 @compiles
 def test_layers_that_are_alike_share_one_graph_whatever_their_windows() -> None:
-    layers = compiled_layers(load(seeded(tiny_config(sliding_window=6, sliding_layers=(True, False)))))
-    assert len(layers) == 2
-    assert len({id(layer.graph) for layer in layers}) == 1
+    found = graphs_of(load(seeded(tiny_config(sliding_window=6, sliding_layers=(True, False)))))
+    assert len(found) == 2
+    assert len({id(graph) for graph in found}) == 1
 
 
 @compiles
@@ -101,7 +104,7 @@ def test_a_second_start_loads_what_was_compiled_without_the_compiler() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
     imported_by_the_tests = {"torch._dynamo", "torch._inductor", "sympy"}
-    assert done.stdout.split()[0] == "CompiledLayer"
+    assert done.stdout.split()[0] == "CompiledStack"
     assert not imported_by_the_tests & set(done.stdout.split())
     assert done.stderr == ""
 
@@ -135,7 +138,7 @@ def test_a_layer_that_chooses_by_the_number_of_rows_is_compiled_for_one() -> Non
     for layer in module.model.layers:
         layer.mlp.up_proj = Chooses(layer.mlp.up_proj)
     model = load(module)
-    assert all(layer.graph.one_row for layer in compiled_layers(model))
+    assert all(graph.one_row for graph in graphs_of(model))
     tokens = [*PROMPTS[1], 9, 8, 7]
     expected = reference_logits(seeded(tiny_config()), tokens)
     session = model.session()
@@ -152,7 +155,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def demand_eager(model: EagerModel) -> None:
-    assert not compiled_layers(model)
+    assert not graphs_of(model)
     module = seeded(tiny_config())
     tokens = list(PROMPTS[1])
     torch.testing.assert_close(model.session().score(tokens), reference_logits(module, tokens), atol=1e-5, rtol=1e-4)
@@ -160,7 +163,7 @@ def demand_eager(model: EagerModel) -> None:
 
 def test_without_the_kernels_it_runs_as_eager_does_and_says_why(monkeypatch: pytest.MonkeyPatch,
                                                                caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(executor.kernels, "load", lambda: "there is no C++ compiler")
+    monkeypatch.setattr(executor.kernels, "load", lambda building=True: "there is no C++ compiler")
     demand_eager(load(seeded(tiny_config())))
     assert told(caplog) == ["not compiled, run operation by operation: there is no C++ compiler"]
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tc_eager.linear import use_fastest_linear
+from tc_eager.layers import use_fastest_layers
 from torchchat_core.errors import TorchchatError
-from torchchat_core.models.attention import CachedAttention, Segment
+from torchchat_core.models.attention import CachedAttention, KernelAttention, Segment
 from torchchat_core.models.kv_cache import KVCache
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import TORCH_DTYPES
@@ -22,18 +22,19 @@ class EagerExecutor:
 
     def load(self, request: LoadRequest) -> EagerModel:
         prepare(request.module, TORCH_DTYPES[request.dtype])
-        use_fastest_linear(request.module)
-        return EagerModel(request.module, request.device, request.dtype)
+        attention = KernelAttention if use_fastest_layers(request.module) else CachedAttention
+        return EagerModel(request.module, request.device, request.dtype, attention)
 
 
 class EagerModel:
     """Implements `specs.BatchedModel`."""
 
-    def __init__(self, module: Transformer, device: str, dtype: str) -> None:
+    def __init__(self, module: Transformer, device: str, dtype: str, attention: type[CachedAttention]) -> None:
         self.vocab_size = module.config.vocab_size
         self.max_context = module.config.max_context
         self.device = device
         self.dtype = dtype
+        self._attention = attention
         self._module: Transformer | None = module
 
     def session(self, limit: int | None = None) -> EagerSession:
@@ -73,7 +74,7 @@ class EagerModel:
                                  "the tokenizer belongs to another model")
         logits: Tensor = module(
             torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device),
-            CachedAttention(module.config, segments),
+            self._attention(module.config, segments),
             rows=None if rows is None else torch.tensor(rows, device=self.device), extended=extended,
         )
         return logits.float().cpu()

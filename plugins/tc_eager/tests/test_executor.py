@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from tc_eager.executor import EagerExecutor, EagerModel
-from tc_eager.linear import FewRowsLinear, OneDnnLinear
+from tc_eager.layers import OneDnnLinear
 from torchchat_core import kernels
 from torchchat_core.errors import TorchchatError
+from torchchat_core.kernels.layers import DenseLinear, DenseLinears, KernelNorm
 from torchchat_core.models.config import ModelConfig, RopeScaling
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.quantization.layers import WeightFormat
@@ -161,27 +162,38 @@ def test_one_dnn_gives_what_linear_gives(bias: bool, rows: int) -> None:
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of PyTorch has no oneDNN")
-def test_only_large_float32_layers_are_swapped_and_their_weights_are_shared() -> None:
+def test_without_the_kernels_large_float32_layers_go_to_one_dnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHCHAT_CPU_KERNELS", "off")
     large = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64, "num_heads": 8, "num_kv_heads": 2}
     module = load(**large, tied_embeddings=True).module
     assert isinstance(module.model.layers[0].mlp.up_proj, OneDnnLinear)
-    assert isinstance(module.model.layers[0].self_attn.k_proj, nn.Linear)
+    assert type(module.model.layers[0].self_attn.k_proj) is nn.Linear
+    assert module.model.layers[0].self_attn.qkv is None
     assert not any(isinstance(layer, OneDnnLinear) for layer in load("bf16", **large).module.modules())
 
 
 @pytest.mark.skipif(not kernels.available(), reason="the CPU kernels cannot be built here")
-@pytest.mark.parametrize("rows", [1, 4, 5, 33])
-def test_few_rows_give_what_linear_gives(rows: int) -> None:
-    layer = nn.Linear(300, 200).requires_grad_(False).bfloat16()
-    x = torch.randn(rows, 300).bfloat16()
-    torch.testing.assert_close(FewRowsLinear(layer)(x).float(), layer.float()(x.float()), atol=2e-2, rtol=2e-2)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_with_the_kernels_layers_are_swapped_and_joined_and_their_weights_are_shared(dtype: str) -> None:
+    module = load(dtype, tied_embeddings=True).module
+    assert isinstance(module.lm_head, DenseLinear)
+    assert module.lm_head.weight is module.model.embed_tokens.weight
+    assert isinstance(module.model.norm, KernelNorm)
+    joined, attention = module.model.layers[0].self_attn.qkv, module.model.layers[0].self_attn
+    assert isinstance(joined, DenseLinears)
+    assert joined.weight1 is attention.k_proj.weight
 
 
 @pytest.mark.skipif(not kernels.available(), reason="the CPU kernels cannot be built here")
-def test_bfloat16_layers_are_swapped_and_their_weights_are_shared() -> None:
-    module = load("bf16", tied_embeddings=True).module
-    assert isinstance(module.lm_head, FewRowsLinear)
-    assert module.lm_head.weight is module.model.embed_tokens.weight
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}, {"qk_norm": True},
+                                     {"rope_interleaved": True, "sliding_window": 5}], ids=str)
+def test_with_and_without_the_kernels_a_model_says_the_same(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+                                                            ) -> None:
+    tokens = [(7 * i) % 64 for i in range(40)]
+    found = load(**changes).session()
+    with_kernels = torch.cat([found.score(tokens[:20]), found.score(tokens[20:25]), found.decode(tokens[25])[None]])
+    monkeypatch.setenv("TORCHCHAT_CPU_KERNELS", "off")
+    torch.testing.assert_close(with_kernels, load(**changes).session().score(tokens[:26]), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.skipif(not kernels.available(), reason="the CPU kernels cannot be built here")

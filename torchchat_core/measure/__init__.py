@@ -1,0 +1,1 @@
+"""What a model costs, and what it is worth: speed, memory, perplexity."""
