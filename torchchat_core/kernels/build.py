@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -58,11 +59,13 @@ def build(path: Path) -> None:
     compiler = find_compiler()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, progress.task("building the CPU kernels, once"):
-        compiled, made = Path(folder) / "operators.o", Path(folder) / path.name
-        _run([*compiler, *FLAGS, *OPENMP, f"-I{_torch_folder() / 'include'}", "-c", str(FOLDER / "operators.cpp"),
-              "-o", str(compiled)])
-        libraries = _torch_folder() / "lib"
-        _run([*compiler, "-shared", str(compiled), "-o", str(made), f"-L{libraries}", "-ltorch_cpu", "-lc10",
+        made, libraries = Path(folder) / path.name, _torch_folder() / "lib"
+        compile_one = [*compiler, *FLAGS, *OPENMP, f"-I{_torch_folder() / 'include'}", "-c"]
+        objects = {source: str(Path(folder) / f"{source.stem}.o") for source in sorted(FOLDER.glob("*.cpp"))}
+        with ThreadPoolExecutor() as pool:  # one compiler each
+            for _ in pool.map(lambda each: _run([*compile_one, str(each[0]), "-o", each[1]]), objects.items()):
+                pass  # raises what it raised
+        _run([*compiler, "-shared", *objects.values(), "-o", str(made), f"-L{libraries}", "-ltorch_cpu", "-lc10",
               *(_openmp_of_torch() or OPENMP), f"-Wl,-rpath,{libraries}"])
         made.replace(path)
 

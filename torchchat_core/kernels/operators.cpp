@@ -11,7 +11,6 @@
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <torch/library.h>
 
-#include <atomic>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -30,8 +29,6 @@ constexpr int64_t kFewTokens = 8;  // that attend head by head; more of them are
 constexpr size_t kWorthOneDnn = 3 << 18;  // bytes of weights: its preparation takes some 15 microseconds
 constexpr int64_t kWorkOfAThread = 1 << 17;  // products of keys and queries that are worth a thread
 constexpr int64_t kRowsAtOnce = 192;  // of activations: their int8 values stay in the second-level cache
-
-std::atomic<Instructions> instructions_in_use{best_instructions()};
 
 std::string name_of(Instructions instructions) {
   if (instructions == Instructions::kAvx512) return "avx512";

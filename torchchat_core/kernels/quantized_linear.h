@@ -15,6 +15,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -44,6 +45,8 @@ inline Instructions best_instructions() {
 #endif
   return Instructions::kPortable;
 }
+
+inline std::atomic<Instructions> instructions_in_use{best_instructions()};
 
 struct PanelLayout {
   int bits;         // 4 or 8
@@ -256,7 +259,6 @@ TORCHCHAT_AVX512 inline void load_block_avx512(const uint8_t* at, __m512i (&weig
 template <int Bits, int Rows>
 TORCHCHAT_AVX512 inline void multiply_panel_avx512_rows(const PanelLayout& layout, const uint8_t* panel,
                                                         const RoundedRows& x, int64_t first, float* out) {
-  constexpr int64_t kAhead = 2048;  // bytes; the processor's own prefetching stops at the ends of pages
   const int8_t* values = x.values.data() + first * x.blocks * kBlockColumns;
   const float* scales = x.scales.data() + first * x.blocks;
   const int32_t* counts = x.counts.data() + first * x.blocks;
@@ -269,9 +271,6 @@ TORCHCHAT_AVX512 inline void multiply_panel_avx512_rows(const PanelLayout& layou
     const auto* scale_at = reinterpret_cast<const __m256i*>(at + (end - begin) * layout.block_bytes());
     const __m512 weight_scales = _mm512_cvtph_ps(_mm256_loadu_si256(scale_at));
     for (int64_t block = begin; block < end; ++block, at += layout.block_bytes()) {
-      if constexpr (Rows == 1)
-        for (int64_t line = 0; line < kPanelRows * kBlockColumns * Bits / 8; line += 64)
-          _mm_prefetch(reinterpret_cast<const char*>(at + kAhead + line), _MM_HINT_T0);
       __m512i weights[kQuads];
       load_block_avx512<Bits>(at, weights);
       for (int i = 0; i < Rows; ++i) {

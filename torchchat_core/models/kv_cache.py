@@ -46,6 +46,13 @@ class KVCache:
             self._grow(layer, self.length + count)
         return self._keys[layer], self._values[layer]
 
+    def all_rooms(self, count: int) -> tuple[list[Tensor], list[Tensor]]:
+        """`room` of every layer: keys and values, layer by layer."""
+        if self.length + count > self._keys[-1].shape[1]:
+            for layer in range(len(self._keys)):
+                self.room(layer, count)
+        return self._keys, self._values
+
     def advance(self, count: int) -> None:
         """Counts the `count` positions last written to every layer as held."""
         self.length += count

@@ -11,7 +11,7 @@ from torch import nn
 from tc_compile.graphs import find_graph
 from tc_compile.layers import CompiledStack
 from tc_compile.signature import LayerSignature
-from tc_eager.executor import EagerExecutor, EagerModel
+from tc_eager.executor import EagerExecutor, EagerModel, token_decoder
 from torchchat_core import kernels
 from torchchat_core.errors import TorchchatError
 from torchchat_core.kernels.layers import use_kernel_linear, use_kernel_norms
@@ -37,13 +37,14 @@ class CompileExecutor:
             return EagerExecutor().load(request)
         prepare(request.module, TORCH_DTYPES[request.dtype])
         use_kernel_linear(request.module)
+        decoder = token_decoder(request.module)
         try:
             compile_layers(request.module)
         except TorchchatError as error:
             logger.warning("not compiled, run operation by operation: %s", error)
             return EagerExecutor().load(request)
         use_kernel_norms(request.module.model)
-        return EagerModel(request.module, request.device, request.dtype, KernelAttention)
+        return EagerModel(request, KernelAttention, decoder)
 
 
 def compile_layers(module: Transformer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,25 +17,39 @@ from torchchat_core.models.weights import TORCH_DTYPES
 from torchchat_core.quantization.running import prepare
 from torchchat_core.specs import LoadRequest
 
+if TYPE_CHECKING:
+    from torchchat_core.kernels.decoding import TokenDecoder
+
 
 class EagerExecutor:
     """Implements `specs.Executor` with abilities `score` and `batch`."""
 
     def load(self, request: LoadRequest) -> EagerModel:
         prepare(request.module, TORCH_DTYPES[request.dtype])
-        attention = KernelAttention if use_fastest_layers(request.module) else CachedAttention
-        return EagerModel(request.module, request.device, request.dtype, attention)
+        if use_fastest_layers(request.module):
+            return EagerModel(request, KernelAttention, token_decoder(request.module))
+        return EagerModel(request, CachedAttention)
+
+
+def token_decoder(module: Transformer) -> TokenDecoder | None:
+    """What decodes one token in one call, where the kernels are loaded and know all of the layers."""
+    from torchchat_core.kernels.decoding import TokenDecoder, decodes
+
+    return TokenDecoder(module) if decodes(module) else None
 
 
 class EagerModel:
     """Implements `specs.BatchedModel`."""
 
-    def __init__(self, module: Transformer, device: str, dtype: str, attention: type[CachedAttention]) -> None:
+    def __init__(self, request: LoadRequest, attention: type[CachedAttention], decoder: TokenDecoder | None = None
+                 ) -> None:
+        module: Transformer = request.module
         self.vocab_size = module.config.vocab_size
         self.max_context = module.config.max_context
-        self.device = device
-        self.dtype = dtype
+        self.device = request.device
+        self.dtype = request.dtype
         self._attention = attention
+        self._decoder = decoder
         self._module: Transformer | None = module
 
     def session(self, limit: int | None = None) -> EagerSession:
@@ -72,6 +87,8 @@ class EagerModel:
         if outside:
             raise TorchchatError(f"token {outside[0]} is outside the model's vocabulary of {self.vocab_size}",
                                  "the tokenizer belongs to another model")
+        if self._decoder is not None and len(tokens) == 1:
+            return self._decoder.logits(tokens[0], segments[0].cache, extended)
         logits: Tensor = module(
             torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device),
             self._attention(module.config, segments),
@@ -86,7 +103,7 @@ class EagerModel:
         return self._module
 
     def close(self) -> None:
-        self._module = None
+        self._module = self._decoder = None
 
 
 class EagerSession:

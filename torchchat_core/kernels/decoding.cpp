@@ -1,0 +1,434 @@
+// One token from its embedding to its logits, as torch.classes.torchchat.Decoder: the threads start once for a token,
+// wait for each other five times a layer, and nothing is allocated or looked up in between.
+//
+// It computes what torchchat_core.models.transformer does, in float32 between the products. Work is split
+// by outputs in panels of 16, and attention by heads; norms and the rounding of activations are done by every thread
+// for itself, which is quicker than waiting for one that does it.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <omp.h>
+#include <torch/custom_class.h>
+
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "attention.h"
+#include "bfloat16_linear.h"
+#include "float32_linear.h"
+#include "quantized_linear.h"
+
+namespace torchchat {
+namespace {
+
+constexpr int64_t kBytesOfAThread = 1 << 16;  // of a layer's weights that are worth a thread
+
+// The input of products: as it is, rounded to int8 and as bfloat16, of which only what is needed is made.
+struct Input {
+  Input(int64_t columns, bool rounds, bool halves)
+      : values(rounds || halves ? (columns + kBlockColumns - 1) / kBlockColumns * kBlockColumns : columns),
+        rounded(rounds ? 1 : 0, columns),
+        halves(halves ? columns : 0),
+        columns(columns) {}
+
+  // Makes what is needed of the blocks [first, last) of 32 values.
+  void prepare(int64_t first, int64_t last, RoundBlock round) {
+    if (rounded.rows > 0)
+      for (int64_t block = first; block < last; ++block)
+        round(values.data() + block * kBlockColumns, rounded.values.data() + block * kBlockColumns,
+              rounded.scales[block], rounded.counts[block]);
+    if (!halves.empty())
+      for (int64_t i = first * kBlockColumns; i < std::min(last * kBlockColumns, columns); ++i)
+        halves[i] = c10::BFloat16(values[i]);
+  }
+
+  void prepare(RoundBlock round) { prepare(0, (columns + kBlockColumns - 1) / kBlockColumns, round); }
+
+  std::vector<float> values;  // filled up with zeros to whole blocks
+  RoundedRows rounded;
+  std::vector<c10::BFloat16> halves;
+  int64_t columns;
+};
+
+// A matrix [outputs, columns] that is packed, bfloat16 or float32, and perhaps a bias.
+struct Product {
+  at::Tensor weight, bias;
+  int64_t outputs, columns, bits;  // bits 0: not packed
+  PanelLayout layout{};
+
+  int64_t panels() const { return (outputs + kPanelRows - 1) / kPanelRows; }
+  bool rounds() const { return bits > 0; }
+  bool halves() const { return bits == 0 && weight.scalar_type() == at::kBFloat16; }
+
+  // 16 outputs, or those that are left of them.
+  void multiply(int64_t panel, const Input& x, Instructions instructions, float* out) const {
+    const int64_t first = panel * kPanelRows, count = std::min(kPanelRows, outputs - first);
+    if (bits > 0) {
+      const uint8_t* data = weight.const_data_ptr<uint8_t>() + panel * layout.panel_bytes();
+      choose_multiply_panel(instructions, layout.bits)(layout, data, x.rounded, 0, 1, out);
+    } else if (halves()) {
+      const auto multiply_row = choose_multiply_row(instructions);
+      const auto* data = reinterpret_cast<const uint16_t*>(weight.const_data_ptr<at::BFloat16>());
+      for (int64_t i = 0; i < count; ++i)
+        multiply_row(data + (first + i) * columns, reinterpret_cast<const uint16_t*>(x.halves.data()), columns, 1,
+                     out + i);
+    } else {
+      const auto multiply_row = choose_multiply_float_row(instructions);
+      const float* data = weight.const_data_ptr<float>();
+      for (int64_t i = 0; i < count; ++i) out[i] = multiply_row(data + (first + i) * columns, x.values.data(), columns);
+    }
+    if (bias.defined())
+      for (int64_t i = 0; i < count; ++i) out[i] += bias.const_data_ptr<float>()[first + i];
+  }
+};
+
+enum Place { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kProducts };
+
+struct Layer {
+  std::vector<Product> products;  // in the order of `Place`
+  at::Tensor input_norm, feed_forward_norm, query_norm, key_norm;  // float32; the last two may be undefined
+  int64_t window;  // positions that are seen, or 0 for all
+};
+
+// x / sqrt(mean(x^2) + eps) * weight; `out` may be `x`.
+void normalise(const float* x, const float* weight, int64_t size, float eps, float* out) {
+  constexpr int64_t kLanes = 16;  // sums side by side, so that the compiler may take them together
+  float sums[kLanes] = {}, sum = 0;
+  const int64_t whole = size / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += x[i + lane] * x[i + lane];
+  for (int64_t i = whole; i < size; ++i) sum += x[i] * x[i];
+  for (float each : sums) sum += each;
+  const float factor = 1.0f / std::sqrt(sum / static_cast<float>(size) + eps);
+  for (int64_t i = 0; i < size; ++i) out[i] = x[i] * factor * weight[i];
+}
+
+// Turns the pairs of one head by their angles; `sine` has its signs already.
+void rotate(const float* x, const float* cosine, const float* sine, int64_t size, bool interleaved, float* out) {
+  const int64_t half = size / 2;
+  if (interleaved)
+    for (int64_t i = 0; i < size; ++i) out[i] = x[i] * cosine[i] + x[i ^ 1] * sine[i];
+  else
+    for (int64_t i = 0; i < half; ++i) {
+      out[i] = x[i] * cosine[i] + x[i + half] * sine[i];
+      out[i + half] = x[i + half] * cosine[i + half] + x[i] * sine[i + half];
+    }
+}
+
+struct Share {
+  int64_t first, last;
+};
+
+// The part of `count` things that a thread does.
+Share share_of(int64_t count, int64_t thread, int64_t threads) {
+  return {count * thread / threads, count * (thread + 1) / threads};
+}
+
+struct Decoder : torch::CustomClassHolder {
+  Decoder(int64_t hidden, int64_t heads, int64_t kv_heads, int64_t head_dim, bool interleaved, double eps,
+          double scale, double residual)
+      : hidden_(hidden), heads_(heads), kv_heads_(kv_heads), size_(head_dim), interleaved_(interleaved),
+        eps_(static_cast<float>(eps)), scale_(static_cast<float>(scale)), residual_(static_cast<float>(residual)) {
+    TORCH_CHECK(hidden > 0 && kv_heads > 0 && heads > 0 && heads % kv_heads == 0 && head_dim > 0 && head_dim % 2 == 0,
+                heads, " heads over ", kv_heads, " kv_heads of ", head_dim, " for ", hidden, " numbers");
+  }
+
+  // The next of the products of a layer, in the order of `Place`: packed weights with their bits, or with bits 0 a
+  // matrix of bfloat16 or float32 [outputs, columns].
+  void add_product(const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t outputs, int64_t columns,
+                   int64_t bits, int64_t group_size, bool asymmetric) {
+    TORCH_CHECK(weight.device().is_cpu() && weight.is_contiguous(), "weights have to be contiguous, on the CPU");
+    TORCH_CHECK(outputs > 0 && columns > 0, "a matrix of ", outputs, " rows and ", columns, " columns");
+    Product product{weight, at::Tensor(), outputs, columns, bits, {}};
+    if (bits > 0) {
+      TORCH_CHECK((bits == 4 || bits == 8) && group_size > 0 && group_size % kBlockColumns == 0, bits,
+                  " bits in groups of ", group_size);
+      const int64_t blocks = (columns + kBlockColumns - 1) / kBlockColumns;
+      product.layout = {static_cast<int>(bits), asymmetric, blocks, std::min(group_size / kBlockColumns, blocks)};
+      TORCH_CHECK(weight.scalar_type() == at::kByte &&
+                      weight.numel() == product.panels() * product.layout.panel_bytes(),
+                  "packed weights have ", weight.numel(), " bytes, which are not those of ", outputs, " rows of ",
+                  columns);
+    } else {
+      TORCH_CHECK(weight.scalar_type() == at::kBFloat16 || weight.scalar_type() == at::kFloat, "a matrix of ",
+                  weight.scalar_type(), "; it has to be bfloat16 or float32");
+      TORCH_CHECK(weight.dim() == 2 && weight.size(0) == outputs && weight.size(1) == columns, "a matrix of ",
+                  weight.sizes(), " and not of ", outputs, " rows of ", columns);
+    }
+    if (bias) {
+      product.bias = bias->to(at::kFloat).contiguous();
+      TORCH_CHECK(product.bias.numel() == outputs, "the bias has ", product.bias.numel(), " values for ", outputs,
+                  " outputs");
+    }
+    waiting_.push_back(std::move(product));
+  }
+
+  // A layer of the seven products that were added last.
+  void add_layer(const at::Tensor& input_norm, const at::Tensor& feed_forward_norm,
+                 const std::optional<at::Tensor>& query_norm, const std::optional<at::Tensor>& key_norm,
+                 int64_t window) {
+    TORCH_CHECK(waiting_.size() == kProducts, "a layer of ", waiting_.size(), " products; it has ", int{kProducts});
+    const int64_t inner = heads_ * size_, kv = kv_heads_ * size_, wide = waiting_[kGate].outputs;
+    const int64_t outputs[] = {inner, kv, kv, hidden_, wide, wide, hidden_};
+    const int64_t columns[] = {hidden_, hidden_, hidden_, inner, hidden_, hidden_, wide};
+    for (int place = 0; place < kProducts; ++place)
+      TORCH_CHECK(waiting_[place].outputs == outputs[place] && waiting_[place].columns == columns[place], "product ",
+                  place, " is of ", waiting_[place].outputs, " rows of ", waiting_[place].columns, " and not of ",
+                  outputs[place], " of ", columns[place]);
+    layers_.push_back({std::move(waiting_), norm_of(input_norm, hidden_), norm_of(feed_forward_norm, hidden_),
+                       query_norm ? norm_of(*query_norm, size_) : at::Tensor(),
+                       key_norm ? norm_of(*key_norm, size_) : at::Tensor(), window});
+    waiting_.clear();
+    widest_ = std::max(widest_, wide);
+    for (const Product& product : layers_.back().products) {
+      rounds_ = rounds_ || product.rounds();
+      halves_ = halves_ || product.halves();
+    }
+  }
+
+  // The last norm, and the product that was added last, which makes the logits; they are divided by `divisor`.
+  void set_head(const at::Tensor& norm, double divisor) {
+    TORCH_CHECK(waiting_.size() == 1 && waiting_[0].columns == hidden_ && divisor != 0, "a head of ", waiting_.size(),
+                " products");
+    norm_ = norm_of(norm, hidden_);
+    head_ = std::move(waiting_);
+    waiting_.clear();
+    divisor_ = static_cast<float>(divisor);
+    rounds_ = rounds_ || head_[0].rounds();
+    halves_ = halves_ || head_[0].halves();
+  }
+
+  // hidden [1, hidden], cosine and sine float32 [head_dim] of its position, and the caches of all layers, each
+  // [kv_heads, capacity, head_dim], which hold `held` positions and get one more -> logits, float32 [1, vocabulary].
+  at::Tensor run(const at::Tensor& hidden, const at::Tensor& cosine, const at::Tensor& sine,
+                 std::vector<at::Tensor> keys, std::vector<at::Tensor> values, int64_t held) const {
+    TORCH_CHECK(!layers_.empty() && !head_.empty(), "a decoder without layers or without a head");
+    TORCH_CHECK(hidden.dim() == 2 && hidden.size(0) == 1 && hidden.size(1) == hidden_ && hidden.is_contiguous(),
+                "the token has to be [1, ", hidden_, "]");
+    for (const at::Tensor* each : {&cosine, &sine})
+      TORCH_CHECK(each->numel() == size_ && each->is_contiguous() && each->scalar_type() == at::kFloat,
+                  "cosine and sine have to be float32 of ", size_, " numbers");
+    TORCH_CHECK(keys.size() == layers_.size() && values.size() == layers_.size(), "caches of ", keys.size(), " and ",
+                values.size(), " layers for ", layers_.size());
+    for (const std::vector<at::Tensor>* caches : {&keys, &values})
+      for (const at::Tensor& each : *caches)
+        TORCH_CHECK(each.dim() == 3 && each.size(0) == kv_heads_ && each.size(2) == size_ && each.is_contiguous() &&
+                        each.scalar_type() == hidden.scalar_type() && 0 <= held && held < each.size(1),
+                    "a cache of ", each.sizes(), " for ", kv_heads_, " heads of ", size_, " and position ", held);
+    at::Tensor out = at::empty({1, head_[0].outputs}, hidden.options().dtype(at::kFloat));
+    if (hidden.scalar_type() == at::kFloat) run_as<float>(hidden, cosine, sine, keys, values, held, out);
+    else if (hidden.scalar_type() == at::kBFloat16)
+      run_as<at::BFloat16>(hidden, cosine, sine, keys, values, held, out);
+    else TORCH_CHECK(false, "the token is of ", hidden.scalar_type(), "; it has to be float32 or bfloat16");
+    return out;
+  }
+
+ private:
+  static at::Tensor norm_of(const at::Tensor& weight, int64_t size) {
+    TORCH_CHECK(weight.dim() == 1 && weight.size(0) == size && weight.device().is_cpu(), "a norm of ", weight.sizes(),
+                " for ", size, " numbers");
+    return weight.to(at::kFloat).contiguous();
+  }
+
+  int64_t threads() const {
+    int64_t bytes = 0;
+    for (const Product& product : layers_.front().products) bytes += static_cast<int64_t>(product.weight.nbytes());
+    return omp_in_parallel() ? 1 : std::clamp<int64_t>(bytes / kBytesOfAThread, 1, at::get_num_threads());
+  }
+
+  // What all threads see.
+  struct Shared {
+    std::vector<float> hidden, query, key, value, context;
+    Input activations;
+  };
+
+  template <typename Scalar>
+  void run_as(const at::Tensor& hidden, const at::Tensor& cosine, const at::Tensor& sine,
+              const std::vector<at::Tensor>& keys, const std::vector<at::Tensor>& values, int64_t held,
+              at::Tensor& out) const {
+    const Scalar* from = hidden.const_data_ptr<Scalar>();
+    float* logits = out.mutable_data_ptr<float>();
+    Shared shared{std::vector<float>(from, from + hidden_), std::vector<float>(heads_ * size_),
+                  std::vector<float>(kv_heads_ * size_), std::vector<float>(kv_heads_ * size_),
+                  std::vector<float>(heads_ * size_), Input(widest_, rounds_, halves_)};
+    std::vector<Scalar*> key_data, value_data;
+    for (const at::Tensor& each : keys) key_data.push_back(each.mutable_data_ptr<Scalar>());
+    for (const at::Tensor& each : values) value_data.push_back(each.mutable_data_ptr<Scalar>());
+    const float *cosines = cosine.const_data_ptr<float>(), *sines = sine.const_data_ptr<float>();
+    const int64_t count = threads();
+#pragma omp parallel num_threads(static_cast<int>(count)) if (count > 1)
+    {
+      Worker<Scalar> worker(*this, shared, cosines, sines, held, omp_get_thread_num(), omp_get_num_threads());
+      for (size_t index = 0; index < layers_.size(); ++index)
+        worker.run(layers_[index], key_data[index], value_data[index], keys[index].size(1));
+      worker.make_logits(logits);
+    }
+  }
+
+  // One thread's part of the work.
+  template <typename Scalar>
+  struct Worker {
+    Worker(const Decoder& decoder, Shared& shared, const float* cosine, const float* sine, int64_t held, int64_t thread,
+           int64_t threads)
+        : decoder(decoder), shared(shared), cosine(cosine), sine(sine), held(held), thread(thread), threads(threads),
+          instructions(instructions_in_use), round(choose_round_block(instructions)),
+          score(choose_score_keys<Scalar>(instructions)), to_weights(choose_scores_to_weights(instructions)),
+          blend(choose_blend_values<Scalar>(instructions)),
+          normed(decoder.hidden_, decoder.rounds_, decoder.halves_),
+          context(decoder.heads_ * decoder.size_, decoder.rounds_, decoder.halves_), weights(held + 1),
+          turned(decoder.size_), key(decoder.size_), blended(decoder.size_), newest_key(decoder.size_),
+          newest_value(decoder.size_) {}
+
+    void run(const Layer& layer, Scalar* keys, Scalar* values, int64_t capacity) {
+      norm(layer.input_norm);
+      project(layer.products[kQuery], shared.query.data());
+      project(layer.products[kKey], shared.key.data());
+      project(layer.products[kValue], shared.value.data());
+      wait();
+      attend(layer, keys, values, capacity);
+      wait();
+      std::copy(shared.context.begin(), shared.context.end(), context.values.begin());
+      context.prepare(round);
+      add(layer.products[kOutput], context);
+      wait();
+      norm(layer.feed_forward_norm);
+      activate(layer.products[kGate], layer.products[kUp]);
+      wait();
+      add(layer.products[kDown], shared.activations);
+      wait();
+    }
+
+    void make_logits(float* logits) {
+      norm(decoder.norm_);
+      project(decoder.head_[0], logits);
+      if (decoder.divisor_ == 1.0f) return;
+      const Share share = share_of(decoder.head_[0].panels(), thread, threads);
+      for (int64_t i = share.first * kPanelRows; i < std::min(share.last * kPanelRows, decoder.head_[0].outputs); ++i)
+        logits[i] /= decoder.divisor_;
+    }
+
+    void wait() const {
+#pragma omp barrier
+    }
+
+    void norm(const at::Tensor& weight) {
+      normalise(shared.hidden.data(), weight.const_data_ptr<float>(), decoder.hidden_, decoder.eps_,
+                normed.values.data());
+      normed.prepare(round);
+    }
+
+    void project(const Product& product, float* out) {
+      const Share share = share_of(product.panels(), thread, threads);
+      float sums[kPanelRows];
+      for (int64_t panel = share.first; panel < share.last; ++panel) {
+        product.multiply(panel, normed, instructions, sums);
+        const int64_t first = panel * kPanelRows;
+        std::copy(sums, sums + std::min(kPanelRows, product.outputs - first), out + first);
+      }
+    }
+
+    // Adds the product to the hidden state.
+    void add(const Product& product, const Input& x) {
+      const Share share = share_of(product.panels(), thread, threads);
+      float sums[kPanelRows];
+      for (int64_t panel = share.first; panel < share.last; ++panel) {
+        product.multiply(panel, x, instructions, sums);
+        const int64_t first = panel * kPanelRows, count = std::min(kPanelRows, product.outputs - first);
+        for (int64_t i = 0; i < count; ++i) shared.hidden[first + i] += sums[i] * decoder.residual_;
+      }
+    }
+
+    // silu(gate(x)) * up(x), in blocks of 32, which the next product rounds activations in.
+    void activate(const Product& gate, const Product& up) {
+      constexpr int64_t kPanels = kBlockColumns / kPanelRows;
+      const int64_t blocks = (gate.outputs + kBlockColumns - 1) / kBlockColumns;
+      const Share share = share_of(blocks, thread, threads);
+      float gates[kPanelRows], ups[kPanelRows];
+      Input& out = shared.activations;
+      for (int64_t panel = share.first * kPanels; panel < std::min(share.last * kPanels, gate.panels()); ++panel) {
+        gate.multiply(panel, normed, instructions, gates);
+        up.multiply(panel, normed, instructions, ups);
+        const int64_t first = panel * kPanelRows, count = std::min(kPanelRows, gate.outputs - first);
+        for (int64_t i = 0; i < count; ++i) out.values[first + i] = gates[i] / (1.0f + std::exp(-gates[i])) * ups[i];
+      }
+      if (share.last == blocks) std::fill(out.values.begin() + gate.outputs, out.values.end(), 0.0f);
+      out.prepare(share.first, share.last, round);
+    }
+
+    // The query heads of this thread. A key head's newest key is turned by every thread that needs it, and stored by
+    // the one that has the first of its query heads; nobody reads it from the cache in this step.
+    void attend(const Layer& layer, Scalar* keys, Scalar* values, int64_t capacity) {
+      const int64_t size = decoder.size_, group = decoder.heads_ / decoder.kv_heads_;
+      const Share share = share_of(decoder.heads_, thread, threads);
+      const int64_t first = layer.window > 0 ? std::max<int64_t>(0, held + 1 - layer.window) : 0, count = held - first;
+      int64_t ready = -1;  // the key head whose newest key and value are at hand
+      for (int64_t head = share.first; head < share.last; ++head) {
+        const int64_t kv_head = head / group, place = kv_head * capacity * size;
+        if (kv_head != ready) {
+          turn(shared.key.data() + kv_head * size, layer.key_norm, key.data());
+          for (int64_t i = 0; i < size; ++i) newest_key[i] = static_cast<Scalar>(key[i]);
+          for (int64_t i = 0; i < size; ++i) newest_value[i] = static_cast<Scalar>(shared.value[kv_head * size + i]);
+          ready = kv_head;
+        }
+        if (head % group == 0) {
+          std::copy(newest_key.begin(), newest_key.end(), keys + place + held * size);
+          std::copy(newest_value.begin(), newest_value.end(), values + place + held * size);
+        }
+        turn(shared.query.data() + head * size, layer.query_norm, turned.data());
+        for (int64_t i = 0; i < size; ++i) turned[i] *= decoder.scale_;
+        score(turned.data(), keys + place + first * size, count, size, weights.data());
+        score(turned.data(), newest_key.data(), 1, size, weights.data() + count);
+        to_weights(weights.data(), count + 1);
+        blend(weights.data(), values + place + first * size, count, size, blended.data());
+        for (int64_t i = 0; i < size; ++i)
+          shared.context[head * size + i] = blended[i] + weights[count] * static_cast<float>(newest_value[i]);
+      }
+    }
+
+    void turn(const float* x, const at::Tensor& weight, float* out) {
+      if (weight.defined()) {
+        normalise(x, weight.const_data_ptr<float>(), decoder.size_, decoder.eps_, blended.data());
+        x = blended.data();
+      }
+      rotate(x, cosine, sine, decoder.size_, decoder.interleaved_, out);
+    }
+
+    const Decoder& decoder;
+    Shared& shared;
+    const float *cosine, *sine;
+    int64_t held, thread, threads;
+    Instructions instructions;
+    RoundBlock round;
+    ScoreKeys<Scalar> score;
+    ScoresToWeights to_weights;
+    BlendValues<Scalar> blend;
+    Input normed, context;
+    std::vector<float> weights, turned, key, blended;
+    std::vector<Scalar> newest_key, newest_value;
+  };
+
+  int64_t hidden_, heads_, kv_heads_, size_;
+  bool interleaved_;
+  float eps_, scale_, residual_, divisor_ = 1.0f;
+  at::Tensor norm_;
+  std::vector<Product> waiting_, head_;  // the head is one product
+  std::vector<Layer> layers_;
+  int64_t widest_ = 0;
+  bool rounds_ = false, halves_ = false;
+};
+
+}  // namespace
+}  // namespace torchchat
+
+TORCH_LIBRARY_FRAGMENT(torchchat, library) {
+  using torchchat::Decoder;
+  library.class_<Decoder>("Decoder")
+      .def(torch::init<int64_t, int64_t, int64_t, int64_t, bool, double, double, double>())
+      .def("add_product", &Decoder::add_product)
+      .def("add_layer", &Decoder::add_layer)
+      .def("set_head", &Decoder::set_head)
+      .def("run", &Decoder::run);
+}

@@ -1,0 +1,111 @@
+"""One token of one sequence from its embedding to its logits in a single call: core's C++ `Decoder`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from torchchat_core.kernels.layers import DenseLinear, KernelNorm
+from torchchat_core.models.kv_cache import FIRST_CAPACITY, KVCache
+from torchchat_core.models.rotary import RotaryEmbedding
+from torchchat_core.models.transformer import Attention, DecoderLayer, FeedForward, RMSNorm, Transformer
+from torchchat_core.quantization.running import PanelLinear
+
+
+class TokenDecoder:
+    """Decodes as `Transformer` does, one token of one sequence at a time. It shares the weights."""
+
+    def __init__(self, module: Transformer) -> None:
+        """`kernels.load` has to have succeeded, and `decodes(module)` to be true."""
+        config = module.config
+        self._decoder = torch.classes.torchchat.Decoder(
+            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.rope_interleaved,
+            config.norm_eps, config.attention_scale, config.residual_multiplier)
+        for index, layer in enumerate(_layers(module)):
+            for product in _products(layer):
+                self._add(product)
+            norms = (layer.self_attn.q_norm, layer.self_attn.k_norm)
+            self._decoder.add_layer(layer.input_layernorm.weight, layer.post_attention_layernorm.weight,
+                                    *(None if norm is None else norm.weight for norm in norms),
+                                    config.layer_window(index) or 0)
+        self._add(module.lm_head)
+        self._decoder.set_head(module.model.norm.weight, config.logits_divisor)
+        self._embedding, self._multiplier = module.model.embed_tokens, config.embedding_multiplier
+        self._angles = RotaryTable(module.model.rotary)
+
+    def logits(self, token: int, cache: KVCache, extended: bool) -> Tensor:
+        """Of the token behind those that the cache holds, which gets its keys and values: float32 [1, vocab].
+
+        Raises `TorchchatError` where the cache is full; `cache.advance` is left to the caller.
+        """
+        keys, values = cache.all_rooms(1)
+        cos, sin = self._angles.at(cache.length, extended)
+        logits: Tensor = self._decoder.run(self._embedded(token), cos, sin, keys, values, cache.length)
+        return logits
+
+    def _embedded(self, token: int) -> Tensor:
+        if type(self._embedding) is nn.Embedding:
+            row = self._embedding.weight.narrow(0, token, 1)
+        else:
+            row = self._embedding(torch.tensor([token]))
+        return row if self._multiplier == 1.0 else row * self._multiplier
+
+    def _add(self, layer: nn.Module) -> None:
+        if isinstance(layer, PanelLinear):
+            self._decoder.add_product(layer.packed, layer.bias, layer.out_features, layer.in_features, layer.bits,
+                                      layer.group_size, layer.asymmetric)
+        elif isinstance(layer, DenseLinear):
+            self._decoder.add_product(layer.weight, layer.bias, layer.out_features, layer.in_features, 0, 0, False)
+
+
+class RotaryTable:
+    """The angles of positions that were asked for before, and of those up to the next power of two."""
+
+    def __init__(self, rotary: RotaryEmbedding) -> None:
+        self._rotary = rotary
+        self._tables: dict[bool, tuple[Tensor, Tensor]] = {}
+
+    def at(self, position: int, extended: bool) -> tuple[Tensor, Tensor]:
+        """What `RotaryEmbedding` gives for one position: cos, signed sin, each [1, 1, head_dim] float32."""
+        if extended not in self._tables or len(self._tables[extended][0]) <= position:
+            count = max(FIRST_CAPACITY, 1 << position.bit_length())
+            self._tables[extended] = self._rotary(torch.arange(count), extended)
+        cos, sin = self._tables[extended]
+        return cos.narrow(0, position, 1), sin.narrow(0, position, 1)
+
+
+def decodes(module: Transformer) -> bool:
+    """Whether all parts of a transformer are exactly the classes whose computation the C++ code repeats."""
+    if type(module) is not Transformer or not module.model.layers:
+        return False
+    norm = module.model.norm
+    return (norm.weight.device.type == "cpu" and norm.weight.dtype in (torch.float32, torch.bfloat16)
+            and type(norm) in (RMSNorm, KernelNorm) and _is_known_product(module.lm_head, norm.weight.dtype)
+            and all(_is_known(layer, norm.weight.dtype) for layer in module.model.layers))
+
+
+def _layers(module: Transformer) -> Sequence[DecoderLayer]:
+    return cast(Sequence[DecoderLayer], module.model.layers)
+
+
+def _is_known(layer: nn.Module, dtype: torch.dtype) -> bool:
+    if type(layer) is not DecoderLayer or type(layer.self_attn) is not Attention or type(layer.mlp) is not FeedForward:
+        return False
+    norms = (layer.input_layernorm, layer.post_attention_layernorm, layer.self_attn.q_norm, layer.self_attn.k_norm)
+    return (all(norm is None or type(norm) in (RMSNorm, KernelNorm) for norm in norms)
+            and all(_is_known_product(each, dtype) for each in _products(layer)))
+
+
+def _products(layer: DecoderLayer) -> tuple[nn.Module, ...]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj,
+            mlp.down_proj)
+
+
+def _is_known_product(layer: nn.Module, dtype: torch.dtype) -> bool:
+    if type(layer) is DenseLinear:
+        return layer.weight.dtype == dtype and layer.weight.is_contiguous()
+    return type(layer) is PanelLinear
