@@ -13,10 +13,12 @@ from torch import Tensor
 
 from torchchat_core import kernels
 from torchchat_core.kernels.build import library_path
+from torchchat_core.quantization.layers import packed_values
 from torchchat_core.small_files import cache_folder
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the CPU kernels cannot be built here")
-SHAPES = [(16, 32, 32), (64, 64, 32), (50, 100, 32), (33, 256, 128), (7, 288, 256), (17, 40, 64), (16, 4, 32)]
+SHAPES = [(16, 32, 32), (64, 64, 32), (50, 100, 32), (33, 256, 128), (7, 288, 256), (17, 40, 64), (16, 4, 32),
+          (20, 45, 32)]
 operators = torch.ops.torchchat
 
 
@@ -42,7 +44,8 @@ def matrix(outputs: int, columns: int, bits: int, group: int, asymmetric: bool) 
     full = stored * scales.float().repeat_interleave(group, 1)[:, :columns]
     if offsets is not None:
         full += offsets.float().repeat_interleave(group, 1)[:, :columns]
-    return operators.pack_quantized(values, scales, offsets, bits, group), full
+    packed = operators.pack_quantized(packed_values(values, bits), scales, offsets, columns, bits, group)
+    return packed, full
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -177,6 +180,12 @@ def test_wrong_arguments_are_refused_before_anything_is_read(instructions: str) 
                       (x.double(), packed, None, 16, 4, 32, False), (x[0], packed, None, 16, 4, 32, False)):
         with pytest.raises(RuntimeError):
             operators.quantized_linear(*arguments)
+    values, scales = torch.zeros(16, 32, dtype=torch.uint8), torch.ones(16, 2).half()
+    for wrong in ((values, scales, None, 60, 4, 32), (values, scales, None, 64, 8, 32), (values[0], scales, None, 64, 4, 32),
+                  (values, scales[:3], None, 64, 4, 32), (values, scales, scales.float(), 64, 4, 32),
+                  (values, scales, None, 0, 4, 32), (values.int(), scales, None, 64, 4, 32)):
+        with pytest.raises(RuntimeError):
+            operators.pack_quantized(*wrong)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -184,6 +193,8 @@ def test_the_compiler_can_trace_the_operators(bits: int) -> None:
     assert kernels.load() is None
     packed, _ = matrix(48, 64, bits, 32, True)
     torch.library.opcheck(operators.quantized_linear, (torch.randn(3, 64), packed, torch.randn(48), 48, bits, 32, True))
+    values = torch.zeros(48, 64 * bits // 8, dtype=torch.uint8)
+    torch.library.opcheck(operators.pack_quantized, (values, torch.ones(48, 2).half(), None, 64, bits, 32))
     torch.library.opcheck(operators.unpack_quantized, (packed, 48, 64, bits, 32, True))
     torch.library.opcheck(operators.dense_linear, (torch.randn(9, 8), torch.randn(4, 8), torch.randn(4)))
     keys, values = caches(2, 16, 8, torch.float32)

@@ -86,8 +86,9 @@ def packed_bytes(outputs: int, columns: int, bits: int, group_size: int, asymmet
     return -(-outputs // PANEL_ROWS) * panel
 
 
-def _fake_pack(values: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, group_size: int) -> Tensor:  # noqa: ARG001
-    return values.new_empty(packed_bytes(values.shape[0], values.shape[1], bits, group_size, offsets is not None))
+def _fake_pack(values: Tensor, scales: Tensor, offsets: Tensor | None, columns: int, bits: int,  # noqa: ARG001
+               group_size: int) -> Tensor:
+    return values.new_empty(packed_bytes(values.shape[0], columns, bits, group_size, offsets is not None))
 
 
 def _fake_unpack(packed: Tensor, outputs: int, columns: int, bits: int, group_size: int,  # noqa: ARG001
