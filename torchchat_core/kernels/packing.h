@@ -1,4 +1,4 @@
-// From rows of quantised weights, as they are stored, to the panels of quantized_linear.h, in moves of four bytes.
+// From rows of quantised weights, as they are stored, to the panels of quantized_linear.h, four rows at a time.
 
 #pragma once
 
@@ -20,17 +20,9 @@ struct StoredRows {
 
 // 32 columns of four bits, neighbours in one byte -> 16 bytes with columns i and i + 16 in one byte.
 inline void split_halves(const uint8_t* pairs, uint8_t* out) {
-  constexpr uint64_t lower = 0x0F0F0F0F0F0F0F0F;
-  uint64_t first, second;
-  std::memcpy(&first, pairs, 8);
-  std::memcpy(&second, pairs + 8, 8);
-  const uint64_t even = (first & lower) | (second & lower) << 4, odd = (first >> 4 & lower) | (second & ~lower);
-  uint8_t evens[8], odds[8];
-  std::memcpy(evens, &even, 8);
-  std::memcpy(odds, &odd, 8);
   for (int i = 0; i < 8; ++i) {
-    out[2 * i] = evens[i];
-    out[2 * i + 1] = odds[i];
+    out[2 * i] = (pairs[i] & 15) | pairs[i + 8] << 4;
+    out[2 * i + 1] = pairs[i] >> 4 | (pairs[i + 8] & 0xF0);
   }
 }
 
@@ -44,6 +36,40 @@ inline void put_row(const uint8_t* row, int64_t lane, uint8_t* block) {
   for (int64_t quad = 0; quad < bytes / 4; ++quad)
     std::memcpy(block + (quad * kPanelRows + lane) * 4, from + quad * 4, 4);
 }
+
+#if defined(__x86_64__)
+inline __m128i split_halves(const uint8_t* pairs) {
+  const __m128i lower = _mm_set1_epi8(15);
+  const __m128i first = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(pairs));
+  const __m128i second = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(pairs + 8));
+  const __m128i even = _mm_or_si128(_mm_and_si128(first, lower), _mm_slli_epi16(_mm_and_si128(second, lower), 4));
+  const __m128i odd = _mm_or_si128(_mm_and_si128(_mm_srli_epi16(first, 4), lower), _mm_andnot_si128(lower, second));
+  return _mm_unpacklo_epi8(even, odd);
+}
+
+// Four quads of four rows, `step` bytes apart, from `lane` on: a transposition of four by four. SSE2, which every
+// x86-64 processor has.
+template <int Bits>
+inline void put_four_rows(const uint8_t* rows, int64_t step, int64_t lane, uint8_t* block) {
+  for (int64_t part = 0; part < Bits / 4; ++part) {
+    __m128i found[4];
+    for (int64_t i = 0; i < 4; ++i)
+      found[i] = Bits == 4 ? split_halves(rows + i * step)
+                           : _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + i * step + part * 16));
+    const __m128i a = _mm_unpacklo_epi32(found[0], found[1]), b = _mm_unpacklo_epi32(found[2], found[3]);
+    const __m128i c = _mm_unpackhi_epi32(found[0], found[1]), d = _mm_unpackhi_epi32(found[2], found[3]);
+    const __m128i quads[4] = {_mm_unpacklo_epi64(a, b), _mm_unpackhi_epi64(a, b), _mm_unpacklo_epi64(c, d),
+                              _mm_unpackhi_epi64(c, d)};
+    for (int64_t i = 0; i < 4; ++i)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(block + ((part * 4 + i) * kPanelRows + lane) * 4), quads[i]);
+  }
+}
+#else
+template <int Bits>
+inline void put_four_rows(const uint8_t* rows, int64_t step, int64_t lane, uint8_t* block) {
+  for (int64_t i = 0; i < 4; ++i) put_row<Bits>(rows + i * step, lane + i, block);
+}
+#endif
 
 // The same for a row of `count` columns, 0 to 31; the others become `zero`.
 template <int Bits>
@@ -70,16 +96,19 @@ inline void pack_panel(const PanelLayout& layout, const StoredRows& stored, int6
   const auto place = [&](int64_t block) {
     return out + block * layout.block_bytes() + block / layout.group * layout.scale_bytes();
   };
-  for (int64_t start = 0; start < layout.blocks; start += kBlocksAtOnce)
+  const int64_t full = stored.rows - first >= kPanelRows ? whole_blocks : 0;  // blocks without a place to be filled
+  const uint8_t* rows = stored.values + first * stored.row_bytes;
+  for (int64_t start = 0; start < full; start += kBlocksAtOnce)
+    for (int64_t lane = 0; lane < kPanelRows; lane += 4)
+      for (int64_t block = start; block < std::min(start + kBlocksAtOnce, full); ++block)
+        put_four_rows<Bits>(rows + lane * stored.row_bytes + block * kBlockColumns * Bits / 8, stored.row_bytes, lane,
+                            place(block));
+  for (int64_t block = full; block < layout.blocks; ++block)
     for (int64_t lane = 0; lane < kPanelRows; ++lane) {
-      const int64_t row = first + lane, end = std::min(start + kBlocksAtOnce, layout.blocks);
-      const uint8_t* from = stored.values + row * stored.row_bytes;
-      for (int64_t block = start; block < end; ++block) {
-        const uint8_t* columns = from + block * kBlockColumns * Bits / 8;
-        if (row >= stored.rows) put_short_row<Bits>(nullptr, 0, zero, lane, place(block));
-        else if (block < whole_blocks) put_row<Bits>(columns, lane, place(block));
-        else put_short_row<Bits>(columns, stored.columns % kBlockColumns, zero, lane, place(block));
-      }
+      const uint8_t* columns = rows + lane * stored.row_bytes + block * kBlockColumns * Bits / 8;
+      if (first + lane >= stored.rows) put_short_row<Bits>(nullptr, 0, zero, lane, place(block));
+      else if (block < whole_blocks) put_row<Bits>(columns, lane, place(block));
+      else put_short_row<Bits>(columns, stored.columns % kBlockColumns, zero, lane, place(block));
     }
   for (int64_t group = 0; group < layout.groups(); ++group) {
     uint8_t* at = out + std::min((group + 1) * layout.group, layout.blocks) * layout.block_bytes() +
