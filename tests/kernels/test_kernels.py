@@ -181,9 +181,10 @@ def test_wrong_arguments_are_refused_before_anything_is_read(instructions: str) 
         with pytest.raises(RuntimeError):
             operators.quantized_linear(*arguments)
     values, scales = torch.zeros(16, 32, dtype=torch.uint8), torch.ones(16, 2).half()
-    for wrong in ((values, scales, None, 60, 4, 32), (values, scales, None, 64, 8, 32), (values[0], scales, None, 64, 4, 32),
-                  (values, scales[:3], None, 64, 4, 32), (values, scales, scales.float(), 64, 4, 32),
-                  (values, scales, None, 0, 4, 32), (values.int(), scales, None, 64, 4, 32)):
+    for wrong in ((values, scales, None, 60, 4, 32), (values, scales, None, 64, 8, 32),
+                  (values[0], scales, None, 64, 4, 32), (values, scales[:3], None, 64, 4, 32),
+                  (values, scales, scales.float(), 64, 4, 32), (values, scales, None, 0, 4, 32),
+                  (values.int(), scales, None, 64, 4, 32)):
         with pytest.raises(RuntimeError):
             operators.pack_quantized(*wrong)
 

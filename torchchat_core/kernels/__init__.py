@@ -74,6 +74,7 @@ def _load(path: Path) -> None:
     torch.library.register_fake("torchchat::quantized_linear", _fake_linear)
     torch.library.register_fake("torchchat::bfloat16_linear", _fake_bfloat16_linear)
     torch.library.register_fake("torchchat::unpack_ggml", lambda *_: None)
+    torch.library.register_fake("torchchat::take_apart_ggml", lambda *_: None)
     torch.library.register_fake("torchchat::dense_linear", _fake_bfloat16_linear)
     torch.library.register_fake("torchchat::cached_attention", _fake_cached_attention)
 

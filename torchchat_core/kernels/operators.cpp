@@ -1,5 +1,5 @@
 // The kernels as operators of PyTorch: torchchat::quantized_linear, pack_quantized, unpack_quantized, bfloat16_linear,
-// unpack_ggml, dense_linear, cached_attention.
+// unpack_ggml, take_apart_ggml, dense_linear, cached_attention.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -19,6 +19,7 @@
 #include "bfloat16_linear.h"
 #include "float32_linear.h"
 #include "ggml_blocks.h"
+#include "ggml_integers.h"
 #include "packing.h"
 #include "quantized_linear.h"
 
@@ -362,6 +363,41 @@ void unpack_ggml(const at::Tensor& blocks, const std::string& format, at::Tensor
   else TORCH_CHECK(false, "there is no format ", format, " here; known are Q8_0, Q4_0, Q4_K, Q5_K and Q6_K");
 }
 
+template <typename Format>
+void take_apart(const at::Tensor& blocks, at::Tensor& values, at::Tensor& scales, std::optional<at::Tensor>& centres) {
+  const int64_t count = blocks.size(0);
+  TORCH_CHECK(blocks.size(1) == Format::kBytes && values.numel() == count * Format::kValueBytes &&
+                  scales.numel() == count * Format::kGroups && centres.has_value() == Format::kCentres &&
+                  (!centres || centres->numel() == scales.numel()),
+              "values, scales and centres have to be those of ", count, " blocks of ", Format::kBytes, " bytes");
+  const uint8_t* from = blocks.const_data_ptr<uint8_t>();
+  uint8_t* to = values.mutable_data_ptr<uint8_t>();
+  at::Half* factors = scales.mutable_data_ptr<at::Half>();
+  at::Half* middles = centres ? centres->mutable_data_ptr<at::Half>() : nullptr;
+  at::parallel_for(0, count, (1 << 15) / Format::kBytes, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block)
+      Format::take(from + block * Format::kBytes, to + block * Format::kValueBytes, factors + block * Format::kGroups,
+                   Format::kCentres ? middles + block * Format::kGroups : nullptr);
+  });
+}
+
+// blocks uint8 [n, bytes] of a format of ggml -> values uint8, scales and centres float16, as ggml_integers.h has them.
+void take_apart_ggml(const at::Tensor& blocks, const std::string& format, at::Tensor& values, at::Tensor& scales,
+                     std::optional<at::Tensor> centres) {
+  TORCH_CHECK(blocks.dim() == 2, "blocks have to be [blocks, bytes]");
+  for (const at::Tensor* each : {&blocks, &std::as_const(values), &std::as_const(scales),
+                                 centres ? &std::as_const(*centres) : &std::as_const(scales)})
+    TORCH_CHECK(each->is_contiguous() && each->device().is_cpu(), "all tensors have to be contiguous, on the CPU");
+  TORCH_CHECK(blocks.scalar_type() == at::kByte && values.scalar_type() == at::kByte &&
+                  scales.scalar_type() == at::kHalf && (!centres || centres->scalar_type() == at::kHalf),
+              "blocks and values have to be uint8, scales and centres float16");
+  if (format == "q8_0") take_apart<Q8_0Integers>(blocks, values, scales, centres);
+  else if (format == "q4_0") take_apart<Q4_0Integers>(blocks, values, scales, centres);
+  else if (format == "q4_1") take_apart<Q4_1Integers>(blocks, values, scales, centres);
+  else if (format == "q4_k") take_apart<Q4_KIntegers>(blocks, values, scales, centres);
+  else TORCH_CHECK(false, "there is no format ", format, " here; known are q8_0, q4_0, q4_1 and q4_k");
+}
+
 }  // namespace
 }  // namespace torchchat
 
@@ -373,6 +409,8 @@ TORCH_LIBRARY(torchchat, library) {
   library.def("quantized_linear(Tensor x, Tensor packed, Tensor? bias, int outputs, int bits, int group_size, bool "
               "asymmetric) -> Tensor");
   library.def("unpack_ggml(Tensor blocks, str format, Tensor(a!) out) -> ()");
+  library.def("take_apart_ggml(Tensor blocks, str format, Tensor(a!) values, Tensor(b!) scales, Tensor(c!)? centres) -> "
+              "()");
   library.def("bfloat16_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   library.def("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   library.def("cached_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor "
@@ -385,6 +423,7 @@ TORCH_LIBRARY_IMPL(torchchat, CPU, library) {
   library.impl("unpack_quantized", &torchchat::unpack_quantized);
   library.impl("quantized_linear", &torchchat::quantized_linear);
   library.impl("unpack_ggml", &torchchat::unpack_ggml);
+  library.impl("take_apart_ggml", &torchchat::take_apart_ggml);
   library.impl("bfloat16_linear", &torchchat::bfloat16_linear);
   library.impl("dense_linear", &torchchat::dense_linear);
   library.impl("cached_attention", &torchchat::cached_attention);

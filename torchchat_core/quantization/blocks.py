@@ -10,17 +10,18 @@ The layouts are those of ggml-quants.c and ggml-common.h.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from torchchat_core import kernels
 from torchchat_core.errors import TorchchatError
 from torchchat_core.quantization.layers import IntegerWeights, WeightFormat, meaning
 from torchchat_core.specs import PackedTensor
 
-PIECE = 1 << 20  # bytes that are taken apart at a time: what is in between stays in the processor's cache
+PIECE = 1 << 20  # bytes that PyTorch takes apart at a time: what is in between stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ def _half(blocks: Tensor, start: int) -> Tensor:
 def _neighbours(halves: Tensor) -> Tensor:
     """[..., n] with the first n columns in the lower halves, the next n in the upper -> [..., 2 * n / 2], two
     neighbours in each byte, the even one in the lower half. Two bytes at a time."""
-    pairs = halves.view(torch.int16)
+    pairs = halves.contiguous().view(torch.int16)  # short runs of bytes are slow to go through more than once
     first = (pairs & 0x0F) | ((pairs >> 4) & 0xF0)
     second = ((pairs >> 4) & 0x0F) | ((pairs >> 8) & 0xF0)
     return torch.stack((first, second), -2).flatten(-2).to(torch.uint8)
 
 
 def _q8_0(blocks: Tensor) -> Parts:
-    return Parts(blocks[:, 2:] ^ 128, _half(blocks, 0))
+    return Parts(blocks[:, 2:].contiguous() ^ 128, _half(blocks, 0))
 
 
 def _q4_0(blocks: Tensor) -> Parts:
@@ -104,18 +105,26 @@ def integer_weights(packed: PackedTensor) -> IntegerWeights | None:
     Raises `TorchchatError` as `format_of` does.
     """
     form, (rows, columns) = format_of(packed), packed.shape
-    made = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in form.weights.shapes(rows, columns).items()}
-    step = max(1, PIECE // packed.data.shape[1])
-    for start in range(0, rows, step):
-        taken = slice(start, start + step)
-        parts = form.take_apart(packed.data[taken].reshape(-1, form.bytes))
-        made["values"][taken] = parts.values.view(made["values"][taken].shape)
-        made["scales"][taken] = parts.scales.view(made["scales"][taken].shape)
-        if parts.centres is not None:
-            made["centres"][taken] = parts.centres.view(made["centres"][taken].shape)
+    shapes = form.weights.shapes(rows, columns)
+    made = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+    if kernels.available(building=False):
+        torch.ops.torchchat.take_apart_ggml(packed.data.view(-1, form.bytes), packed.kind, made["values"],
+                                            made["scales"], made.get("centres"))
+    else:
+        _take_apart(packed.data, form, made)
     if not all(made[name].isfinite().all() for name in made if name != "values"):
         return None
     return IntegerWeights(format=form.weights, columns=columns, **made)
+
+
+def _take_apart(data: Tensor, form: BlockFormat, out: Mapping[str, Tensor]) -> None:
+    step = max(1, PIECE // data.shape[1])
+    for start in range(0, len(data), step):
+        rows = slice(start, start + step)
+        parts = form.take_apart(data[rows].reshape(-1, form.bytes))
+        for name, part in (("values", parts.values), ("scales", parts.scales), ("centres", parts.centres)):
+            if part is not None:
+                out[name][rows].copy_(part.view(out[name][rows].shape))
 
 
 class BlockEmbedding(nn.Module):

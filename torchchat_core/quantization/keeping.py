@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from torchchat_core.errors import TorchchatError
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.weights import check_shape, fetch_weight
 from torchchat_core.quantization.blocks import FORMATS, BlockEmbedding, integer_weights
 from torchchat_core.quantization.layers import QuantizedLinear
-from torchchat_core.specs import PackedCheckpoint, PackedTensor
+from torchchat_core.specs import Checkpoint, LayeredCheckpoint, PackedCheckpoint, PackedTensor
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
@@ -45,6 +46,22 @@ def patterns(names: Iterable[str]) -> list[str]:
     for name in names:
         stems[re.sub(r"(?<=\.layers\.)\d+", "*", name)].append(name)
     return [stem if len(found) > 1 else found[0] for stem, found in stems.items()]
+
+
+def keep_quantised(checkpoint: Checkpoint, name: str) -> KeptCheckpoint:
+    """The checkpoint of the file `name` with its quantised layers kept. Raises `TorchchatError` without such layers."""
+    if isinstance(checkpoint, LayeredCheckpoint):
+        raise TorchchatError(f"{name} was quantised by torchchat, and is always run as it is",
+                             "leave --keep-quantized out")
+    if not isinstance(checkpoint, PackedCheckpoint):
+        raise TorchchatError(f"{name} holds no quantised weights that could be kept; GGUF files do",
+                             "leave --keep-quantized out, or quantise it with --quantize")
+    kept = KeptCheckpoint(checkpoint)
+    if not kept.schemes:
+        found = sorted({form for each in checkpoint.names() if (form := checkpoint.block_format(each)) is not None})
+        raise TorchchatError(f"{name} holds no weights in {', '.join(FORMATS).upper()}, which are run as they are; it "
+                             f"holds {', '.join(found) or 'plain numbers'}", "leave --keep-quantized out")
+    return kept
 
 
 class KeptCheckpoint:
@@ -88,7 +105,7 @@ class KeptCheckpoint:
             layer = dict(model.named_modules()).get(name)
             if isinstance(layer, nn.Linear):
                 there |= self._put_linear(model, name, layer, dtype, device)
-        shared = self.config.tied_embeddings and HEAD not in there  # with a head that could not be kept
+        shared = self.config.tied_embeddings and f"{HEAD}.weight" not in there  # with a head that could not be kept
         embedding = model.get_submodule(EMBEDDING)
         packed = None if shared or not isinstance(embedding, nn.Embedding) else self._packed(EMBEDDING, embedding)
         if packed is not None:

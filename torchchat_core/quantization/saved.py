@@ -134,7 +134,8 @@ def _layers(content: Any, manifest: Path) -> dict[str, SavedLayer]:
 
 
 def refuse_quantised(checkpoint: object, purpose: str) -> None:
-    """Raises `TorchchatError` for a quantised checkpoint, which cannot be used for the purpose."""
+    """Raises `TorchchatError` for a checkpoint with quantised layers, which cannot be used for the purpose."""
     if isinstance(checkpoint, LayeredCheckpoint):
+        own = isinstance(checkpoint, QuantizedCheckpoint)
         raise TorchchatError(f"the model is quantised already ({', '.join(checkpoint.schemes)}); {purpose}",
-                             "use the model that it was made of")
+                             "use the model that it was made of" if own else "leave --keep-quantized out")
