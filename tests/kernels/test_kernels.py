@@ -211,6 +211,18 @@ def test_blocks_of_next_to_nothing_count_as_zeros(instructions: str) -> None:
     assert not operators.quantized_linear(x, packed, None, 16, 4, 32, False).any()
 
 
+def test_blocks_that_do_not_fit_are_refused_before_anything_is_read(instructions: str) -> None:
+    blocks, values = torch.zeros(3, 20, dtype=torch.uint8), torch.zeros(3, 16, dtype=torch.uint8)
+    scales = torch.zeros(3)
+    whole = (blocks, "q4_1", values, scales.half(), scales.half())
+    operators.take_apart_ggml(*whole)
+    for at, wrong in ((0, blocks[:2]), (0, blocks[0]), (0, blocks.int()), (0, blocks.T), (1, "q4_0"), (1, "q9"),
+                      (2, values[:2]), (2, values.int()), (2, values[:, ::2]), (3, scales), (3, scales.half()[:2]),
+                      (4, None), (4, scales), (4, scales.half()[:2])):
+        with pytest.raises(RuntimeError):
+            operators.take_apart_ggml(*whole[:at], wrong, *whole[at + 1 :])
+
+
 def in_new_process(**environment: str) -> str:
     code = "from torchchat_core import kernels; print(kernels.load(False), kernels.load(), kernels.load(False))"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
