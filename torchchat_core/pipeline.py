@@ -25,10 +25,10 @@ from torchchat_core.specs import (
     ExecutorInfo,
     ExporterInfo,
     ExportRequest,
-    LayeredCheckpoint,
     LoadedModel,
     LoadRequest,
     ModelFiles,
+    is_layered,
 )
 from torchchat_core.support import choose_executor, require_export
 from torchchat_core.text_format import TextFormat, read_text_format
@@ -84,7 +84,7 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
     dtype = choose_dtype(_wished_dtype(request, wished), device, checkpoint.dtype)
     recipe = _settled(wished, checkpoint, registry, device, dtype)
     executor = choose_executor(request.executor, device, dtype, _schemes(recipe, checkpoint), registry,
-                               isinstance(checkpoint, LayeredCheckpoint))
+                               is_layered(checkpoint))
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
     report = recipe.apply(module) if recipe is not None else None
     model: LoadedModel = executor.make().load(LoadRequest(device=device, dtype=dtype, module=module))
@@ -111,7 +111,7 @@ def export_model(request: ModelRequest, exporter: ExporterInfo, path: Path, opti
     dtype = choose_dtype(asked, device, checkpoint.dtype) if asked else stored_dtype(checkpoint.dtype)
     recipe = _settled(wished, checkpoint, registry, device, dtype)
     require_export(exporter, device, dtype, _schemes(recipe, checkpoint), registry,
-                   isinstance(checkpoint, LayeredCheckpoint))
+                   is_layered(checkpoint))
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
     if recipe is not None:
         recipe.apply(module)
@@ -158,7 +158,7 @@ def _schemes(recipe: Recipe | None, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Of the quantised layers that the model will have."""
     if recipe is not None:
         return recipe.schemes
-    return checkpoint.schemes if isinstance(checkpoint, LayeredCheckpoint) else ()
+    return checkpoint.schemes if is_layered(checkpoint) else ()
 
 
 def fetch_files(request: ModelRequest, registry: Registry) -> ModelFiles:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeGuard, get_args, get_origin, get_type_hints
 
 from torchchat_core.errors import TorchchatError
 
@@ -260,7 +260,6 @@ class Checkpoint(Protocol):
         """
 
 
-@runtime_checkable
 class LayeredCheckpoint(Checkpoint, Protocol):
     """Some of whose layers are there as core's layers with integer weights, which no quantizer has to make."""
 
@@ -275,6 +274,11 @@ class LayeredCheckpoint(Checkpoint, Protocol):
         """
 
 
+def is_layered(checkpoint: object) -> TypeGuard[LayeredCheckpoint]:
+    """By its methods alone: `isinstance` would read its properties, and so perhaps the files."""
+    return hasattr(type(checkpoint), "put_layers")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackedTensor:
     """A quantised matrix as it is stored, in a block format of GGUF."""
@@ -284,7 +288,6 @@ class PackedTensor:
     data: Tensor  # [outputs, bytes of a row] uint8, mapped: gone from memory when nothing refers to it
 
 
-@runtime_checkable
 class PackedCheckpoint(Checkpoint, Protocol):
     """Of a format that keeps weights quantised."""
 
@@ -299,6 +302,11 @@ class PackedCheckpoint(Checkpoint, Protocol):
 
         Raises `KeyError` where there is no such tensor.
         """
+
+
+def is_packed(checkpoint: object) -> TypeGuard[PackedCheckpoint]:
+    """As `is_layered`."""
+    return hasattr(type(checkpoint), "packed")
 
 
 class ModelSource(Protocol):

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torchchat_core.errors import TorchchatError
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.transformer import Transformer
-from torchchat_core.specs import Checkpoint, LayeredCheckpoint
+from torchchat_core.specs import Checkpoint, is_layered
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,7 +26,7 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu")
     Raises `TorchchatError` for a tensor that is missing, has the wrong shape, or that the model has no place for.
     """
     model = _without_memory(checkpoint.config)
-    there = checkpoint.put_layers(model, dtype, device) if isinstance(checkpoint, LayeredCheckpoint) else set()
+    there = checkpoint.put_layers(model, dtype, device) if is_layered(checkpoint) else set()
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name not in there}
     refuse_unknown(checkpoint, shapes.keys() | there)
     for name, shape in shapes.items():

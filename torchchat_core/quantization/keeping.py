@@ -15,7 +15,7 @@ from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.weights import check_shape, fetch_weight
 from torchchat_core.quantization.blocks import FORMATS, BlockEmbedding, integer_weights
 from torchchat_core.quantization.layers import QuantizedLinear
-from torchchat_core.specs import Checkpoint, LayeredCheckpoint, PackedCheckpoint, PackedTensor
+from torchchat_core.specs import Checkpoint, PackedCheckpoint, PackedTensor, is_layered, is_packed
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
@@ -50,15 +50,16 @@ def patterns(names: Iterable[str]) -> list[str]:
 
 def keep_quantised(checkpoint: Checkpoint, name: str) -> KeptCheckpoint:
     """The checkpoint of the file `name` with its quantised layers kept. Raises `TorchchatError` without such layers."""
-    if isinstance(checkpoint, LayeredCheckpoint):
+    if is_layered(checkpoint):
         raise TorchchatError(f"{name} was quantised by torchchat, and is always run as it is",
                              "leave --keep-quantized out")
-    if not isinstance(checkpoint, PackedCheckpoint):
+    if not is_packed(checkpoint):
         raise TorchchatError(f"{name} holds no quantised weights that could be kept; GGUF files do",
                              "leave --keep-quantized out, or quantise it with --quantize")
-    kept = KeptCheckpoint(checkpoint)
+    packed: PackedCheckpoint = checkpoint
+    kept = KeptCheckpoint(packed)
     if not kept.schemes:
-        found = sorted({form for each in checkpoint.names() if (form := checkpoint.block_format(each)) is not None})
+        found = sorted({form for each in packed.names() if (form := packed.block_format(each)) is not None})
         raise TorchchatError(f"{name} holds no weights in {', '.join(FORMATS).upper()}, which are run as they are; it "
                              f"holds {', '.join(found) or 'plain numbers'}", "leave --keep-quantized out")
     return kept

@@ -28,7 +28,7 @@ from torchchat_core.quantization.layers import (
 )
 from torchchat_core.small_files import read_json
 from torchchat_core.sources.checkpoints import StoredCheckpoint, Tensors
-from torchchat_core.specs import SCHEME, LayeredCheckpoint, ModelFiles
+from torchchat_core.specs import SCHEME, ModelFiles, is_layered
 
 MANIFEST = "torchchat_quantisation.json"
 VERSION = 1
@@ -135,7 +135,7 @@ def _layers(content: Any, manifest: Path) -> dict[str, SavedLayer]:
 
 def refuse_quantised(checkpoint: object, purpose: str) -> None:
     """Raises `TorchchatError` for a checkpoint with quantised layers, which cannot be used for the purpose."""
-    if isinstance(checkpoint, LayeredCheckpoint):
+    if is_layered(checkpoint):
         own = isinstance(checkpoint, QuantizedCheckpoint)
         raise TorchchatError(f"the model is quantised already ({', '.join(checkpoint.schemes)}); {purpose}",
                              "use the model that it was made of" if own else "leave --keep-quantized out")
