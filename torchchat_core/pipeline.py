@@ -14,8 +14,9 @@ import torch
 from torchchat_core.errors import TorchchatError, did_you_mean
 from torchchat_core.models.weights import TORCH_DTYPES, build_model
 from torchchat_core.plugins import Registry
+from torchchat_core.quantization.keeping import KeptCheckpoint, KeptReport, keep_quantised
 from torchchat_core.quantization.recipe import Recipe, RecipeReport, RecipeText, parse_recipe
-from torchchat_core.quantization.saved import QuantizedCheckpoint, refuse_quantised
+from torchchat_core.quantization.saved import refuse_quantised
 from torchchat_core.small_files import expanded
 from torchchat_core.sources.reference import missing_file, resolve
 from torchchat_core.specs import (
@@ -27,6 +28,7 @@ from torchchat_core.specs import (
     LoadedModel,
     LoadRequest,
     ModelFiles,
+    is_layered,
 )
 from torchchat_core.support import choose_executor, require_export
 from torchchat_core.text_format import TextFormat, read_text_format
@@ -50,6 +52,7 @@ class ModelRequest:
     device: str = "fast"
     dtype: str | None = None  # None: the checkpoint's own, where the device is good at it
     quantize: str | None = None  # a scheme, a recipe, or a file that holds one
+    keep_quantized: bool = False  # run the layers that the file holds quantised as they are
     max_seq_length: int | None = None
 
 
@@ -63,6 +66,7 @@ class OpenedModel:
     executor: ExecutorInfo
     max_seq_length: int  # tokens that a sequence may have: the model's own, or fewer where asked for
     quantisation: RecipeReport | None = None  # where a recipe was applied
+    kept: KeptReport | None = None  # where the file's own quantised layers were kept
 
 
 @contextmanager
@@ -79,13 +83,15 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
     text_format = read_text_format(files, registry, checkpoint.config.vocab_size)
     dtype = choose_dtype(_wished_dtype(request, wished), device, checkpoint.dtype)
     recipe = _settled(wished, checkpoint, registry, device, dtype)
-    executor = choose_executor(request.executor, device, dtype, _schemes(recipe, checkpoint), registry)
+    executor = choose_executor(request.executor, device, dtype, _schemes(recipe, checkpoint), registry,
+                               is_layered(checkpoint))
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
     report = recipe.apply(module) if recipe is not None else None
     model: LoadedModel = executor.make().load(LoadRequest(device=device, dtype=dtype, module=module))
     try:
         yield OpenedModel(name=files.ref.text, model=model, text_format=text_format, executor=executor,
-                          max_seq_length=limit, quantisation=report)
+                          max_seq_length=limit, quantisation=report,
+                          kept=checkpoint.report if isinstance(checkpoint, KeptCheckpoint) else None)
     finally:
         model.close()
 
@@ -104,7 +110,8 @@ def export_model(request: ModelRequest, exporter: ExporterInfo, path: Path, opti
     asked = _wished_dtype(request, wished)
     dtype = choose_dtype(asked, device, checkpoint.dtype) if asked else stored_dtype(checkpoint.dtype)
     recipe = _settled(wished, checkpoint, registry, device, dtype)
-    require_export(exporter, device, dtype, _schemes(recipe, checkpoint))
+    require_export(exporter, device, dtype, _schemes(recipe, checkpoint), registry,
+                   is_layered(checkpoint))
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
     if recipe is not None:
         recipe.apply(module)
@@ -151,7 +158,7 @@ def _schemes(recipe: Recipe | None, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Of the quantised layers that the model will have."""
     if recipe is not None:
         return recipe.schemes
-    return checkpoint.schemes if isinstance(checkpoint, QuantizedCheckpoint) else ()
+    return checkpoint.schemes if is_layered(checkpoint) else ()
 
 
 def fetch_files(request: ModelRequest, registry: Registry) -> ModelFiles:
@@ -174,8 +181,11 @@ def fetch_files(request: ModelRequest, registry: Registry) -> ModelFiles:
 
 
 def open_checkpoint(request: ModelRequest, files: ModelFiles, registry: Registry) -> Checkpoint:
-    """The checkpoint in the files, with the adapter that was asked for merged into its weights as they are read."""
+    """The checkpoint in the files, with the adapter that was asked for merged into its weights as they are read, or
+    with the layers that it holds quantised kept, where that was asked for."""
     checkpoint = open_files(files, registry)
+    if request.keep_quantized:
+        checkpoint = keep_quantised(checkpoint, files.weights[0].name)
     if request.adapter is None:
         return checkpoint
     from torchchat_core.sources.adapters import with_adapter

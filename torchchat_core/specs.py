@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeGuard, get_args, get_origin, get_type_hints
 
 from torchchat_core.errors import TorchchatError
 
@@ -260,23 +260,53 @@ class Checkpoint(Protocol):
         """
 
 
+class LayeredCheckpoint(Checkpoint, Protocol):
+    """Some of whose layers are there as core's layers with integer weights, which no quantizer has to make."""
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Of those layers, as an executor declares them: "linear:int4", "embedding:int8"."""
+
+    def put_layers(self, model: nn.Module, dtype: torch.dtype, device: str) -> set[str]:
+        """Puts them into a model without memory; names of the weights and biases that need no other tensor then.
+
+        Raises `TorchchatError` for a layer that the model does not have, and tensors that are missing or wrong.
+        """
+
+
+def is_layered(checkpoint: object) -> TypeGuard[LayeredCheckpoint]:
+    """By its methods alone: `isinstance` would read its properties, and so perhaps the files."""
+    return hasattr(type(checkpoint), "put_layers")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackedTensor:
     """A quantised matrix as it is stored, in a block format of GGUF."""
 
-    kind: str  # "q4_0", "q8_0", "q4_k"
+    kind: str  # "q4_0", "q4_1", "q8_0", "q4_k"
     shape: tuple[int, int]  # of the matrix that it stands for: outputs, inputs
-    data: Tensor  # [outputs, bytes of a row] uint8, mapped
+    data: Tensor  # [outputs, bytes of a row] uint8, mapped: gone from memory when nothing refers to it
 
 
 class PackedCheckpoint(Checkpoint, Protocol):
     """Of a format that keeps weights quantised."""
+
+    def block_format(self, name: str) -> str | None:
+        """How the tensor is stored, as people write it: "Q4_0"; None where it is plain numbers.
+
+        Raises `KeyError` where there is no such tensor.
+        """
 
     def packed(self, name: str) -> PackedTensor | None:
         """The tensor as it is stored, where its block format is one that is run without unpacking, else None.
 
         Raises `KeyError` where there is no such tensor.
         """
+
+
+def is_packed(checkpoint: object) -> TypeGuard[PackedCheckpoint]:
+    """As `is_layered`."""
+    return hasattr(type(checkpoint), "packed")
 
 
 class ModelSource(Protocol):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torchchat_core.quantization.recipe import RecipeReport
     from torchchat_core.specs import LayerReport
 
-RUNNING_ONLY = ("executor", "max_seq_length")  # flags of `model_flags` that say how a model is run
+RUNNING_ONLY = ("executor", "keep_quantized", "max_seq_length")  # flags of `model_flags` that say how a model is run
 
 
 class QuantizeCommand(click.Command):
