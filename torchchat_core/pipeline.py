@@ -15,6 +15,7 @@ from torchchat_core.errors import TorchchatError, did_you_mean
 from torchchat_core.models.weights import TORCH_DTYPES, build_model
 from torchchat_core.plugins import Registry
 from torchchat_core.quantization.recipe import Recipe, RecipeReport, RecipeText, parse_recipe
+from torchchat_core.quantization.replacing import stored_bytes
 from torchchat_core.quantization.saved import QuantizedCheckpoint, refuse_quantised
 from torchchat_core.small_files import expanded
 from torchchat_core.sources.reference import missing_file, resolve
@@ -62,6 +63,7 @@ class OpenedModel:
     text_format: TextFormat
     executor: ExecutorInfo
     max_seq_length: int  # tokens that a sequence may have: the model's own, or fewer where asked for
+    weight_bytes: int  # of all weights as they are stored, before the executor packs them; shared ones count once
     quantisation: RecipeReport | None = None  # where a recipe was applied
 
 
@@ -82,10 +84,11 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
     executor = choose_executor(request.executor, device, dtype, _schemes(recipe, checkpoint), registry)
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
     report = recipe.apply(module) if recipe is not None else None
+    weight_bytes = stored_bytes(module)
     model: LoadedModel = executor.make().load(LoadRequest(device=device, dtype=dtype, module=module))
     try:
         yield OpenedModel(name=files.ref.text, model=model, text_format=text_format, executor=executor,
-                          max_seq_length=limit, quantisation=report)
+                          max_seq_length=limit, weight_bytes=weight_bytes, quantisation=report)
     finally:
         model.close()
 
