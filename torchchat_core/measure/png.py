@@ -33,7 +33,7 @@ def draw_png(comparison: Comparison, heading: str) -> bytes:
 
     figure = Figure(figsize=(14, 6.6), dpi=DOTS, facecolor="white")
     canvas: Any = FigureCanvasAgg(figure)
-    figure.subplots_adjust(left=0.06, right=0.985, top=0.87, bottom=0.17, wspace=0.14)
+    figure.subplots_adjust(left=0.06, right=0.97, top=0.87, bottom=0.17, wspace=0.14)
     figure.text(0.06, 0.94, heading, fontsize=FONT + 3, color=INK, parse_math=False)
     figure.text(0.06, 0.035, f"Filled: {FRONT_SENTENCE}.\nArea: decoding speed. Line: the front of the two quantities "
                              "of its panel.", fontsize=FONT, color=INK, parse_math=False)

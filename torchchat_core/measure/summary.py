@@ -46,7 +46,7 @@ def cells(row: Row, comparison: Comparison) -> list[tuple[str, float | str]]:
         (f"{100 * share:.0f} %", share),
         (_rate(row.rates.decode), row.rates.decode.median),
         (_rate(row.rates.prefill), row.rates.prefill.median),
-        (f"{perplexity:.4g}" if perplexity < 1000 else f"{perplexity:.0f}", perplexity),
+        (f"{perplexity:#.4g}" if perplexity < 1000 else f"{perplexity:.0f}", perplexity),
         ("" if row is whole else f"{100 * change:+.2f} %", change),
         ("" if row is whole else f"{divergence.mean_kl:.5f}", divergence.mean_kl),
         ("" if row is whole else f"{100 * divergence.top_1:.1f} %", divergence.top_1),
