@@ -75,8 +75,9 @@ def test_several_models_are_compared_with_one_reference() -> None:
 
 
 def test_nothing_is_left_on_disk(cache: Path) -> None:
-    with pytest.raises(ZeroDivisionError), reference_file(1, 2) as file:
+    with reference_file(1, 2) as file:
         list(file.recorded(blocks_of([[0.5, 0.5]])))
+    with pytest.raises(ZeroDivisionError), reference_file(1, 2):
         raise ZeroDivisionError
     assert list(cache.iterdir()) == []
 
