@@ -37,7 +37,10 @@ def measured_text(path: Path | None = None, characters: int = CHARACTERS) -> Mea
 
     Raises `TorchchatError` for a file that cannot be read, is no UTF-8, or too short to say anything.
     """
-    content = read_text(path or OWN_TEXT)
+    try:
+        content = read_text(path or OWN_TEXT)
+    except TorchchatError as error:
+        raise TorchchatError(error.message, "choose another file, of UTF-8 text") from None
     kept = content[:characters].replace(DOCUMENT_END, "")
     if not kept.strip():
         raise TorchchatError(f"{path} holds no text in its first {characters} characters", "choose another file")
