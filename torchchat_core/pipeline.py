@@ -16,6 +16,7 @@ from torchchat_core.models.weights import TORCH_DTYPES, build_model
 from torchchat_core.plugins import Registry
 from torchchat_core.quantization.keeping import KeptCheckpoint, KeptReport, keep_quantised
 from torchchat_core.quantization.recipe import Recipe, RecipeReport, RecipeText, parse_recipe
+from torchchat_core.quantization.replacing import stored_bytes
 from torchchat_core.quantization.saved import refuse_quantised
 from torchchat_core.small_files import expanded
 from torchchat_core.sources.reference import missing_file, resolve
@@ -65,6 +66,7 @@ class OpenedModel:
     text_format: TextFormat
     executor: ExecutorInfo
     max_seq_length: int  # tokens that a sequence may have: the model's own, or fewer where asked for
+    weight_bytes: int  # of all weights as they are stored, before the executor packs them; shared ones count once
     quantisation: RecipeReport | None = None  # where a recipe was applied
     kept: KeptReport | None = None  # where the file's own quantised layers were kept
 
@@ -87,10 +89,11 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
                                is_layered(checkpoint))
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
     report = recipe.apply(module) if recipe is not None else None
+    weight_bytes = stored_bytes(module)
     model: LoadedModel = executor.make().load(LoadRequest(device=device, dtype=dtype, module=module))
     try:
         yield OpenedModel(name=files.ref.text, model=model, text_format=text_format, executor=executor,
-                          max_seq_length=limit, quantisation=report,
+                          max_seq_length=limit, weight_bytes=weight_bytes, quantisation=report,
                           kept=checkpoint.report if isinstance(checkpoint, KeptCheckpoint) else None)
     finally:
         model.close()

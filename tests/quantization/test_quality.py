@@ -1,12 +1,8 @@
-"""What eight and four bits cost on the real models beside the repository; every scheme runs from the command line.
-
-The method is that of golden/perplexity.json; its results are those of the models in float64.
-"""
+"""What eight and four bits cost on the real models beside the repository; every scheme runs from the command line."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +11,12 @@ import pytest
 import torch
 
 from torchchat_core.cli.main import main
+from torchchat_core.measure.perplexity import perplexity_of, scored_blocks
+from torchchat_core.measure.text import encoded, measured_text, text_windows
 from torchchat_core.pipeline import ModelRequest, open_model
 from torchchat_core.plugins import load_registry
 
-TEXT, WINDOW, BOS = "tinystories_2MiB", 256, 1
+TEXT = "tinystories_2MiB"
 
 
 @pytest.fixture(autouse=True)
@@ -32,24 +30,18 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def golden(testdata: Path) -> dict[str, Any]:
+    """Results of the models in float64."""
     content: dict[str, Any] = json.loads((testdata / "golden/perplexity.json").read_text())
     found: dict[str, Any] = content["results"][TEXT]
     return found
 
 
 def perplexity(testdata: Path, model: str, recipe: str) -> float:
-    text = (testdata / f"text/{TEXT}.txt").read_text(encoding="utf-8")[:8000].replace("<|endoftext|>", "")
     request = ModelRequest(model=str(testdata / "hf" / model), quantize=recipe, device="cpu")
-    total, count = 0.0, 0
     with open_model(request, load_registry()) as opened:
-        ids = opened.text_format.tokenizer.encode(text)
-        for start in range(0, len(ids), WINDOW - 1):
-            expected = ids[start : start + WINDOW - 1]
-            session: Any = opened.model.session(WINDOW)
-            logits = session.score([BOS, *expected[:-1]]).double()
-            total -= float(torch.log_softmax(logits, -1)[range(len(expected)), expected].sum())
-            count += len(expected)
-    return math.exp(total / count)
+        tokenizer = opened.text_format.tokenizer
+        windows = text_windows(encoded(measured_text(testdata / f"text/{TEXT}.txt"), tokenizer), tokenizer.bos_id)
+        return perplexity_of(scored_blocks(opened.model, windows, recipe)).perplexity
 
 
 @pytest.mark.parametrize("recipe", ["linear:int8", '{"linear:int8": {"groupsize": 32}}', "linear:a8w8dq",
