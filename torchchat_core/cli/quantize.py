@@ -29,6 +29,10 @@ class QuantizeCommand(click.Command):
 @click.command(cls=QuantizeCommand)
 @model_flags
 @click.option("-o", "--output-dir", metavar="DIR", help="The folder to write, which must not exist or be empty.")
+@click.option("--calibration", metavar="FILE", help="A plain text of the kind that the model is used for, for recipes "
+                                                    "that look at one.")
+@click.option("--calibration-tokens", type=click.IntRange(min=128), metavar="N",
+              help="How much of its beginning is used [default: 32768].")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 @click.pass_obj
 def quantize(registry: Registry, /, **flags: Any) -> None:
@@ -42,15 +46,20 @@ def quantize(registry: Registry, /, **flags: Any) -> None:
     from torchchat_core.cli.progress_bars import shown_progress
     from torchchat_core.pipeline import quantise_model
     from torchchat_core.products import record, reference_of
+    from torchchat_core.quantization.calibration import TOKENS, CalibrationText
     from torchchat_core.sources.hugging_face_folder import check_free
 
     request = model_request(flags)
     if request.quantize is None:
         raise click.UsageError("say how: --quantize with a recipe such as cpu, or a scheme such as linear:int4")
+    if flags["calibration"] is None and flags["calibration_tokens"] is not None:
+        raise click.UsageError("--calibration-tokens says how much of a text is used: --calibration FILE")
+    text = None if flags["calibration"] is None else CalibrationText(
+        path=expanded(flags["calibration"]), tokens=flags["calibration_tokens"] or TOKENS)
     folder = expanded(flags["output_dir"])
     check_free(folder)
     with shown_progress():
-        files, report = quantise_model(request, folder, registry)
+        files, report = quantise_model(request, folder, registry, text)
     record(reference_of(files.ref), "quantised", folder, ", ".join(sorted({str(done.scheme) for done in report.done})))
     if flags["as_json"]:
         click.echo(json.dumps(_json(report, str(folder))))
