@@ -140,13 +140,13 @@ def check_calibration(steps: Sequence[Step], given: bool) -> None:
                              'leave the text out, or write a section such as {"linear:int4": {"method": "gptq"}}')
 
 
-def read_recipe(text: str, registry: Registry, device: str, dtype: str) -> Recipe:
+def read_recipe(text: str, registry: Registry, device: str, dtype: str, calibrated: bool = False) -> Recipe:
     """The recipe that a user means: a JSON object, a file, or the name of a recipe or a scheme.
 
     Where several quantizers make a scheme, the one for the device and the dtype is taken. Raises `TorchchatError`
     for what is no recipe, a scheme that no installed quantizer makes, or wrong options.
     """
-    return parse_recipe(text, registry).settle(registry, device, dtype)
+    return parse_recipe(text, registry).settle(registry, device, dtype, calibrated)
 
 
 def parse_recipe(text: str, registry: Registry) -> RecipeText:
