@@ -62,8 +62,8 @@ class QuantizerContract(FewThreads):
             recipes = ({}, {"groupsize": 32})
 
     A quantizer that looks at a text (`calibrates=True`) is given one of random tokens for each recipe that needs it;
-    `recipes` has to hold such a one. The models are transformers with random weights: `CHANGES` has the sizes of those that should quantise well, and
-    of one whose widths are multiples of nothing.
+    `recipes` has to hold such a one. The models are transformers with random weights: `CHANGES` has the sizes of those
+    that should quantise well, and of one whose widths are multiples of nothing.
     """
 
     plugin: str  # the module that the entry point names
