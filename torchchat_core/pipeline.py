@@ -14,6 +14,7 @@ import torch
 from torchchat_core.errors import TorchchatError, did_you_mean
 from torchchat_core.models.weights import TORCH_DTYPES, build_model
 from torchchat_core.plugins import Registry
+from torchchat_core.quantization.calibration import CalibrationText, read_calibration
 from torchchat_core.quantization.keeping import KeptCheckpoint, KeptReport, keep_quantised
 from torchchat_core.quantization.recipe import Recipe, RecipeReport, RecipeText, parse_recipe
 from torchchat_core.quantization.replacing import stored_bytes
@@ -123,11 +124,12 @@ def export_model(request: ModelRequest, exporter: ExporterInfo, path: Path, opti
     return files
 
 
-def quantise_model(request: ModelRequest, folder: Path, registry: Registry) -> tuple[ModelFiles, RecipeReport]:
+def quantise_model(request: ModelRequest, folder: Path, registry: Registry, calibration: CalibrationText | None = None
+                   ) -> tuple[ModelFiles, RecipeReport]:
     """Writes the model, quantised by the recipe of the request, to `folder`; what it was made of, and the report.
 
-    The model is quantised for the device that the request or the recipe names, which need not be here. Raises
-    `TorchchatError` as `open_model` does, and where the folder cannot be written.
+    `calibration` is for recipes that need a text. The model is quantised for the device that the request or the recipe
+    names, which need not be here. Raises `TorchchatError` as `open_model` does, and where the folder cannot be written.
     """
     from torchchat_core.quantization.writing import write_quantised
 
@@ -142,9 +144,13 @@ def quantise_model(request: ModelRequest, folder: Path, registry: Registry) -> t
     asked = _wished_dtype(request, wished)
     dtype = choose_dtype(asked, device, checkpoint.dtype) if asked else stored_dtype(checkpoint.dtype)
     refuse_quantised(checkpoint, "it is not quantised again")
-    recipe = wished.settle(registry, target, dtype)
+    recipe = wished.settle(registry, target, dtype, calibrated=calibration is not None)
+    windows = None
+    if calibration is not None:
+        tokenizer = read_text_format(files, registry, checkpoint.config.vocab_size).tokenizer
+        windows = read_calibration(calibration, tokenizer, checkpoint.config.max_context)
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
-    report = recipe.apply(module)
+    report = recipe.apply(module, windows)
     write_quantised(module, wished.content, report, files, registry, folder, dtype)
     return files, report
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from torchchat_core.models.config import ModelConfig
+    from torchchat_core.models.transformer import Transformer
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 SCHEME = re.compile(r"(linear|embedding):[a-z0-9][a-z0-9_.-]*")
@@ -150,6 +151,7 @@ class QuantizerInfo(Description):
     scheme: str = ""  # the key of a recipe's section: "linear:int4", "embedding:int8", ...
     devices: frozenset[str] = frozenset()  # of DEVICES
     dtypes: frozenset[str] = frozenset()  # of activations, of DTYPES
+    calibrates: bool = False  # can look at what a text makes of the layers, and is then a `CalibratingQuantizer`
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -422,6 +424,29 @@ class QuantReport:
 class Quantizer(Protocol):
     def apply(self, model: nn.Module, options: Any) -> QuantReport:
         """Replaces layers of `model` in place, as `options` (of the description's class) ask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """A text as the model reads it, for quantizers that look at activations. There is at least one window."""
+
+    windows: tuple[tuple[int, ...], ...]  # token ids of sequences from their start, all of one length
+
+
+class CalibratingQuantizer(Quantizer, Protocol):
+    """Of a description with `calibrates`. Whether a text is needed, the options say.
+
+    Where they need one, `calibrate` is called in place of `apply`, and nothing is called without a text.
+    """
+
+    def needs_calibration(self, options: Any) -> bool:
+        """Whether layers of these options are made with a text."""
+
+    def calibrate(self, model: Transformer, options: Any, calibration: Calibration) -> QuantReport:
+        """Replaces layers of `model` in place. Other layers may be quantised already, or quantised afterwards.
+
+        Layers of other sections of the recipe are hidden: they compute, and are no `nn.Linear` or `nn.Embedding`.
+        """
 
 
 class Session(Protocol):

@@ -36,7 +36,7 @@ def golden(testdata: Path) -> dict[str, Any]:
     return found
 
 
-def perplexity(testdata: Path, model: str, recipe: str) -> float:
+def perplexity(testdata: Path, model: str, recipe: str | None) -> float:
     request = ModelRequest(model=str(testdata / "hf" / model), quantize=recipe, device="cpu")
     with open_model(request, load_registry()) as opened:
         tokenizer = opened.text_format.tokenizer
@@ -59,6 +59,22 @@ def test_the_perplexity_of_eight_bits_stays_within_half_a_percent(model: str, re
 def test_the_perplexity_of_four_bits_stays_within_a_bound(model: str, recipe: str, bound: float, testdata: Path,
                                                           golden: dict[str, Any]) -> None:
     assert perplexity(testdata, model, recipe) <= golden[model.replace("-", "_")]["ppl"] * (1 + bound)
+
+
+@pytest.mark.parametrize(("model", "bound"), [("stories260K", 0.08), ("TinyStories-656K", 0.05)])
+def test_gptq_loses_less_than_the_nearest_integers(model: str, bound: float, testdata: Path, tmp_path: Path,
+                                                   golden: dict[str, Any]) -> None:
+    """Calibrated on another part of the text than the perplexity is of."""
+    text = (testdata / f"text/{TEXT}.txt").read_text(encoding="utf-8")[8000:400_000].replace("<|endoftext|>", "")
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    folder = tmp_path / "gptq"
+    with pytest.raises(SystemExit) as ended:
+        main(["quantize", str(testdata / "hf" / model), "--quantize", '{"linear:int4": {"method": "gptq"}}',
+              "--calibration", str(tmp_path / "text"), "--calibration-tokens", "8192", "-o", str(folder)])
+    assert ended.value.code == 0
+    found = perplexity(testdata, str(folder), None) / golden[model.replace("-", "_")]["ppl"]
+    assert found < perplexity(testdata, model, "linear:int4") / golden[model.replace("-", "_")]["ppl"]
+    assert found < 1 + bound
 
 
 @pytest.mark.parametrize("recipe", ["linear:int8", "linear:a8w8dq", "embedding:int8", '{"embedding": {"bitwidth": 8}}',

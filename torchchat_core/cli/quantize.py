@@ -66,6 +66,10 @@ def spread(words: list[str]) -> list[str]:
                                                                         "256, or what the model takes].")
 @click.option("--plot", multiple=True, metavar="FILE", help="Draw the measurement: FILE.png, or FILE.html, a page that "
                                                             "needs nothing else; may be repeated.")
+@click.option("--calibration", metavar="FILE", help="A plain text of the kind that the model is used for, for recipes "
+                                                    "that look at one.")
+@click.option("--calibration-tokens", type=click.IntRange(min=128), metavar="N",
+              help="How much of its beginning is used [default: 32768].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
 def quantize(registry: Registry, /, **flags: Any) -> int:
@@ -113,12 +117,17 @@ def _write(flags: dict[str, Any], registry: Registry) -> tuple[str, RecipeReport
     """Writes the folder; its path, and what became of the layers."""
     from torchchat_core.pipeline import quantise_model
     from torchchat_core.products import record, reference_of
+    from torchchat_core.quantization.calibration import TOKENS, CalibrationText
     from torchchat_core.sources.hugging_face_folder import check_free
 
+    if flags["calibration"] is None and flags["calibration_tokens"] is not None:
+        raise click.UsageError("--calibration-tokens says how much of a text is used: --calibration FILE")
+    text = None if flags["calibration"] is None else CalibrationText(
+        path=expanded(flags["calibration"]), tokens=flags["calibration_tokens"] or TOKENS)
     folder = expanded(flags["output_dir"])
     check_free(folder)
     with shown_progress():
-        files, report = quantise_model(model_request(flags), folder, registry)
+        files, report = quantise_model(model_request(flags), folder, registry, text)
     record(reference_of(files.ref), "quantised", folder, ", ".join(sorted({str(done.scheme) for done in report.done})))
     return str(folder), report
 
