@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -23,6 +23,7 @@ from torchchat_core.small_files import expanded
 from torchchat_core.sources.reference import missing_file, resolve
 from torchchat_core.specs import (
     DEVICES,
+    Calibration,
     Checkpoint,
     ExecutorInfo,
     ExporterInfo,
@@ -54,6 +55,7 @@ class ModelRequest:
     device: str = "fast"
     dtype: str | None = None  # None: the checkpoint's own, where the device is good at it
     quantize: str | None = None  # a scheme, a recipe, or a file that holds one
+    calibration: CalibrationText | None = None  # for a recipe that is made with a text, and for no other
     keep_quantized: bool = False  # run the layers that the file holds quantised as they are
     max_seq_length: int | None = None
 
@@ -85,11 +87,12 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
     limit = _checked_limit(request.max_seq_length, checkpoint.config.max_context)
     text_format = read_text_format(files, registry, checkpoint.config.vocab_size)
     dtype = choose_dtype(_wished_dtype(request, wished), device, checkpoint.dtype)
-    recipe = _settled(wished, checkpoint, registry, device, dtype)
+    recipe = _settled(wished, request, checkpoint, registry, device, dtype)
     executor = choose_executor(request.executor, device, dtype, _schemes(recipe, checkpoint), registry,
                                is_layered(checkpoint))
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
-    report = recipe.apply(module) if recipe is not None else None
+    windows = _calibration(request, files, checkpoint, registry)
+    report = recipe.apply(module, windows) if recipe is not None else None
     weight_bytes = stored_bytes(module)
     model: LoadedModel = executor.make().load(LoadRequest(device=device, dtype=dtype, module=module))
     try:
@@ -113,23 +116,22 @@ def export_model(request: ModelRequest, exporter: ExporterInfo, path: Path, opti
     checkpoint = open_checkpoint(request, files, registry)
     asked = _wished_dtype(request, wished)
     dtype = choose_dtype(asked, device, checkpoint.dtype) if asked else stored_dtype(checkpoint.dtype)
-    recipe = _settled(wished, checkpoint, registry, device, dtype)
+    recipe = _settled(wished, request, checkpoint, registry, device, dtype)
     require_export(exporter, device, dtype, _schemes(recipe, checkpoint), registry,
                    is_layered(checkpoint))
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
     if recipe is not None:
-        recipe.apply(module)
+        recipe.apply(module, _calibration(request, files, checkpoint, registry))
     exporter.make().export(ExportRequest(module=module, path=path, device=device, dtype=dtype, files=files,
                                          options=options))
     return files
 
 
-def quantise_model(request: ModelRequest, folder: Path, registry: Registry, calibration: CalibrationText | None = None
-                   ) -> tuple[ModelFiles, RecipeReport]:
+def quantise_model(request: ModelRequest, folder: Path, registry: Registry) -> tuple[ModelFiles, RecipeReport]:
     """Writes the model, quantised by the recipe of the request, to `folder`; what it was made of, and the report.
 
-    `calibration` is for recipes that need a text. The model is quantised for the device that the request or the recipe
-    names, which need not be here. Raises `TorchchatError` as `open_model` does, and where the folder cannot be written.
+    The model is quantised for the device that the request or the recipe names, which need not be here. Raises
+    `TorchchatError` as `open_model` does, and where the folder cannot be written.
     """
     from torchchat_core.quantization.writing import write_quantised
 
@@ -138,29 +140,62 @@ def quantise_model(request: ModelRequest, folder: Path, registry: Registry, cali
     wished = parse_recipe(request.quantize, registry)
     files = fetch_files(request, registry)
     checkpoint = open_checkpoint(request, files, registry)
-    named = wished.device if request.device in ("fast", "auto") else request.device
-    target = named if named in DEVICES else "cpu"
+    target = _target_device(request, wished)
     device = target if has_device(target) else "cpu"
     asked = _wished_dtype(request, wished)
     dtype = choose_dtype(asked, device, checkpoint.dtype) if asked else stored_dtype(checkpoint.dtype)
-    refuse_quantised(checkpoint, "it is not quantised again")
-    recipe = wished.settle(registry, target, dtype, calibrated=calibration is not None)
-    windows = None
-    if calibration is not None:
-        tokenizer = read_text_format(files, registry, checkpoint.config.vocab_size).tokenizer
-        windows = read_calibration(calibration, tokenizer, checkpoint.config.max_context)
+    recipe = _settled(wished, request, checkpoint, registry, target, dtype)
+    windows = _calibration(request, files, checkpoint, registry)
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
     report = recipe.apply(module, windows)
-    write_quantised(module, wished.content, report, files, registry, folder, dtype)
+    calibrated_on = request.calibration.described(windows) if request.calibration and windows else None
+    write_quantised(module, wished.content, report, files, registry, folder, dtype, calibrated_on)
     return files, report
 
 
-def _settled(wished: RecipeText | None, checkpoint: Checkpoint, registry: Registry, device: str, dtype: str
-             ) -> Recipe | None:
+def looks_at_text(request: ModelRequest, registry: Registry) -> bool:
+    """Whether the recipe of the request is made with a calibration text; so is one whose sections have errors, which
+    are told when it is used."""
+    if request.quantize is None:
+        return False
+    wished = parse_recipe(request.quantize, registry)
+    dtype = DTYPE_NAMES.get(_wished_dtype(request, wished) or "", "fp32")
+    try:
+        return any(step.calibrated for step in wished.steps(registry, _target_device(request, wished), dtype))
+    except TorchchatError:
+        return True
+
+
+@overload
+def _settled(wished: RecipeText, request: ModelRequest, checkpoint: Checkpoint, registry: Registry, device: str,
+             dtype: str) -> Recipe: ...
+@overload
+def _settled(wished: RecipeText | None, request: ModelRequest, checkpoint: Checkpoint, registry: Registry, device: str,
+             dtype: str) -> Recipe | None: ...
+def _settled(wished: RecipeText | None, request: ModelRequest, checkpoint: Checkpoint, registry: Registry, device: str,
+             dtype: str) -> Recipe | None:
     if wished is None:
+        if request.calibration is not None:
+            raise TorchchatError("there is a calibration text, and no recipe that could look at it",
+                                 "give one with --quantize")
         return None
     refuse_quantised(checkpoint, "it is not quantised again")
-    return wished.settle(registry, device, dtype)
+    return wished.settle(registry, device, dtype, calibrated=request.calibration is not None)
+
+
+def _calibration(request: ModelRequest, files: ModelFiles, checkpoint: Checkpoint, registry: Registry
+                 ) -> Calibration | None:
+    """The calibration text as the model reads it, where there is one."""
+    if request.calibration is None:
+        return None
+    tokenizer = read_text_format(files, registry, checkpoint.config.vocab_size).tokenizer
+    return read_calibration(request.calibration, tokenizer, checkpoint.config.max_context)
+
+
+def _target_device(request: ModelRequest, recipe: RecipeText) -> str:
+    """The one to quantise for, which need not be here."""
+    named = recipe.device if request.device in ("fast", "auto") else request.device
+    return named if named in DEVICES else "cpu"
 
 
 def _schemes(recipe: Recipe | None, checkpoint: Checkpoint) -> tuple[str, ...]:

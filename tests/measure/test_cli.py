@@ -16,6 +16,8 @@ pytest.importorskip("tc_quant_int8", reason="tc-quant-int8 is not installed")
 
 Run = Callable[..., Any]
 COMMON = ("--device", "cpu", "--executor", "eager", "--characters", "600")
+GPTQ = '{"linear:int4": {"method": "gptq", "layers": ["*.0.self_attn.q_proj"]}}'
+NEAREST = '{"linear:int4": {"layers": ["*.0.self_attn.q_proj"]}}'
 BROKEN = '{"executor": {"accelerator": "tpu"}, "linear:int8": {}}'
 
 
@@ -73,7 +75,7 @@ def test_a_folder_is_written_and_then_measured_itself(torchchat: Run, tmp_path: 
 
     applied: list[str] = []
     apply = Recipe.apply
-    monkeypatch.setattr(Recipe, "apply", lambda self, model: (applied.append("once"), apply(self, model))[1])
+    monkeypatch.setattr(Recipe, "apply", lambda self, *given: (applied.append("once"), apply(self, *given))[1])
     done = torchchat("quantize", *COMMON, "--quantize", "mobile", "-o", tmp_path / "small", "--report", "--json")
     found = json.loads(done.out)
     assert found["folder"] == str(tmp_path / "small")
@@ -82,6 +84,52 @@ def test_a_folder_is_written_and_then_measured_itself(torchchat: Run, tmp_path: 
     assert applied == ["once"]
     again = torchchat("quantize", *COMMON, "--compare", tmp_path / "small", "--json")
     assert json.loads(again.out)["rows"][1]["mean_kl"] == found["report"]["rows"][1]["mean_kl"]
+
+
+@pytest.fixture
+def calibration(tmp_path: Path) -> tuple[str, ...]:
+    (tmp_path / "many words.txt").write_text("The keeper of the light went up the stairs. " * 40, encoding="utf-8")
+    return "--calibration", str(tmp_path / "many words.txt"), "--calibration-tokens", "160"
+
+
+def test_the_calibration_text_is_given_to_the_recipes_that_look_at_one_and_told(
+        torchchat: Run, calibration: tuple[str, ...]) -> None:
+    done = torchchat("quantize", *COMMON, *calibration, "--compare", GPTQ, NEAREST, "--json")
+    assert done.code == 0
+    found = json.loads(done.out)
+    assert found["calibration"] == {"text": "many words.txt", "most_tokens": 160}
+    assert [row["recipe"] for row in found["rows"]] == ["unquantised", GPTQ, NEAREST]
+    assert found["rows"][1]["mean_kl"] != found["rows"][2]["mean_kl"]
+    shown = torchchat("quantize", *COMMON, *calibration, "--compare", GPTQ).out
+    assert "recipes that look at a text were given many words.txt, up to 160 tokens of it" in shown
+
+
+def test_a_folder_made_with_a_text_is_measured_itself_and_says_what_text_it_was(
+        torchchat: Run, calibration: tuple[str, ...], tmp_path: Path) -> None:
+    done = torchchat("quantize", *COMMON, *calibration, "--quantize", GPTQ, "-o", tmp_path / "small", "--report",
+                     "--json")
+    found = json.loads(done.out)["report"]["rows"]
+    assert [row["recipe"] for row in found] == ["unquantised", GPTQ]
+    manifest = json.loads((tmp_path / "small/torchchat_quantisation.json").read_text())
+    assert manifest["recipe"] == json.loads(GPTQ)
+    assert manifest["calibration"] == {"text": "many words.txt", "tokens": 161}  # and BOS
+    again = torchchat("quantize", *COMMON, "--compare", tmp_path / "small", "--json")
+    assert json.loads(again.out)["rows"][1]["mean_kl"] == found[1]["mean_kl"]
+
+
+def test_a_folder_made_without_a_text_is_written_beside_recipes_that_look_at_one(
+        torchchat: Run, calibration: tuple[str, ...], tmp_path: Path) -> None:
+    done = torchchat("quantize", *COMMON, *calibration, "--quantize", NEAREST, "-o", tmp_path / "small", "--compare",
+                     GPTQ, "--json")
+    assert done.code == 0
+    assert [row["recipe"] for row in json.loads(done.out)["report"]["rows"]] == ["unquantised", NEAREST, GPTQ]
+    assert "calibration" not in json.loads((tmp_path / "small/torchchat_quantisation.json").read_text())
+
+
+def test_a_recipe_that_lacks_its_text_is_told_after_the_others_were_measured(torchchat: Run) -> None:
+    done = torchchat("quantize", *COMMON, "--compare", GPTQ, NEAREST)
+    assert done.code == 1
+    assert "is made with a calibration text, and there is none" in done.out
 
 
 def test_pictures_and_pages_are_drawn(torchchat: Run, tmp_path: Path) -> None:
@@ -113,6 +161,9 @@ def test_a_recipe_that_was_named_and_cannot_run_fails_after_the_others_were_meas
     (["--compare"], 2, "requires an argument"),
     (["--report", "--window", "1"], 2, "1 is not in the range"),
     (["--report", "-o", "OUT"], 2, "say how"),
+    (["--report", "--calibration", "OUT"], 2, "--calibration: none of the recipes looks at a text"),
+    (["--compare", "cpu", "--calibration", "OUT"], 2, "--calibration: none of the recipes looks at a text"),
+    (["--compare", GPTQ, "--calibration-tokens", "200"], 2, "--calibration FILE"),
 ])
 def test_wrong_usage_is_told_before_anything_is_done(arguments: list[str], status: int, message: str, torchchat: Run,
                                                      tmp_path: Path) -> None:

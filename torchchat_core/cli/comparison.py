@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from torchchat_core.cli.flags import model_request
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.errors import TorchchatError
 from torchchat_core.measure.comparing import (
@@ -47,20 +46,20 @@ class Measurement:
     json: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def planned(cls, flags: Mapping[str, Any], registry: Registry) -> Measurement:
+    def planned(cls, request: ModelRequest, flags: Mapping[str, Any], registry: Registry) -> Measurement:
         """Raises `TorchchatError` and `click.UsageError` for what cannot be."""
-        request = model_request(flags)
         choose_device(request.device)
         named = [name for name in (request.quantize, *flags["compare"]) if name is not None]
         twice = [name for name in named if named.count(name) > 1]
         if twice:
             raise click.UsageError(f"{twice[0]} is to be compared twice")
-        candidates = [_candidate(name, request, registry) for name in named]
+        candidates = [_candidate(name, request, registry) for name in named] or default_candidates(request, registry)
+        if request.calibration is not None and not any(each.request.calibration for each in candidates):
+            raise click.UsageError("--calibration: none of the recipes looks at a text")
         path = expanded(flags["file"]) if flags["file"] is not None else None
-        return cls(registry=registry, request=request, candidates=candidates or default_candidates(request, registry),
-                   named=bool(named), text=measured_text(path, flags["characters"] or CHARACTERS),
-                   window=flags["window"], plots=[_plot_path(text) for text in flags["plot"]],
-                   silent=flags["as_json"])
+        return cls(registry=registry, request=request, candidates=candidates, named=bool(named),
+                   text=measured_text(path, flags["characters"] or CHARACTERS), window=flags["window"],
+                   plots=[_plot_path(text) for text in flags["plot"]], silent=flags["as_json"])
 
     def take_folder(self, folder: str, report: RecipeReport) -> None:
         """The recipe of --quantize is measured as the folder that was just written, not quantised once more."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from torchchat_core.plugins import Registry
 from torchchat_core.small_files import expanded
 
 if TYPE_CHECKING:
+    from torchchat_core.pipeline import ModelRequest
     from torchchat_core.quantization.recipe import RecipeReport
     from torchchat_core.specs import LayerReport
 
@@ -66,8 +68,8 @@ def spread(words: list[str]) -> list[str]:
                                                                         "256, or what the model takes].")
 @click.option("--plot", multiple=True, metavar="FILE", help="Draw the measurement: FILE.png, or FILE.html, a page that "
                                                             "needs nothing else; may be repeated.")
-@click.option("--calibration", metavar="FILE", help="A plain text of the kind that the model is used for, for recipes "
-                                                    "that look at one.")
+@click.option("--calibration", "calibration_path", metavar="FILE",
+              help="A plain text of the kind that the model is used for, for recipes that look at one.")
 @click.option("--calibration-tokens", type=click.IntRange(min=128), metavar="N",
               help="How much of its beginning is used [default: 32768].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -82,10 +84,13 @@ def quantize(registry: Registry, /, **flags: Any) -> int:
     _check_usage(flags, measuring)
     from torchchat_core.cli.comparison import Measurement
 
-    measurement = Measurement.planned(flags, registry) if measuring else None
+    request = _request(flags)
+    measurement = Measurement.planned(request, flags, registry) if measuring else None
     result: dict[str, Any] = {}
     if flags["output_dir"] is not None:
-        folder, report = _write(flags, registry)
+        if measurement is not None:  # the text may be for others of the recipes
+            request = replace(request, calibration=measurement.candidates[0].request.calibration)
+        folder, report = _write(request, flags["output_dir"], registry)
         result = _json(report, folder)
         if not flags["as_json"]:
             for line in report_lines(report):
@@ -111,23 +116,30 @@ def _check_usage(flags: dict[str, Any], measuring: bool) -> None:
     unused = [name for name in MEASURING if flags.get(name) and not measuring]
     if unused:
         raise click.UsageError(f"--{unused[0]} goes with --report or {COMPARE}")
+    if flags["calibration_path"] is None and flags["calibration_tokens"] is not None:
+        raise click.UsageError("--calibration-tokens says how much of a text is used: --calibration FILE")
 
 
-def _write(flags: dict[str, Any], registry: Registry) -> tuple[str, RecipeReport]:
+def _request(flags: dict[str, Any]) -> ModelRequest:
+    from torchchat_core.quantization.calibration import TOKENS, CalibrationText
+
+    request = model_request(flags)
+    if flags["calibration_path"] is None:
+        return request
+    return replace(request, calibration=CalibrationText(path=expanded(flags["calibration_path"]),
+                                                        tokens=flags["calibration_tokens"] or TOKENS))
+
+
+def _write(request: ModelRequest, output_dir: str, registry: Registry) -> tuple[str, RecipeReport]:
     """Writes the folder; its path, and what became of the layers."""
     from torchchat_core.pipeline import quantise_model
     from torchchat_core.products import record, reference_of
-    from torchchat_core.quantization.calibration import TOKENS, CalibrationText
     from torchchat_core.sources.hugging_face_folder import check_free
 
-    if flags["calibration"] is None and flags["calibration_tokens"] is not None:
-        raise click.UsageError("--calibration-tokens says how much of a text is used: --calibration FILE")
-    text = None if flags["calibration"] is None else CalibrationText(
-        path=expanded(flags["calibration"]), tokens=flags["calibration_tokens"] or TOKENS)
-    folder = expanded(flags["output_dir"])
+    folder = expanded(output_dir)
     check_free(folder)
     with shown_progress():
-        files, report = quantise_model(model_request(flags), folder, registry, text)
+        files, report = quantise_model(request, folder, registry)
     record(reference_of(files.ref), "quantised", folder, ", ".join(sorted({str(done.scheme) for done in report.done})))
     return str(folder), report
 

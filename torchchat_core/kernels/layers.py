@@ -89,7 +89,7 @@ class DenseLinears(nn.Module):
         super().__init__()
         self.sizes = [layer.out_features for layer in layers]
         for index, layer in enumerate(layers):
-            self.register_parameter(f"weight{index}", layer.weight)
+            self.register_parameter(f"weight{index}", layer.get_parameter("weight"))
         self.register_buffer("bias", joined_bias([layer.bias for layer in layers]))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -16,8 +16,9 @@ from torchchat_core.measure.divergence import Divergence, DivergenceSum, Referen
 from torchchat_core.measure.perplexity import Perplexity, perplexity_of, scored_blocks
 from torchchat_core.measure.rates import Rates, measure_rates
 from torchchat_core.measure.text import WINDOW, MeasuredText, Window, encoded, text_windows
-from torchchat_core.pipeline import ModelRequest, OpenedModel, fetch_files, open_checkpoint, open_model
+from torchchat_core.pipeline import ModelRequest, OpenedModel, fetch_files, looks_at_text, open_checkpoint, open_model
 from torchchat_core.plugins import Registry
+from torchchat_core.quantization.calibration import CalibrationText
 from torchchat_core.quantization.recipe import RecipeReport, parse_recipe, recipe_names
 from torchchat_core.quantization.saved import MANIFEST, refuse_quantised
 from torchchat_core.small_files import expanded
@@ -69,6 +70,7 @@ class Comparison:
     window: int  # tokens
     rows: tuple[Row, ...]
     refused: tuple[Refused, ...]
+    calibration: CalibrationText | None = None  # what recipes that look at a text were given
 
     @property
     def reference(self) -> Row:
@@ -105,19 +107,22 @@ def default_candidates(request: ModelRequest, registry: Registry) -> list[Candid
 def candidate(text: str, request: ModelRequest, registry: Registry) -> Candidate:
     """A recipe as `--quantize` takes it, or a folder that `torchchat quantize` wrote.
 
-    Raises `TorchchatError` for what is neither.
+    The calibration text of `request` is left to recipes that look at one. Raises `TorchchatError` for what is neither.
     """
     if not text.lstrip().startswith("{") and (expanded(text) / MANIFEST).is_file():
         return folder_candidate(text, request)
     parse_recipe(text, registry)
-    return Candidate(name=text, request=dataclasses.replace(request, quantize=text))
+    asked = dataclasses.replace(request, quantize=text)
+    if asked.calibration is not None and not looks_at_text(asked, registry):
+        asked = dataclasses.replace(asked, calibration=None)
+    return Candidate(name=text, request=asked)
 
 
 def folder_candidate(folder: str, request: ModelRequest, name: str | None = None, device: str | None = None,
                      report: RecipeReport | None = None) -> Candidate:
     """A folder that `torchchat quantize` wrote; `device` is that of its recipe, where it matters."""
     opened = dataclasses.replace(request, model=folder, checkpoint_path=None, params_path=None, tokenizer_path=None,
-                                 adapter=None, quantize=None)
+                                 adapter=None, quantize=None, calibration=None)
     if device is not None and request.device in ("fast", "auto"):
         opened = dataclasses.replace(opened, device=device)
     return Candidate(name=name or folder, request=opened, report=report)
@@ -133,7 +138,7 @@ def compare(request: ModelRequest, candidates: Sequence[Candidate], registry: Re
     `window` None: `WINDOW` tokens, or as many as the model takes. A candidate that cannot run here becomes one of
     `refused`. Raises `TorchchatError` where the unquantised model cannot be measured, or is quantised already.
     """
-    plain = dataclasses.replace(request, quantize=None)
+    plain = dataclasses.replace(request, quantize=None, calibration=None)
     files = fetch_files(plain, registry)
     refuse_quantised(open_checkpoint(plain, files, registry), "there is nothing to compare it with")
     rows, refused = list[Row](), list[Refused]()
@@ -147,7 +152,7 @@ def compare(request: ModelRequest, candidates: Sequence[Candidate], registry: Re
             except (MemoryError, RuntimeError) as error:  # torch's own way to say that memory is out
                 refused.append(Refused(name=each.name, reason=f"{type(error).__name__}: {error}"))
     return Comparison(model=files.ref.text, text=text, window=measurement.window, rows=tuple(rows),
-                      refused=tuple(refused))
+                      refused=tuple(refused), calibration=request.calibration)
 
 
 @contextmanager

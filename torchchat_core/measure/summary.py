@@ -25,6 +25,9 @@ def method_lines(comparison: Comparison) -> Iterator[str]:
     """What was measured and how, and with what."""
     first, rates = comparison.reference, comparison.reference.rates
     yield f"{comparison.text.description}: {first.perplexity.tokens} tokens in windows of {comparison.window}"
+    if comparison.calibration is not None:
+        yield f"recipes that look at a text were given {comparison.calibration.path.name}, up to " \
+              f"{comparison.calibration.tokens} tokens of it"
     yield f"speed: a prompt of {rates.prompt_tokens} tokens and {rates.new_tokens} more, median of {rates.repeats} " \
           f"runs after one that warms up, with half of their range; {_threads()}, torch " \
           f"{torch.__version__}, torchchat {__version__}"
@@ -119,6 +122,8 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "text": {"name": comparison.text.name, "characters": comparison.text.read,
                  "of_characters": comparison.text.whole, "bytes": content, "window": comparison.window,
                  "tokens": comparison.reference.perplexity.tokens},
+        "calibration": {"text": comparison.calibration.path.name, "most_tokens": comparison.calibration.tokens}
+        if comparison.calibration is not None else None,
         "threads": torch.get_num_threads(), "torch": torch.__version__, "torchchat": __version__,
         "rows": [_row_json(row, comparison, content) for row in comparison.rows],
         "refused": [_refused_json(each) for each in comparison.refused],

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from torchchat_core.errors import TorchchatError
 from torchchat_core.specs import Calibration, Tokenizer
@@ -26,6 +27,11 @@ class CalibrationText:
     def __post_init__(self) -> None:
         if self.tokens < LEAST_TOKENS:
             raise TorchchatError(f"calibration with {self.tokens} tokens; {LEAST_TOKENS} are the least")
+
+    def described(self, calibration: Calibration) -> dict[str, Any]:
+        """What layers were made with, for the manifest of a folder: the file's name, and how many tokens, BOS
+        included, were read of it."""
+        return {"text": self.path.name, "tokens": sum(map(len, calibration.windows))}
 
 
 def read_calibration(text: CalibrationText, tokenizer: Tokenizer, max_context: int) -> Calibration:

@@ -117,12 +117,16 @@ class RecipeText:
     device: str | None = None  # where it says so, as --device takes it
     dtype: str | None = None  # likewise, as --dtype takes it
 
+    def steps(self, registry: Registry, device: str, dtype: str) -> tuple[Step, ...]:
+        """Each section with its quantizer. Raises `TorchchatError` for options that one refuses."""
+        return tuple(_step(scheme, section, registry, device, dtype) for scheme, section in self.sections.items())
+
     def settle(self, registry: Registry, device: str, dtype: str, calibrated: bool = False) -> Recipe:
         """With the quantizers for the device and the dtype; `calibrated`: whether there will be a text.
 
         Raises `TorchchatError` for options that the quantizers refuse, and where a text is missing or of no use.
         """
-        steps = tuple(_step(scheme, section, registry, device, dtype) for scheme, section in self.sections.items())
+        steps = self.steps(registry, device, dtype)
         check_selections([step.selection for step in steps])
         check_calibration(steps, calibrated)
         return Recipe(steps)

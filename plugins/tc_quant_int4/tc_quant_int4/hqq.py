@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import torch.nn.functional as F
@@ -67,5 +68,7 @@ def _torchao(name: str) -> Callable[..., Any]:
         logging.disable(before)
     found: Callable[..., Any] | None = getattr(quant_primitives, name, None)
     if found is None:
-        raise TorchchatError('"method": "hqq" was made for torchao 0.18, and another one is installed', INSTALL)
+        raise TorchchatError(f'"method": "hqq" uses a function of torchao that is not of its public interface, {name}, '
+                             f"and the torchao that is installed, {version('torchao')}, does not have it",
+                             "pip install torchao==0.18.0, or choose another method")
     return found
