@@ -61,6 +61,11 @@ def test_layers_that_are_left_alone_are_told_with_the_reason(tmp_path: Path, cap
     (["--quantize", "cpu"], 2, "say where to write"),
     (["-o", "OUT"], 2, "say how"),
     (["--quantize", "cpuu", "-o", "OUT"], 1, "did you mean cpu"),
+    (["--quantize", "cpu", "-o", "OUT", "--calibration-tokens", "200"], 2, "--calibration FILE"),
+    (["--quantize", "cpu", "-o", "OUT", "--calibration", "text"], 1, "no section of the recipe looks at"),
+    (["--quantize", '{"linear:int4": {"method": "gptq"}}', "-o", "OUT"], 1, "--calibration FILE"),
+    (["--quantize", '{"linear:int4": {"method": "gptq"}}', "-o", "OUT", "--calibration", "OUT"], 1, "cannot be read"),
+    (["--quantize", '{"linear:int4": {"method": "gtpq"}}', "-o", "OUT"], 1, "did you mean gptq"),
     (["--quantize", "cpu", "-o", "."], 1, "exists and is not empty"),
     (["--quantize", '{"precision": {"dtype": "bf16"}}', "-o", "OUT"], 1, "quantised no layer"),
 ])

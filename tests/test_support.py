@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +13,14 @@ from torchchat_core.hookspecs import hookimpl
 from torchchat_core.plugins import Registry
 from torchchat_core.quantization.recipe import read_recipe
 from torchchat_core.specs import ExecutorInfo, ExporterInfo, QuantizerInfo
-from torchchat_core.support import Combination, all_combinations, choose_executor, nearest, refusal
+from torchchat_core.support import (
+    Combination,
+    all_combinations,
+    choose_executor,
+    nearest,
+    refusal,
+    require_export,
+)
 
 ANY: dict[str, Any] = {"summary": "s", "factory": "types:SimpleNamespace"}
 CPU, BOTH = frozenset({"cpu"}), frozenset({"cpu", "cuda"})
@@ -140,3 +148,27 @@ def test_of_several_makers_of_a_scheme_the_one_for_the_device_is_taken(registry:
     assert read_recipe("linear:int8", registry, "cpu", "bf16").steps[0].quantizer.name == "int8"
     crossed = Combination(executor="d:general", device="cpu", dtype="fp32", scheme="linear:int8")
     assert refusal(crossed, registry) == "linear:int8 does not compute in fp32; on cpu it does in bf16"
+
+
+def test_layers_that_a_file_holds_need_no_quantizer(registry: Registry) -> None:
+    made = Combination(executor="d:general", device="cuda", dtype="bf16", scheme="linear:int2")
+    assert refusal(made, registry) == "no installed quantizer makes linear:int2"
+    assert refusal(replace(made, stored=True), registry) is None
+    assert refusal(replace(made, scheme="linear:int8", stored=True), registry) is None  # made for the CPU alone
+    assert choose_executor("auto", "cuda", "bf16", ("linear:int2",), registry, stored=True).name == "general"
+    with pytest.raises(TorchchatError, match="does not run linear:int2") as caught:
+        choose_executor("quick", "cpu", "bf16", ("linear:int2",), registry, stored=True)
+    assert caught.value.fix == "what works is d:general on cpu in bf16 with linear:int2"
+
+
+def test_what_an_exporter_does_not_take_is_told_with_those_that_do(registry: Registry) -> None:
+    gguf = ExporterInfo(name="gguf", writes="gguf", suffix=".gguf", devices=CPU, dtypes=frozenset({"fp32"}), **ANY)
+    for schemes, stored, fix in (
+        (("linear:int4",), True, "use the exporter pte (.pte), or export the model that it was made of"),
+        (("linear:int8",), True, "export the model that it was made of"),
+        (("linear:int4",), False, "use the exporter pte (.pte), or leave --quantize out"),
+        (("linear:int4", "linear:int8"), False, "leave --quantize out"),
+    ):
+        with pytest.raises(TorchchatError, match="it writes no quantised layers") as caught:
+            require_export(gguf, "cpu", "fp32", schemes, registry, stored)
+        assert caught.value.fix == fix

@@ -24,6 +24,8 @@ from torchchat_core.plugins import HOOKS, Registry, load_registry
 from torchchat_core.specs import (
     ABILITIES,
     BatchedModel,
+    CalibratingQuantizer,
+    Calibration,
     CatalogueEntry,
     Checkpoint,
     CommandInfo,
@@ -51,7 +53,7 @@ TYPES: dict[str, tuple[type, ...]] = {  # what a hook's factories make, and what
     "torchchat_model_sources": (ModelSource, KeepingSource, CatalogueEntry, ModelRef, ModelFiles, KeptModel,
                                 Checkpoint),
     "torchchat_tokenizers": (TokenizerReader, Tokenizer),
-    "torchchat_quantizers": (Quantizer, QuantReport, LayerReport),
+    "torchchat_quantizers": (Quantizer, CalibratingQuantizer, Calibration, QuantReport, LayerReport),
     "torchchat_executors": (Executor, LoadRequest, LoadedModel, BatchedModel, Session, ScoringSession),
     "torchchat_exporters": (Exporter,),
     "torchchat_commands": (),

@@ -5,7 +5,8 @@
 Writes a file of random weights in the shape of Llama 3.2 1B (128 256 tokens; as many layers as the size takes), loads
 it as bfloat16, and prints the speed beside that of only reading the file into memory, from the page cache and from the
 disk: each in a process of its own, in turns. Both get their memory from the system, which on virtual machines takes
-longer than all the rest, and loading keeps nearly twice as much of it.
+longer than all the rest, and loading keeps nearly twice as much of it. With `--keep-quantized`, for the types that are
+run as they are, the same for layers that stay as the file has them, packed for the kernels.
 """
 
 from __future__ import annotations
@@ -37,17 +38,23 @@ from tc_gguf.checkpoint import GgufSource
 from torchchat_core import kernels
 from torchchat_core.memory import peak_rss_bytes
 from torchchat_core.models.weights import build_model
+from torchchat_core.quantization.keeping import keep_quantised
+from torchchat_core.quantization.running import prepare
 from torchchat_core.specs import ModelFiles, ModelRef
 
 path = Path(sys.argv[1])
 ref = ModelRef(text=str(path), scheme="file", location=str(path))
 kernels.load()
 before, started = peak_rss_bytes(), time.perf_counter()
-model = build_model(GgufSource().open(ModelFiles(ref=ref, format="gguf", root=path.parent, weights=(path,))),
-                    torch.bfloat16)
+checkpoint = GgufSource().open(ModelFiles(ref=ref, format="gguf", root=path.parent, weights=(path,)))
+if sys.argv[2] == "kept":
+    checkpoint = keep_quantised(checkpoint, path.name)
+model = build_model(checkpoint, torch.bfloat16)
+prepare(model, torch.bfloat16)
 seconds = time.perf_counter() - started
 print(json.dumps({"seconds": seconds, "before": before, "peak": peak_rss_bytes(),
-                  "kept": sum(parameter.nbytes for parameter in model.parameters())}))
+                  "kept": sum(tensor.nbytes for name, tensor in (*model.named_parameters(), *model.named_buffers())
+                              if not name.endswith("embed_tokens.blocks"))}))  # those stay in the file
 """
 READ = """
 import json, sys, time
@@ -64,23 +71,27 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of the file, about (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where the file is written for a while (default: a temporary one)")
     parser.add_argument("--runs", type=int, default=5, help="of each kind (default: %(default)s)")
+    parser.add_argument("--keep-quantized", action="store_true", help="load the layers as the file has them")
     arguments = parser.parse_args()
+    if arguments.keep_quantized and arguments.type not in ("Q8_0", "Q4_0", "Q4_K"):
+        parser.error(f"{arguments.type} is not run as it is")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         path = Path(folder) / f"synthetic-{arguments.type}.gguf"
         write_model(path, arguments.type, arguments.gigabytes)
-        measure(path, arguments.runs)
+        measure(path, arguments.runs, "kept" if arguments.keep_quantized else "unpacked")
 
 
-def measure(path: Path, runs: int) -> None:
+def measure(path: Path, runs: int, how: str) -> None:
     size = path.stat().st_size
-    print(f"{path.name}: {size / 1e9:.2f} GB, loaded as bfloat16 by {os.cpu_count()} cores; medians of {runs}")
+    words = "kept as it is" if how == "kept" else "loaded as bfloat16"
+    print(f"{path.name}: {size / 1e9:.2f} GB, {words} by {os.cpu_count()} cores; medians of {runs}")
     loads = []
     for place in ("page cache", "disk"):
         pairs = []
         for _ in range(runs):
             for code in (READ, LOAD):
                 path.read_bytes() if place == "page cache" else let_go(path)
-                pairs.append(run(code, path))
+                pairs.append(run(code, path, how))
         loads += pairs[1::2]
         reading, loading = (statistics.median(each["seconds"] for each in pairs[start::2]) for start in (0, 1))
         ratio = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(pairs[::2], pairs[1::2], strict=True))
@@ -98,8 +109,8 @@ def let_go(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def run(code: str, path: Path) -> dict[str, float]:
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+def run(code: str, path: Path, how: str) -> dict[str, float]:
+    done = subprocess.run([sys.executable, "-c", code, str(path), how], capture_output=True, text=True, check=True)
     figures: dict[str, float] = json.loads(done.stdout)
     return figures
 

@@ -13,6 +13,17 @@ def bytes_text(count: int) -> str:
     return f"{size:.1f} {unit}" if unit in ("GB", "TB") and abs(size) < 99.95 else f"{size:.0f} {unit}"
 
 
+def size_text(count: int) -> str:
+    """Bytes with three digits, to tell sizes apart that lie close together: "999 B", "5.61 MB", "61.2 MB"."""
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if abs(size) < 999.5:
+            break
+        size, unit = size / 1000, larger
+    digits = 0 if unit == "B" or abs(size) >= 99.95 else 1 if abs(size) >= 9.995 else 2
+    return f"{size:.{digits}f} {unit}"
+
+
 def seconds_text(seconds: float) -> str:
     """A duration: "0.4 s", "42 s", "3 min 05 s"."""
     if seconds < 59.5:

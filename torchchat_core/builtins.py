@@ -122,7 +122,7 @@ def torchchat_commands() -> list[CommandInfo]:
         ),
         CommandInfo(
             name="quantize",
-            summary="Write a model with fewer bytes, and say what became of each layer.",
+            summary="Write a model with fewer bytes, and measure what that costs.",
             factory="torchchat_core.cli.quantize:quantize",
             order=42,
         ),

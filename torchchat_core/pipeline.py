@@ -7,19 +7,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from torchchat_core.errors import TorchchatError, did_you_mean
 from torchchat_core.models.weights import TORCH_DTYPES, build_model
 from torchchat_core.plugins import Registry
+from torchchat_core.quantization.calibration import CalibrationText, read_calibration
+from torchchat_core.quantization.keeping import KeptCheckpoint, KeptReport, keep_quantised
 from torchchat_core.quantization.recipe import Recipe, RecipeReport, RecipeText, parse_recipe
-from torchchat_core.quantization.saved import QuantizedCheckpoint, refuse_quantised
+from torchchat_core.quantization.replacing import stored_bytes
+from torchchat_core.quantization.saved import refuse_quantised
 from torchchat_core.small_files import expanded
 from torchchat_core.sources.reference import missing_file, resolve
 from torchchat_core.specs import (
     DEVICES,
+    Calibration,
     Checkpoint,
     ExecutorInfo,
     ExporterInfo,
@@ -27,6 +31,7 @@ from torchchat_core.specs import (
     LoadedModel,
     LoadRequest,
     ModelFiles,
+    is_layered,
 )
 from torchchat_core.support import choose_executor, require_export
 from torchchat_core.text_format import TextFormat, read_text_format
@@ -50,6 +55,8 @@ class ModelRequest:
     device: str = "fast"
     dtype: str | None = None  # None: the checkpoint's own, where the device is good at it
     quantize: str | None = None  # a scheme, a recipe, or a file that holds one
+    calibration: CalibrationText | None = None  # for a recipe that is made with a text, and for no other
+    keep_quantized: bool = False  # run the layers that the file holds quantised as they are
     max_seq_length: int | None = None
 
 
@@ -62,7 +69,9 @@ class OpenedModel:
     text_format: TextFormat
     executor: ExecutorInfo
     max_seq_length: int  # tokens that a sequence may have: the model's own, or fewer where asked for
+    weight_bytes: int  # of all weights as they are stored, before the executor packs them; shared ones count once
     quantisation: RecipeReport | None = None  # where a recipe was applied
+    kept: KeptReport | None = None  # where the file's own quantised layers were kept
 
 
 @contextmanager
@@ -78,14 +87,18 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
     limit = _checked_limit(request.max_seq_length, checkpoint.config.max_context)
     text_format = read_text_format(files, registry, checkpoint.config.vocab_size)
     dtype = choose_dtype(_wished_dtype(request, wished), device, checkpoint.dtype)
-    recipe = _settled(wished, checkpoint, registry, device, dtype)
-    executor = choose_executor(request.executor, device, dtype, _schemes(recipe, checkpoint), registry)
+    recipe = _settled(wished, request, checkpoint, registry, device, dtype)
+    executor = choose_executor(request.executor, device, dtype, _schemes(recipe, checkpoint), registry,
+                               is_layered(checkpoint))
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
-    report = recipe.apply(module) if recipe is not None else None
+    windows = _calibration(request, files, checkpoint, registry)
+    report = recipe.apply(module, windows) if recipe is not None else None
+    weight_bytes = stored_bytes(module)
     model: LoadedModel = executor.make().load(LoadRequest(device=device, dtype=dtype, module=module))
     try:
         yield OpenedModel(name=files.ref.text, model=model, text_format=text_format, executor=executor,
-                          max_seq_length=limit, quantisation=report)
+                          max_seq_length=limit, weight_bytes=weight_bytes, quantisation=report,
+                          kept=checkpoint.report if isinstance(checkpoint, KeptCheckpoint) else None)
     finally:
         model.close()
 
@@ -103,11 +116,12 @@ def export_model(request: ModelRequest, exporter: ExporterInfo, path: Path, opti
     checkpoint = open_checkpoint(request, files, registry)
     asked = _wished_dtype(request, wished)
     dtype = choose_dtype(asked, device, checkpoint.dtype) if asked else stored_dtype(checkpoint.dtype)
-    recipe = _settled(wished, checkpoint, registry, device, dtype)
-    require_export(exporter, device, dtype, _schemes(recipe, checkpoint))
+    recipe = _settled(wished, request, checkpoint, registry, device, dtype)
+    require_export(exporter, device, dtype, _schemes(recipe, checkpoint), registry,
+                   is_layered(checkpoint))
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
     if recipe is not None:
-        recipe.apply(module)
+        recipe.apply(module, _calibration(request, files, checkpoint, registry))
     exporter.make().export(ExportRequest(module=module, path=path, device=device, dtype=dtype, files=files,
                                          options=options))
     return files
@@ -126,32 +140,69 @@ def quantise_model(request: ModelRequest, folder: Path, registry: Registry) -> t
     wished = parse_recipe(request.quantize, registry)
     files = fetch_files(request, registry)
     checkpoint = open_checkpoint(request, files, registry)
-    named = wished.device if request.device in ("fast", "auto") else request.device
-    target = named if named in DEVICES else "cpu"
+    target = _target_device(request, wished)
     device = target if has_device(target) else "cpu"
     asked = _wished_dtype(request, wished)
     dtype = choose_dtype(asked, device, checkpoint.dtype) if asked else stored_dtype(checkpoint.dtype)
-    refuse_quantised(checkpoint, "it is not quantised again")
-    recipe = wished.settle(registry, target, dtype)
+    recipe = _settled(wished, request, checkpoint, registry, target, dtype)
+    windows = _calibration(request, files, checkpoint, registry)
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
-    report = recipe.apply(module)
-    write_quantised(module, wished.content, report, files, registry, folder, dtype)
+    report = recipe.apply(module, windows)
+    calibrated_on = request.calibration.described(windows) if request.calibration and windows else None
+    write_quantised(module, wished.content, report, files, registry, folder, dtype, calibrated_on)
     return files, report
 
 
-def _settled(wished: RecipeText | None, checkpoint: Checkpoint, registry: Registry, device: str, dtype: str
-             ) -> Recipe | None:
+def looks_at_text(request: ModelRequest, registry: Registry) -> bool:
+    """Whether the recipe of the request is made with a calibration text; so is one whose sections have errors, which
+    are told when it is used."""
+    if request.quantize is None:
+        return False
+    wished = parse_recipe(request.quantize, registry)
+    dtype = DTYPE_NAMES.get(_wished_dtype(request, wished) or "", "fp32")
+    try:
+        return any(step.calibrated for step in wished.steps(registry, _target_device(request, wished), dtype))
+    except TorchchatError:
+        return True
+
+
+@overload
+def _settled(wished: RecipeText, request: ModelRequest, checkpoint: Checkpoint, registry: Registry, device: str,
+             dtype: str) -> Recipe: ...
+@overload
+def _settled(wished: RecipeText | None, request: ModelRequest, checkpoint: Checkpoint, registry: Registry, device: str,
+             dtype: str) -> Recipe | None: ...
+def _settled(wished: RecipeText | None, request: ModelRequest, checkpoint: Checkpoint, registry: Registry, device: str,
+             dtype: str) -> Recipe | None:
     if wished is None:
+        if request.calibration is not None:
+            raise TorchchatError("there is a calibration text, and no recipe that could look at it",
+                                 "give one with --quantize")
         return None
     refuse_quantised(checkpoint, "it is not quantised again")
-    return wished.settle(registry, device, dtype)
+    return wished.settle(registry, device, dtype, calibrated=request.calibration is not None)
+
+
+def _calibration(request: ModelRequest, files: ModelFiles, checkpoint: Checkpoint, registry: Registry
+                 ) -> Calibration | None:
+    """The calibration text as the model reads it, where there is one."""
+    if request.calibration is None:
+        return None
+    tokenizer = read_text_format(files, registry, checkpoint.config.vocab_size).tokenizer
+    return read_calibration(request.calibration, tokenizer, checkpoint.config.max_context)
+
+
+def _target_device(request: ModelRequest, recipe: RecipeText) -> str:
+    """The one to quantise for, which need not be here."""
+    named = recipe.device if request.device in ("fast", "auto") else request.device
+    return named if named in DEVICES else "cpu"
 
 
 def _schemes(recipe: Recipe | None, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Of the quantised layers that the model will have."""
     if recipe is not None:
         return recipe.schemes
-    return checkpoint.schemes if isinstance(checkpoint, QuantizedCheckpoint) else ()
+    return checkpoint.schemes if is_layered(checkpoint) else ()
 
 
 def fetch_files(request: ModelRequest, registry: Registry) -> ModelFiles:
@@ -174,8 +225,11 @@ def fetch_files(request: ModelRequest, registry: Registry) -> ModelFiles:
 
 
 def open_checkpoint(request: ModelRequest, files: ModelFiles, registry: Registry) -> Checkpoint:
-    """The checkpoint in the files, with the adapter that was asked for merged into its weights as they are read."""
+    """The checkpoint in the files, with the adapter that was asked for merged into its weights as they are read, or
+    with the layers that it holds quantised kept, where that was asked for."""
     checkpoint = open_files(files, registry)
+    if request.keep_quantized:
+        checkpoint = keep_quantised(checkpoint, files.weights[0].name)
     if request.adapter is None:
         return checkpoint
     from torchchat_core.sources.adapters import with_adapter

@@ -28,11 +28,11 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "torchchat"
 
 
-def write_whole(path: Path, content: str) -> None:
-    """Writes text to `path` whole or not at all. Raises `TorchchatError` where that fails."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes text (as UTF-8) or bytes to `path` whole or not at all. Raises `TorchchatError` where that fails."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(content, encoding="utf-8")
+        beside.write_bytes(content if isinstance(content, bytes) else content.encode())
         beside.replace(path)
     except (OSError, ValueError) as error:  # ValueError: what UTF-8 cannot say, or a NUL in the path
         with contextlib.suppress(OSError, ValueError):

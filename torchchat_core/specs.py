@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeGuard, get_args, get_origin, get_type_hints
 
 from torchchat_core.errors import TorchchatError
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from torchchat_core.models.config import ModelConfig
+    from torchchat_core.models.transformer import Transformer
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 SCHEME = re.compile(r"(linear|embedding):[a-z0-9][a-z0-9_.-]*")
@@ -150,6 +151,7 @@ class QuantizerInfo(Description):
     scheme: str = ""  # the key of a recipe's section: "linear:int4", "embedding:int8", ...
     devices: frozenset[str] = frozenset()  # of DEVICES
     dtypes: frozenset[str] = frozenset()  # of activations, of DTYPES
+    calibrates: bool = False  # can look at what a text makes of the layers, and is then a `CalibratingQuantizer`
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -260,23 +262,53 @@ class Checkpoint(Protocol):
         """
 
 
+class LayeredCheckpoint(Checkpoint, Protocol):
+    """Some of whose layers are there as core's layers with integer weights, which no quantizer has to make."""
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Of those layers, as an executor declares them: "linear:int4", "embedding:int8"."""
+
+    def put_layers(self, model: nn.Module, dtype: torch.dtype, device: str) -> set[str]:
+        """Puts them into a model without memory; names of the weights and biases that need no other tensor then.
+
+        Raises `TorchchatError` for a layer that the model does not have, and tensors that are missing or wrong.
+        """
+
+
+def is_layered(checkpoint: object) -> TypeGuard[LayeredCheckpoint]:
+    """By its methods alone: `isinstance` would read its properties, and so perhaps the files."""
+    return hasattr(type(checkpoint), "put_layers")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackedTensor:
     """A quantised matrix as it is stored, in a block format of GGUF."""
 
-    kind: str  # "q4_0", "q8_0", "q4_k"
+    kind: str  # "q4_0", "q4_1", "q8_0", "q4_k"
     shape: tuple[int, int]  # of the matrix that it stands for: outputs, inputs
-    data: Tensor  # [outputs, bytes of a row] uint8, mapped
+    data: Tensor  # [outputs, bytes of a row] uint8, mapped: gone from memory when nothing refers to it
 
 
 class PackedCheckpoint(Checkpoint, Protocol):
     """Of a format that keeps weights quantised."""
+
+    def block_format(self, name: str) -> str | None:
+        """How the tensor is stored, as people write it: "Q4_0"; None where it is plain numbers.
+
+        Raises `KeyError` where there is no such tensor.
+        """
 
     def packed(self, name: str) -> PackedTensor | None:
         """The tensor as it is stored, where its block format is one that is run without unpacking, else None.
 
         Raises `KeyError` where there is no such tensor.
         """
+
+
+def is_packed(checkpoint: object) -> TypeGuard[PackedCheckpoint]:
+    """As `is_layered`."""
+    return hasattr(type(checkpoint), "packed")
 
 
 class ModelSource(Protocol):
@@ -392,6 +424,29 @@ class QuantReport:
 class Quantizer(Protocol):
     def apply(self, model: nn.Module, options: Any) -> QuantReport:
         """Replaces layers of `model` in place, as `options` (of the description's class) ask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """A text as the model reads it, for quantizers that look at activations. There is at least one window."""
+
+    windows: tuple[tuple[int, ...], ...]  # token ids of sequences from their start, all of one length
+
+
+class CalibratingQuantizer(Quantizer, Protocol):
+    """Of a description with `calibrates`. Whether a text is needed, the options say.
+
+    Where they need one, `calibrate` is called in place of `apply`, and nothing is called without a text.
+    """
+
+    def needs_calibration(self, options: Any) -> bool:
+        """Whether layers of these options are made with a text."""
+
+    def calibrate(self, model: Transformer, options: Any, calibration: Calibration) -> QuantReport:
+        """Replaces layers of `model` in place. Other layers may be quantised already, or quantised afterwards.
+
+        Layers of other sections of the recipe are hidden: they compute, and are no `nn.Linear` or `nn.Embedding`.
+        """
 
 
 class Session(Protocol):

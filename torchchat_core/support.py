@@ -18,13 +18,18 @@ IN_MEMORY = "module"  # what an executor reads when nothing was exported
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """One way to run a model. `scheme` None: not quantised; `format` "module": not exported."""
+    """One way to run a model. `scheme` None: not quantised; `format` "module": not exported.
+
+    With `stored`, the model's files hold the quantised layers, in core's own form: no quantizer is needed, and they
+    compute on every device in every dtype that the executor has.
+    """
 
     executor: str  # qualified name
     device: str
     dtype: str
     scheme: str | None = None
     format: str = IN_MEMORY
+    stored: bool = False
 
     def __str__(self) -> str:
         quantised = f" with {self.scheme}" if self.scheme else ""
@@ -48,6 +53,10 @@ def refusal(wanted: Combination, registry: Registry, platform: str = sys.platfor
         return _export_refusal(wanted, registry)
     if wanted.scheme not in info.schemes and ANY_SCHEME not in info.schemes:
         return f"{named} does not run {wanted.scheme}; it runs {_listed(info.schemes) or 'no quantised layers'}"
+    return (None if wanted.stored else _quantizer_refusal(wanted, registry)) or _export_refusal(wanted, registry)
+
+
+def _quantizer_refusal(wanted: Combination, registry: Registry) -> str | None:
     quantizers = [each for each in registry.infos(QuantizerInfo) if wanted.scheme == each.scheme]
     if not quantizers:
         return f"no installed quantizer makes {wanted.scheme}"
@@ -58,7 +67,7 @@ def refusal(wanted: Combination, registry: Registry, platform: str = sys.platfor
     if not any(wanted.dtype in each.dtypes for each in there):
         dtypes = {dtype for each in there for dtype in each.dtypes}
         return f"{wanted.scheme} does not compute in {wanted.dtype}; on {wanted.device} it does in {_listed(dtypes)}"
-    return _export_refusal(wanted, registry)
+    return None
 
 
 def _export_refusal(wanted: Combination, registry: Registry) -> str | None:
@@ -75,8 +84,9 @@ def _export_refusal(wanted: Combination, registry: Registry) -> str | None:
     return None
 
 
-def require_export(exporter: ExporterInfo, device: str, dtype: str, schemes: Sequence[str]) -> None:
-    """Raises `TorchchatError` where the exporter does not write such a model."""
+def require_export(exporter: ExporterInfo, device: str, dtype: str, schemes: Sequence[str], registry: Registry,
+                   stored: bool = False) -> None:
+    """Raises `TorchchatError` where the exporter does not write such a model; `stored` as in `Combination`."""
     named = f"exporter {exporter.name!r}"
     if device not in exporter.devices:
         raise TorchchatError(f"{named} does not write models for {device}",
@@ -85,9 +95,13 @@ def require_export(exporter: ExporterInfo, device: str, dtype: str, schemes: Seq
         raise TorchchatError(f"{named} does not write models in {dtype}", f"use --dtype {_listed(exporter.dtypes)}")
     unknown = [scheme for scheme in schemes if scheme not in exporter.schemes]
     if unknown:
-        known = _listed(exporter.schemes)
-        raise TorchchatError(f"{named} does not write {unknown[0]}; it writes {known or 'no quantised layers'}",
-                             "leave --quantize out, or choose another exporter")
+        known = _listed(exporter.schemes) or "no quantised layers"
+        layers = f"the model's layers of {unknown[0]}" if stored else unknown[0]
+        instead = "export the model that it was made of" if stored else "leave --quantize out"
+        others = [f"{info.name} ({info.suffix})" for info in registry.infos(ExporterInfo)
+                  if info.schemes.issuperset(schemes) and device in info.devices and dtype in info.dtypes]
+        raise TorchchatError(f"{named} does not write {layers}; it writes {known}",
+                             f"use the exporter {' or '.join(others)}, or {instead}" if others else instead)
 
 
 def all_combinations(registry: Registry) -> Iterator[Combination]:
@@ -110,7 +124,11 @@ def nearest(wanted: Combination, registry: Registry) -> Combination | None:
     def distance(other: Combination) -> int:
         return sum(weight for name, weight in weights.items() if getattr(other, name) != getattr(wanted, name))
 
-    working = [each for each in all_combinations(registry) if refusal(each, registry) is None]
+    others = list(all_combinations(registry))
+    if wanted.stored:  # its scheme needs no quantizer, and so is perhaps not among them
+        others = [replace(each, scheme=scheme, stored=scheme is not None) for each in others if each.scheme is None
+                  for scheme in (None, wanted.scheme)]
+    working = [each for each in others if refusal(each, registry) is None]
     return min(working, key=distance, default=None)
 
 
@@ -128,8 +146,11 @@ def require(wanted: Combination, registry: Registry) -> None:
     raise TorchchatError(reason, f"what works is {instead}" if instead else "pip install tc-eager")
 
 
-def choose_executor(name: str, device: str, dtype: str, schemes: Sequence[str], registry: Registry) -> ExecutorInfo:
+def choose_executor(name: str, device: str, dtype: str, schemes: Sequence[str], registry: Registry,
+                    stored: bool = False) -> ExecutorInfo:
     """The executor of that name, for a model in memory with layers of all the schemes; for "auto", the first fitting.
+
+    `stored` as in `Combination`.
 
     The first by order, those with a name of their own before contested ones; one that cannot be imported is passed
     over.
@@ -140,7 +161,7 @@ def choose_executor(name: str, device: str, dtype: str, schemes: Sequence[str], 
     wanted_schemes: Sequence[str | None] = schemes or [None]
 
     def combinations(executor: str) -> list[Combination]:
-        return [Combination(executor=executor, device=device, dtype=dtype, scheme=scheme)
+        return [Combination(executor=executor, device=device, dtype=dtype, scheme=scheme, stored=stored)
                 for scheme in wanted_schemes]
 
     if name != "auto":

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from torchchat_core import kernels
 from torchchat_core.kernels.build import library_path
+from torchchat_core.quantization.layers import packed_values
 from torchchat_core.small_files import cache_folder
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the CPU kernels cannot be built here")
-SHAPES = [(16, 32, 32), (64, 64, 32), (50, 100, 32), (33, 256, 128), (7, 288, 256), (17, 40, 64), (16, 4, 32)]
+SHAPES = [(16, 32, 32), (64, 64, 32), (50, 100, 32), (33, 256, 128), (7, 288, 256), (17, 40, 64), (16, 4, 32),
+          (20, 45, 32)]
 operators = torch.ops.torchchat
 
 
@@ -42,7 +44,8 @@ def matrix(outputs: int, columns: int, bits: int, group: int, asymmetric: bool) 
     full = stored * scales.float().repeat_interleave(group, 1)[:, :columns]
     if offsets is not None:
         full += offsets.float().repeat_interleave(group, 1)[:, :columns]
-    return operators.pack_quantized(values, scales, offsets, bits, group), full
+    packed = operators.pack_quantized(packed_values(values, bits), scales, offsets, columns, bits, group)
+    return packed, full
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -177,6 +180,13 @@ def test_wrong_arguments_are_refused_before_anything_is_read(instructions: str) 
                       (x.double(), packed, None, 16, 4, 32, False), (x[0], packed, None, 16, 4, 32, False)):
         with pytest.raises(RuntimeError):
             operators.quantized_linear(*arguments)
+    values, scales = torch.zeros(16, 32, dtype=torch.uint8), torch.ones(16, 2).half()
+    for wrong in ((values, scales, None, 60, 4, 32), (values, scales, None, 64, 8, 32),
+                  (values[0], scales, None, 64, 4, 32), (values, scales[:3], None, 64, 4, 32),
+                  (values, scales, scales.float(), 64, 4, 32), (values, scales, None, 0, 4, 32),
+                  (values.int(), scales, None, 64, 4, 32)):
+        with pytest.raises(RuntimeError):
+            operators.pack_quantized(*wrong)
 
 
 def test_products_made_together_are_those_made_one_by_one(instructions: str) -> None:
@@ -224,6 +234,8 @@ def test_the_compiler_can_trace_the_operators(bits: int) -> None:
     assert kernels.load() is None
     packed, _ = matrix(48, 64, bits, 32, True)
     torch.library.opcheck(operators.quantized_linear, (torch.randn(3, 64), packed, torch.randn(48), 48, bits, 32, True))
+    values = torch.zeros(48, 64 * bits // 8, dtype=torch.uint8)
+    torch.library.opcheck(operators.pack_quantized, (values, torch.ones(48, 2).half(), None, 64, bits, 32))
     torch.library.opcheck(operators.unpack_quantized, (packed, 48, 64, bits, 32, True))
     torch.library.opcheck(operators.dense_linear, (torch.randn(9, 8), torch.randn(4, 8), torch.randn(4)))
     keys, values = caches(2, 16, 8, torch.float32)
@@ -241,6 +253,18 @@ def test_blocks_of_next_to_nothing_count_as_zeros(instructions: str) -> None:
     x = torch.full((2, 64), 1e-38)
     x[1] = 0
     assert not operators.quantized_linear(x, packed, None, 16, 4, 32, False).any()
+
+
+def test_blocks_that_do_not_fit_are_refused_before_anything_is_read(instructions: str) -> None:
+    blocks, values = torch.zeros(3, 20, dtype=torch.uint8), torch.zeros(3, 16, dtype=torch.uint8)
+    scales = torch.zeros(3)
+    whole = (blocks, "q4_1", values, scales.half(), scales.half())
+    operators.take_apart_ggml(*whole)
+    for at, wrong in ((0, blocks[:2]), (0, blocks[0]), (0, blocks.int()), (0, blocks.T), (1, "q4_0"), (1, "q9"),
+                      (2, values[:2]), (2, values.int()), (2, values[:, ::2]), (3, scales), (3, scales.half()[:2]),
+                      (4, None), (4, scales), (4, scales.half()[:2])):
+        with pytest.raises(RuntimeError):
+            operators.take_apart_ggml(*whole[:at], wrong, *whole[at + 1 :])
 
 
 def in_new_process(**environment: str) -> str:

@@ -68,6 +68,25 @@ def test_the_embedding_goes_by_the_original_s_name(registry: Registry) -> None:
         assert model.model.embed_tokens.format.bits == bits
 
 
+@pytest.mark.parametrize("recipe", [
+    {"linear:int8": {"bitwidth": 8, "groupsize": 0}}, {"linear:int8": {"bitwidth": 8, "groupsize": 32}},
+    {"linear:int4": {"bitwidth": 4, "groupsize": 32}}, {"embedding": {"bitwidth": 8, "groupsize": 0}},
+    {"embedding": {"bitwidth": 4, "groupsize": 32}}, {"embedding:int8": {"bitwidth": 8}}], ids=json.dumps)
+def test_a_section_may_repeat_the_bitwidth_of_its_scheme(recipe: dict[str, Any], registry: Registry) -> None:
+    section, = recipe.values()
+    model, report = applied(recipe, registry)
+    assert report.done
+    layer = model.get_submodule(report.done[0].name)
+    assert layer.format.bits == section["bitwidth"]
+    assert layer.format.group_size == (section.get("groupsize", 32) or None)
+
+
+def test_the_place_of_a_recipe_in_the_original_tool_leads_to_its_name(registry: Registry) -> None:
+    with pytest.raises(TorchchatError, match="the recipe comes with torchchat") as caught:
+        parse_recipe("config/data/mobile.json", registry)
+    assert caught.value.fix == "--quantize mobile"
+
+
 def test_a_recipe_comes_from_a_name_a_file_or_text(registry: Registry, tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text('{"version": 1, "linear:int4": {"groupsize": 64}}')
     assert parse_recipe(str(tmp_path / "mine.json"), registry).sections == {"linear:int4": {"groupsize": 64}}
@@ -104,6 +123,10 @@ def test_the_recipe_chooses_dtype_and_device_where_the_user_does_not(registry: R
     ({"linear:int4": {"groupsize": 40}}, "the group size is 40"),
     ({"linear:int4": {"group_size": 32}}, "no option 'group_size'.*did you mean groupsize"),
     ({"embedding": {"bitwidth": 3}}, "the bitwidth of the embedding is 3"),
+    ({"linear:int4": {"bitwidth": 8}}, "the bitwidth of 'linear:int4' is 8 in the recipe; that scheme has 4"),
+    ({"linear:int8": {"bitwidth": True}}, "the bitwidth of 'linear:int8' is True"),
+    ({"embedding:int4": {"bitwidth": 8}}, "the bitwidth of 'embedding:int4' is 8"),
+    ({"linear:gptq": {"groupsize": 32}}, 'is no scheme.*"linear:int4": {"method": "gptq"}'),
     ({"embedding": {}, "embedding:int8": {}}, "two sections for 'embedding:int8'"),
     ({"linear:int4": {}, "linear:int8": {}}, "both take all linear layers"),
     ({"linear:int4": {"layers": ["lm_head"]}, "linear:int8": {"layers": ["lm_*"]}}, "both name the layer 'lm_head'"),

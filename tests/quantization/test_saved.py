@@ -101,6 +101,29 @@ def test_an_executor_is_asked_for_the_schemes_that_are_in_the_file(registry: Reg
         pass
 
 
+def test_a_folder_runs_without_the_plugin_that_made_it(registry: Registry, tmp_path: Path, torchchat: Any) -> None:
+    quantise_model(ModelRequest(quantize=RECIPE), tmp_path / "q", registry)
+    arguments = ("generate", tmp_path / "q", "--device", "cpu", "--prompt", "Hello", "--max-new-tokens", "4",
+                 "--temperature", "0")
+    without = torchchat("-p", "no:tc-quant-int4", "-p", "no:tc-quant-int8", *arguments)
+    assert without.code == 0, without.err
+    assert without.out.strip()
+    assert without.out == torchchat(*arguments).out
+    again = torchchat("-p", "no:tc-quant-int4", "generate", "embedded", "--quantize", "linear:int4", "--device", "cpu")
+    assert again.code == 1
+    assert "no recipe, file or scheme 'linear:int4'" in again.err
+
+
+def test_an_export_of_a_folder_is_refused_with_what_to_do(registry: Registry, tmp_path: Path, torchchat: Any) -> None:
+    pytest.importorskip("tc_gguf", reason="tc-gguf is not installed")
+    quantise_model(ModelRequest(quantize=RECIPE), tmp_path / "q", registry)
+    done = torchchat("export", tmp_path / "q", "-o", tmp_path / "model.gguf")
+    assert done.code == 1
+    assert "exporter 'gguf' does not write the model's layers of linear:int4; it writes no quantised layers" in done.err
+    assert "export the model that it was made of" in done.err
+    assert "--quantize" not in done.err
+
+
 def test_layers_of_a_plugin_s_own_kind_cannot_be_written(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(TorchchatError, match="linear:own cannot be written"):
         quantise_model(ModelRequest(quantize="linear:own"), tmp_path / "q", registry)

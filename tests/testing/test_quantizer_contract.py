@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchchat_core.errors import TorchchatError
 from torchchat_core.hookspecs import hookimpl
 from torchchat_core.options import option
-from torchchat_core.specs import LayerReport, QuantizerInfo, QuantReport
+from torchchat_core.specs import Calibration, LayerReport, QuantizerInfo, QuantReport
 from torchchat_core.testing import QuantizerContract
 
 
@@ -188,6 +189,42 @@ class RemembersOptions(Right):
         return super().apply(model, Options(groupsize=self.groupsizes[-1]))
 
 
+class Calibrating(Right):
+    """A quantizer without a fault that needs a text for all that it does: tokens that it has make its scales larger."""
+
+    def needs_calibration(self, options: Options) -> bool:
+        return True
+
+    def apply(self, model: nn.Module, options: Options) -> QuantReport:
+        raise TorchchatError("there is no calibration text")
+
+    def calibrate(self, model: nn.Module, options: Options, calibration: Calibration) -> QuantReport:
+        report = super().apply(model, options)
+        tokens = len({token for window in calibration.windows for token in window})
+        for layer in report.layers:
+            if layer.scheme:
+                model.get_submodule(layer.name).scales.mul_(1 + 1e-5 * tokens)
+        return report
+
+
+class DoesWithoutText(Calibrating):
+    def apply(self, model: nn.Module, options: Options) -> QuantReport:
+        return Right.apply(self, model, options)
+
+
+class IgnoresTheText(Calibrating):
+    def calibrate(self, model: nn.Module, options: Options, calibration: Calibration) -> QuantReport:
+        return Right.apply(self, model, options)
+
+
+class NeverNeedsAText(Calibrating):
+    def needs_calibration(self, options: Options) -> bool:
+        return False
+
+    def apply(self, model: nn.Module, options: Options) -> QuantReport:
+        return Right.apply(self, model, options)
+
+
 TABLE = [
     (SkipsInSilence, "test_every_layer_of_the_kind_is_reported", "reported are not "),
     (ReportsTwice, "test_every_layer_of_the_kind_is_reported", "reported are twice "),
@@ -208,6 +245,9 @@ TABLE = [
     (RoundsByChance, "test_the_options_reproduce_the_model", "applied again with the same options"),
     (ComputesByChance, "test_the_options_reproduce_the_model", "the logits differ"),
     (RemembersOptions, "test_the_options_reproduce_the_model", "the report is another"),
+    (DoesWithoutText, "test_a_text_is_asked_for_where_it_is_needed", "needs a calibration text, was accepted"),
+    (IgnoresTheText, "test_the_text_has_a_say", "two calibration texts make the same layers"),
+    (NeverNeedsAText, "test_the_text_has_a_say", "none of the tested recipes needs a calibration text"),
 ]
 
 
@@ -215,7 +255,8 @@ TABLE = [
 def torchchat_quantizers() -> list[QuantizerInfo]:
     return [QuantizerInfo(name=quantizer.__name__.lower(), summary="faulty", scheme="linear:int8", options=Options,
                           factory=f"{__name__}:{quantizer.__name__}", devices=frozenset({"cpu"}),
-                          dtypes=frozenset({"fp32", "bf16"})) for quantizer in {Right, *(row[0] for row in TABLE)}]
+                          dtypes=frozenset({"fp32", "bf16"}), calibrates=issubclass(quantizer, Calibrating))
+            for quantizer in {Right, Calibrating, *(row[0] for row in TABLE)}]
 
 
 class Int8Contract(QuantizerContract):
@@ -225,6 +266,10 @@ class Int8Contract(QuantizerContract):
 
 class TestRight(Int8Contract):
     recipes = ({}, {"groupsize": 32})
+
+
+class TestCalibrating(Int8Contract):
+    name = "calibrating"
 
 
 def contract(quantizer: type[Right]) -> type[QuantizerContract]:

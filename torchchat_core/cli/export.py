@@ -16,7 +16,7 @@ from torchchat_core.small_files import expanded
 from torchchat_core.specs import ExporterInfo
 
 OUTPUT = "output"
-RUNNING_ONLY = ("executor", "max_seq_length")  # flags of `model_flags` that say how a model is run
+RUNNING_ONLY = ("executor", "keep_quantized", "max_seq_length")  # flags of `model_flags` that say how a model is run
 
 
 class ExportCommand(click.Command):

@@ -43,6 +43,8 @@ def model_flags(function: Function) -> Function:
         click.option("--quantize", metavar="RECIPE", help="A recipe such as cpu, a scheme such as linear:int8, a "
                                                           "JSON object, or a file that holds one.",
                      shell_complete=complete_scheme),
+        click.option("--keep-quantized", is_flag=True, default=None, help="Run the weights that a GGUF file holds "
+                     "quantised as they are, instead of unpacking them."),
         click.option("--executor", metavar="NAME", help="What runs the model; auto takes the first that fits "
                                                         "[default: auto].", shell_complete=complete_executor),
         click.option("--device", metavar="NAME", help="cpu, cuda, mps, or fast: a GPU where there is one "

@@ -28,7 +28,20 @@ def opened_model(flags: Mapping[str, Any], registry: Registry) -> Iterator[Opene
             opened = stack.enter_context(open_model(model_request(flags), registry))
         if opened.quantisation is not None:
             click.echo(quantisation_line(opened.quantisation), err=True)
+        for line in kept_lines(opened):
+            click.echo(line, err=True)
         yield opened
+
+
+def kept_lines(opened: OpenedModel) -> Iterator[str]:
+    """Which layers --keep-quantized kept, and whether they can be run fast."""
+    from torchchat_core import kernels
+
+    if opened.kept is None:
+        return
+    yield opened.kept.line(opened.model.dtype)
+    if opened.model.device == "cpu" and (missing := kernels.load(building=False)) is not None:
+        yield f"notice: without the CPU kernels, layers with weights of so few bits are slow: {missing}"
 
 
 def quantisation_line(report: RecipeReport) -> str:

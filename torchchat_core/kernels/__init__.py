@@ -74,6 +74,7 @@ def _load(path: Path) -> None:
     torch.library.register_fake("torchchat::quantized_linear", _fake_linear)
     torch.library.register_fake("torchchat::quantized_linears", _fake_linears)
     torch.library.register_fake("torchchat::unpack_ggml", lambda *_: None)
+    torch.library.register_fake("torchchat::take_apart_ggml", lambda *_: None)
     torch.library.register_fake("torchchat::dense_linear", _fake_dense_linear)
     torch.library.register_fake("torchchat::dense_linears", _fake_dense_linears)
     torch.library.register_fake("torchchat::rms_norm", lambda x, *_: torch.empty_like(x))
@@ -88,8 +89,9 @@ def packed_bytes(outputs: int, columns: int, bits: int, group_size: int, asymmet
     return -(-outputs // PANEL_ROWS) * panel
 
 
-def _fake_pack(values: Tensor, scales: Tensor, offsets: Tensor | None, bits: int, group_size: int) -> Tensor:  # noqa: ARG001
-    return values.new_empty(packed_bytes(values.shape[0], values.shape[1], bits, group_size, offsets is not None))
+def _fake_pack(values: Tensor, scales: Tensor, offsets: Tensor | None, columns: int, bits: int,  # noqa: ARG001
+               group_size: int) -> Tensor:
+    return values.new_empty(packed_bytes(values.shape[0], columns, bits, group_size, offsets is not None))
 
 
 def _fake_unpack(packed: Tensor, outputs: int, columns: int, bits: int, group_size: int,  # noqa: ARG001

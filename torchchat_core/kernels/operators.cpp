@@ -1,5 +1,5 @@
 // The kernels as operators of PyTorch: torchchat::quantized_linear(s), pack_quantized, unpack_quantized, unpack_ggml,
-// dense_linear(s), rms_norm, cached_attention.
+// take_apart_ggml, dense_linear(s), rms_norm, cached_attention.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -20,6 +20,8 @@
 #include "bfloat16_linear.h"
 #include "float32_linear.h"
 #include "ggml_blocks.h"
+#include "ggml_integers.h"
+#include "packing.h"
 #include "quantized_linear.h"
 
 namespace torchchat {
@@ -59,49 +61,32 @@ PanelLayout checked_layout(int64_t columns, int64_t bits, int64_t group_size, bo
 
 int64_t panels_of(int64_t outputs) { return (outputs + kPanelRows - 1) / kPanelRows; }
 
-// values uint8 [outputs, columns], scales and offsets float16 [outputs, groups] -> panels, uint8 [bytes].
+// values uint8 [outputs, bytes of a row], as packing.h has them, scales and offsets float16 [outputs, groups] -> panels,
+// uint8 [bytes].
 at::Tensor pack_quantized(const at::Tensor& values, const at::Tensor& scales, const std::optional<at::Tensor>& offsets,
-                          int64_t bits, int64_t group_size) {
-  TORCH_CHECK(values.dim() == 2 && values.scalar_type() == at::kByte, "values have to be uint8 [outputs, columns]");
-  const int64_t outputs = values.size(0), columns = values.size(1);
+                          int64_t columns, int64_t bits, int64_t group_size) {
   const PanelLayout layout = checked_layout(columns, bits, group_size, offsets.has_value());
+  const int64_t row_bytes = bits == 8 ? columns : (columns + 1) / 2;
+  TORCH_CHECK(values.dim() == 2 && values.scalar_type() == at::kByte && values.size(1) == row_bytes,
+              "values have to be uint8 [outputs, ", row_bytes, "]");
+  const int64_t outputs = values.size(0);
   for (const at::Tensor* each : {&scales, offsets ? &*offsets : &scales})
     TORCH_CHECK(each->dim() == 2 && each->scalar_type() == at::kHalf && each->size(0) == outputs &&
                     each->size(1) == layout.groups(),
                 "scales and offsets have to be float16 [", outputs, ", ", layout.groups(), "]");
   const at::Tensor from = values.contiguous(), factors = scales.contiguous();
   const at::Tensor shifts = offsets ? offsets->contiguous() : at::Tensor();
-  at::Tensor packed = at::empty({panels_of(outputs) * layout.panel_bytes()}, values.options());
-  const uint8_t* source = from.const_data_ptr<uint8_t>();
-  uint8_t* target = packed.mutable_data_ptr<uint8_t>();
-  const auto zero = static_cast<uint8_t>(layout.zero());
-  const auto put_scales = [&](const at::Tensor& stored, int64_t panel, int64_t group, uint8_t* at) {
-    const auto* halves = reinterpret_cast<const uint16_t*>(stored.const_data_ptr<at::Half>());
-    uint16_t lanes[kPanelRows] = {};
-    for (int64_t lane = 0; lane < kPanelRows && panel * kPanelRows + lane < outputs; ++lane)
-      lanes[lane] = halves[(panel * kPanelRows + lane) * layout.groups() + group];
-    std::memcpy(at, lanes, sizeof lanes);
+  const auto halves = [](const at::Tensor& numbers) {
+    return reinterpret_cast<const uint16_t*>(numbers.const_data_ptr<at::Half>());
   };
+  const StoredRows stored{from.const_data_ptr<uint8_t>(), outputs,         columns, row_bytes,
+                          halves(factors),                offsets ? halves(shifts) : nullptr};
+  at::Tensor packed = at::empty({panels_of(outputs) * layout.panel_bytes()}, values.options());
+  uint8_t* target = packed.mutable_data_ptr<uint8_t>();
+  const auto pack = bits == 8 ? pack_panel<8> : pack_panel<4>;
   at::parallel_for(0, panels_of(outputs), 1, [&](int64_t first, int64_t last) {
-    for (int64_t panel = first; panel < last; ++panel) {
-      uint8_t* at = target + panel * layout.panel_bytes();
-      for (int64_t block = 0; block < layout.blocks; ++block) {
-        uint8_t weights[kPanelRows][kBlockColumns];
-        std::memset(weights, zero, sizeof weights);
-        const int64_t begin = block * kBlockColumns, count = std::min(kBlockColumns, columns - begin);
-        for (int64_t lane = 0; lane < kPanelRows && panel * kPanelRows + lane < outputs; ++lane)
-          std::memcpy(weights[lane], source + (panel * kPanelRows + lane) * columns + begin, count);
-        for (int64_t quad = 0; quad < (bits == 8 ? kQuads : kQuads / 2); ++quad)
-          for (int64_t lane = 0; lane < kPanelRows; ++lane)
-            for (int64_t c = 0; c < 4; ++c)
-              *at++ = bits == 8 ? weights[lane][quad * 4 + c]
-                                : (weights[lane][quad * 4 + c] & 15) | (weights[lane][(quad + 4) * 4 + c] << 4);
-        if ((block + 1) % layout.group != 0 && block + 1 != layout.blocks) continue;
-        put_scales(factors, panel, block / layout.group, at);
-        if (offsets) put_scales(shifts, panel, block / layout.group, at + kPanelRows * 2);
-        at += layout.scale_bytes();
-      }
-    }
+    for (int64_t panel = first; panel < last; ++panel)
+      pack(layout, stored, panel, target + panel * layout.panel_bytes());
   });
   return packed;
 }
@@ -500,11 +485,47 @@ void unpack_ggml(const at::Tensor& blocks, const std::string& format, at::Tensor
   else TORCH_CHECK(false, "there is no format ", format, " here; known are Q8_0, Q4_0, Q4_K, Q5_K and Q6_K");
 }
 
+template <typename Format>
+void take_apart(const at::Tensor& blocks, at::Tensor& values, at::Tensor& scales, std::optional<at::Tensor>& centres) {
+  const int64_t count = blocks.size(0);
+  TORCH_CHECK(blocks.size(1) == Format::kBytes && values.numel() == count * Format::kValueBytes &&
+                  scales.numel() == count * Format::kGroups && centres.has_value() == Format::kCentres &&
+                  (!centres || centres->numel() == scales.numel()),
+              "values, scales and centres have to be those of ", count, " blocks of ", Format::kBytes, " bytes");
+  const uint8_t* from = blocks.const_data_ptr<uint8_t>();
+  uint8_t* to = values.mutable_data_ptr<uint8_t>();
+  at::Half* factors = scales.mutable_data_ptr<at::Half>();
+  at::Half* middles = centres ? centres->mutable_data_ptr<at::Half>() : nullptr;
+  at::parallel_for(0, count, (1 << 15) / Format::kBytes, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block)
+      Format::take(from + block * Format::kBytes, to + block * Format::kValueBytes, factors + block * Format::kGroups,
+                   Format::kCentres ? middles + block * Format::kGroups : nullptr);
+  });
+}
+
+// blocks uint8 [n, bytes] of a format of ggml -> values uint8, scales and centres float16, as ggml_integers.h has them.
+void take_apart_ggml(const at::Tensor& blocks, const std::string& format, at::Tensor& values, at::Tensor& scales,
+                     std::optional<at::Tensor> centres) {
+  TORCH_CHECK(blocks.dim() == 2, "blocks have to be [blocks, bytes]");
+  for (const at::Tensor* each : {&blocks, &std::as_const(values), &std::as_const(scales),
+                                 centres ? &std::as_const(*centres) : &std::as_const(scales)})
+    TORCH_CHECK(each->is_contiguous() && each->device().is_cpu(), "all tensors have to be contiguous, on the CPU");
+  TORCH_CHECK(blocks.scalar_type() == at::kByte && values.scalar_type() == at::kByte &&
+                  scales.scalar_type() == at::kHalf && (!centres || centres->scalar_type() == at::kHalf),
+              "blocks and values have to be uint8, scales and centres float16");
+  if (format == "q8_0") take_apart<Q8_0Integers>(blocks, values, scales, centres);
+  else if (format == "q4_0") take_apart<Q4_0Integers>(blocks, values, scales, centres);
+  else if (format == "q4_1") take_apart<Q4_1Integers>(blocks, values, scales, centres);
+  else if (format == "q4_k") take_apart<Q4_KIntegers>(blocks, values, scales, centres);
+  else TORCH_CHECK(false, "there is no format ", format, " here; known are q8_0, q4_0, q4_1 and q4_k");
+}
+
 }  // namespace
 }  // namespace torchchat
 
 TORCH_LIBRARY(torchchat, library) {
-  library.def("pack_quantized(Tensor values, Tensor scales, Tensor? offsets, int bits, int group_size) -> Tensor");
+  library.def("pack_quantized(Tensor values, Tensor scales, Tensor? offsets, int columns, int bits, int group_size) -> "
+              "Tensor");
   library.def("unpack_quantized(Tensor packed, int outputs, int columns, int bits, int group_size, bool asymmetric) -> "
               "Tensor");
   library.def("quantized_linear(Tensor x, Tensor packed, Tensor? bias, int outputs, int bits, int group_size, bool "
@@ -512,6 +533,8 @@ TORCH_LIBRARY(torchchat, library) {
   library.def("quantized_linears(Tensor x, Tensor[] packed, Tensor? bias, int[] outputs, int bits, int group_size, bool "
               "asymmetric) -> Tensor");
   library.def("unpack_ggml(Tensor blocks, str format, Tensor(a!) out) -> ()");
+  library.def("take_apart_ggml(Tensor blocks, str format, Tensor(a!) values, Tensor(b!) scales, Tensor(c!)? centres) -> "
+              "()");
   library.def("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   library.def("dense_linears(Tensor x, Tensor[] weights, Tensor? bias) -> Tensor");
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
@@ -526,6 +549,7 @@ TORCH_LIBRARY_IMPL(torchchat, CPU, library) {
   library.impl("quantized_linear", &torchchat::quantized_linear);
   library.impl("quantized_linears", &torchchat::quantized_linears);
   library.impl("unpack_ggml", &torchchat::unpack_ggml);
+  library.impl("take_apart_ggml", &torchchat::take_apart_ggml);
   library.impl("dense_linear", &torchchat::dense_linear);
   library.impl("dense_linears", &torchchat::dense_linears);
   library.impl("rms_norm", &torchchat::rms_norm);

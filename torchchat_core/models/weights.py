@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torchchat_core.errors import TorchchatError
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.transformer import Transformer
-from torchchat_core.specs import Checkpoint
+from torchchat_core.specs import Checkpoint, is_layered
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -25,10 +25,8 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu")
     Layers that the checkpoint holds as integers become quantised ones.
     Raises `TorchchatError` for a tensor that is missing, has the wrong shape, or that the model has no place for.
     """
-    from torchchat_core.quantization.saved import QuantizedCheckpoint
-
     model = _without_memory(checkpoint.config)
-    there = checkpoint.put_layers(model, dtype, device) if isinstance(checkpoint, QuantizedCheckpoint) else set()
+    there = checkpoint.put_layers(model, dtype, device) if is_layered(checkpoint) else set()
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name not in there}
     refuse_unknown(checkpoint, shapes.keys() | there)
     for name, shape in shapes.items():
@@ -70,13 +68,18 @@ def fetch_weight(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtyp
         raise TorchchatError(f"the checkpoint has no tensor {name!r}, which a {checkpoint.config.architecture} model "
                              f"with {checkpoint.config.num_layers} layers needs",
                              "the checkpoint is incomplete, or the configuration belongs to another model") from None
-    if tuple(tensor.shape) != shape:
-        raise TorchchatError(f"tensor {name!r} has the shape {list(tensor.shape)}; the config asks for {list(shape)}",
-                             "the configuration belongs to another model, or the checkpoint is damaged")
+    check_shape(name, tuple(tensor.shape), shape)
     if not tensor.is_floating_point():
         raise TorchchatError(f"tensor {name!r} is of {str(tensor.dtype).removeprefix('torch.')}; floating point is "
                              "needed", "a quantised checkpoint needs the quantizer that wrote it")
     return tensor
+
+
+def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """Raises `TorchchatError` where a tensor is not of the shape that the model has for it."""
+    if found != wanted:
+        raise TorchchatError(f"tensor {name!r} has the shape {list(found)}; the config asks for {list(wanted)}",
+                             "the configuration belongs to another model, or the checkpoint is damaged")
 
 
 def refuse_unknown(checkpoint: Checkpoint, wanted: Iterable[str]) -> None:

@@ -1,8 +1,9 @@
 """Linear and embedding layers with integer weights, in the form in which they are stored, exchanged and exported.
 
 A weight is scale * (stored - middle) + centre: `stored` is unsigned and has 4 or 8 bits, `middle` is 8 or 128, and each
-group of columns of a row has a scale and, where the format is asymmetric, a centre. Scales and centres have eight
-significant bits, so that they are the same numbers in float16 and bfloat16, whatever multiplies them.
+group of columns of a row has a scale and, where the format is asymmetric, a centre. Scales and centres that quantizers
+make have eight significant bits, so that they are the same numbers in float16 and bfloat16, whatever multiplies them;
+those that were taken from another format (`blocks`) have float16's eleven.
 
 These layers compute what they mean by plain PyTorch, on every device. What runs fast is made of them by `running`.
 """
@@ -141,11 +142,11 @@ class QuantizedLayer(nn.Module):
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The weights [rows, columns] that the integers stand for; computed in float32, then rounded to `dtype`."""
-        return _meaning(self.values, self.scales, self.centres, self.columns, self.format).to(dtype)
+        return meaning(self.values, self.scales, self.centres, self.columns, self.format).to(dtype)
 
 
-def _meaning(values: Tensor, scales: Tensor, centres: Tensor | None, columns: int, form: WeightFormat) -> Tensor:
-    """float32 [rows, columns]."""
+def meaning(values: Tensor, scales: Tensor, centres: Tensor | None, columns: int, form: WeightFormat) -> Tensor:
+    """The weights, float32 [rows, columns], that the parts of an `IntegerWeights` stand for."""
     size, groups = form.columns_of_group(columns), form.groups(columns)
     stored = unpacked_values(values, columns, form.bits)
     filled = F.pad(stored, (0, groups * size - columns)).view(-1, groups, size)
@@ -196,7 +197,7 @@ class QuantizedEmbedding(QuantizedLayer):
 
     def forward(self, tokens: Tensor) -> Tensor:
         centres = None if self.centres is None else self.centres[tokens]
-        return _meaning(self.values[tokens], self.scales[tokens], centres, self.columns, self.format).to(self.dtype)
+        return meaning(self.values[tokens], self.scales[tokens], centres, self.columns, self.format).to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.rows}, embedding_dim={self.columns}, {_words(self.format)}"

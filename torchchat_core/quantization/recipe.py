@@ -6,15 +6,17 @@
      "linear:int8": {"layers": ["lm_head"]},
      "embedding": {"bitwidth": 8, "groupsize": 0}}
 
-Keys with a colon are sections: a scheme, the options of its quantizer, and which layers it takes (`selection`).
+Keys with a colon are sections: a scheme, the options of its quantizer, and which layers it takes (`selection`). A
+section may say its scheme's "bitwidth" again, as recipes of the original tool do.
 `--quantize` takes such an object, a file that holds one, the name of a recipe that comes with torchchat, or a scheme.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,16 @@ from torchchat_core.plugins import Registry
 from torchchat_core.quantization.replacing import stored_bytes
 from torchchat_core.quantization.selection import Selection, check_selections, layers_of_sections, only
 from torchchat_core.small_files import expanded, read_json
-from torchchat_core.specs import LayerReport, QuantizerInfo
+from torchchat_core.specs import Calibration, LayerReport, QuantizerInfo, QuantReport
 
 VERSION = 1
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "recipes"
 SETTINGS = {"executor": "accelerator", "precision": "dtype"}  # sections that say how the model runs, and their one key
 EMBEDDING = "embedding"  # the section by the original's name: its bitwidth chooses the scheme
 KEYS = ("version", *SETTINGS, EMBEDDING)
+BITWIDTH = "bitwidth"
+BITS_OF_SCHEME = re.compile(r".*(?:int|w)(\d+)(?:dq)?")  # "linear:int4", "linear:a8w4dq": the bits of the weights
+METHODS = {"linear:gptq": "gptq", "linear:hqq": "hqq"}  # schemes of the original tool that are methods here
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,18 @@ class Step:
     quantizer: QuantizerInfo
     options: Any
     selection: Selection
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its layers are made with a text."""
+        return self.quantizer.calibrates and bool(self.quantizer.make().needs_calibration(self.options))
+
+    def apply(self, model: Transformer, calibration: Calibration | None) -> QuantReport:
+        """Replaces the layers of `model` in place, all that are not hidden."""
+        quantizer = self.quantizer.make()
+        report: QuantReport = quantizer.calibrate(model, self.options, calibration) if self.calibrated \
+            else quantizer.apply(model, self.options)
+        return report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,16 +89,18 @@ class Recipe:
     def schemes(self) -> tuple[str, ...]:
         return tuple(step.scheme for step in self.steps)
 
-    def apply(self, model: Transformer) -> RecipeReport:
-        """Replaces the layers of `model` in place.
+    def apply(self, model: Transformer, calibration: Calibration | None = None) -> RecipeReport:
+        """Replaces the layers of `model` in place; with a text last, so that they make up for the others' errors.
 
-        Raises `TorchchatError` where the sections do not select layers of this model, before anything is changed.
+        Raises `TorchchatError` where the sections do not select layers of this model, and where one needs a text that
+        is not given or none needs the one that is, before anything is changed.
         """
+        check_calibration(self.steps, calibration is not None)
         chosen, left = layers_of_sections(model, [step.selection for step in self.steps])
         before, reports = stored_bytes(model), list[LayerReport]()
-        for step, names in zip(self.steps, chosen, strict=True):
+        for step, names in sorted(zip(self.steps, chosen, strict=True), key=lambda pair: pair[0].calibrated):
             with only(model, names):
-                reports += step.quantizer.make().apply(model, step.options).layers
+                reports += step.apply(model, calibration).layers
         for name in left:
             size = stored_bytes(model.get_submodule(name))
             reports.append(LayerReport(name=name, scheme=None, bytes_before=size, bytes_after=size,
@@ -98,20 +117,40 @@ class RecipeText:
     device: str | None = None  # where it says so, as --device takes it
     dtype: str | None = None  # likewise, as --dtype takes it
 
-    def settle(self, registry: Registry, device: str, dtype: str) -> Recipe:
-        """With the quantizers for the device and the dtype. Raises `TorchchatError` for options that they refuse."""
-        steps = tuple(_step(scheme, section, registry, device, dtype) for scheme, section in self.sections.items())
+    def steps(self, registry: Registry, device: str, dtype: str) -> tuple[Step, ...]:
+        """Each section with its quantizer. Raises `TorchchatError` for options that one refuses."""
+        return tuple(_step(scheme, section, registry, device, dtype) for scheme, section in self.sections.items())
+
+    def settle(self, registry: Registry, device: str, dtype: str, calibrated: bool = False) -> Recipe:
+        """With the quantizers for the device and the dtype; `calibrated`: whether there will be a text.
+
+        Raises `TorchchatError` for options that the quantizers refuse, and where a text is missing or of no use.
+        """
+        steps = self.steps(registry, device, dtype)
         check_selections([step.selection for step in steps])
+        check_calibration(steps, calibrated)
         return Recipe(steps)
 
 
-def read_recipe(text: str, registry: Registry, device: str, dtype: str) -> Recipe:
+def check_calibration(steps: Sequence[Step], given: bool) -> None:
+    """Raises `TorchchatError` where a step needs a text and none is given, or one is given that no step needs."""
+    needing = [step.scheme for step in steps if step.calibrated]
+    if needing and not given:
+        raise TorchchatError(f"{needing[0]!r} with these options is made with a calibration text, and there is none",
+                             "torchchat quantize MODEL --quantize RECIPE --calibration FILE --output-dir DIR, and then "
+                             "use the folder as the model")
+    if given and not needing:
+        raise TorchchatError("no section of the recipe looks at a calibration text",
+                             'leave the text out, or write a section such as {"linear:int4": {"method": "gptq"}}')
+
+
+def read_recipe(text: str, registry: Registry, device: str, dtype: str, calibrated: bool = False) -> Recipe:
     """The recipe that a user means: a JSON object, a file, or the name of a recipe or a scheme.
 
     Where several quantizers make a scheme, the one for the device and the dtype is taken. Raises `TorchchatError`
     for what is no recipe, a scheme that no installed quantizer makes, or wrong options.
     """
-    return parse_recipe(text, registry).settle(registry, device, dtype)
+    return parse_recipe(text, registry).settle(registry, device, dtype, calibrated)
 
 
 def parse_recipe(text: str, registry: Registry) -> RecipeText:
@@ -148,6 +187,9 @@ def _content(text: str, registry: Registry) -> Mapping[str, Any]:
     path = expanded(text)
     if path.is_file():
         return read_json(path)
+    if path.stem in recipe_names():  # config/data/cuda.json, where the original tool had it
+        raise TorchchatError(f"there is no file {text!r}; the recipe comes with torchchat",
+                             f"--quantize {path.stem}")
     names = (*recipe_names(), *known)
     raise TorchchatError(f"there is no recipe, file or scheme {text!r}; recipes: {', '.join(recipe_names())}; schemes "
                          f"here: {', '.join(known) or 'none'}",
@@ -203,12 +245,16 @@ def _section(key: str, value: Any, registry: Registry) -> tuple[str | None, Mapp
 def _step(scheme: str, section: Mapping[str, Any], registry: Registry, device: str, dtype: str) -> Step:
     makers = [info for info in registry.infos(QuantizerInfo) if info.scheme == scheme]
     known = _schemes(registry)
+    if not makers and scheme in METHODS:
+        raise TorchchatError(f"{scheme!r} is no scheme, but a way to round the weights of one",
+                             f'write {{"linear:int4": {{"method": "{METHODS[scheme]}"}}}}')
     if not makers:
         raise TorchchatError(f"no installed quantizer makes {scheme!r}; schemes here: {', '.join(known) or 'none'}",
                              did_you_mean(scheme, known) or "install the plugin that makes it")
     fitting = [info for info in makers if device in info.devices and dtype in info.dtypes] or makers
     quantizer = registry.find(QuantizerInfo, fitting[0].name)  # several owners of one name are an error there
     selection, options = Selection.split(scheme, section)
+    options = _without_bitwidth(scheme, quantizer, options)
     if quantizer.options is None:
         if options:
             raise TorchchatError(f"{scheme!r} has no options; {next(iter(options))!r} was given")
@@ -217,6 +263,19 @@ def _step(scheme: str, section: Mapping[str, Any], registry: Registry, device: s
         return Step(scheme, quantizer, from_mapping(quantizer.options, options), selection)
     except TorchchatError as error:
         raise TorchchatError(f"{scheme}: {error.message}", error.fix) from None
+
+
+def _without_bitwidth(scheme: str, quantizer: QuantizerInfo, options: dict[str, Any]) -> dict[str, Any]:
+    """The options without what the scheme's name says already. Raises `TorchchatError` where they say otherwise."""
+    declared = quantizer.options is not None and BITWIDTH in {field.name for field in fields(quantizer.options)}
+    bits = BITS_OF_SCHEME.fullmatch(scheme)
+    if BITWIDTH not in options or declared or bits is None:
+        return options
+    given = options[BITWIDTH]
+    if given != int(bits[1]) or isinstance(given, bool):
+        raise TorchchatError(f"the bitwidth of {scheme!r} is {given!r:.40} in the recipe; that scheme has {bits[1]}",
+                             f'leave "{BITWIDTH}" out, or choose another scheme')
+    return {name: value for name, value in options.items() if name != BITWIDTH}
 
 
 def _schemes(registry: Registry) -> list[str]:

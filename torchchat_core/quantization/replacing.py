@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from torchchat_core import progress
-from torchchat_core.quantization.layers import QuantizedEmbedding, QuantizedLinear, WeightFormat
+from torchchat_core.quantization.layers import IntegerWeights, QuantizedEmbedding, QuantizedLinear, WeightFormat
 from torchchat_core.quantization.rounding import quantise
 from torchchat_core.specs import LayerReport, QuantReport
 
 KINDS: dict[str, type[nn.Module]] = {"linear": nn.Linear, "embedding": nn.Embedding}  # by the first word of a scheme
 Refusal = Callable[[int, int], str | None]  # of rows and columns: why such a matrix is left alone
+Rounding = Callable[[Tensor, WeightFormat, bool], IntegerWeights]  # of a matrix; whether scales may be negative
 
 
 def quantise_layers(model: nn.Module, scheme: str, form: WeightFormat, refusal: Refusal = lambda *_: None,
-                    negative_scales: bool = True) -> QuantReport:
+                    negative_scales: bool = True, rounding: Rounding = quantise) -> QuantReport:
     """Replaces every layer of the scheme's kind by one with weights in `form`, unless `refusal` says why not.
 
     A weight that another layer shares stays with that one as it is.
@@ -28,22 +29,32 @@ def quantise_layers(model: nn.Module, scheme: str, form: WeightFormat, refusal: 
     size = sum(_weight(layer).nbytes for _, layer in layers)
     with torch.no_grad(), progress.task(f"quantising, {scheme}", total=size, unit="B") as task:
         for name, layer in layers:
-            reports.append(_replace(model, name, layer, scheme, form, refusal, negative_scales))
+            reason = reason_to_leave(layer, refusal)
+            reports.append(left_alone(name, layer, reason) if reason is not None else replace_layer(
+                model, name, scheme, rounding(_weight(layer), form, negative_scales)))
             task.advance(_weight(layer).nbytes)
     return QuantReport(layers=tuple(reports))
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Module, scheme: str, form: WeightFormat, refusal: Refusal,
-             negative_scales: bool) -> LayerReport:
-    weight, before = _weight(layer), stored_bytes(layer)
-    reason = refusal(*weight.shape) or (None if weight.isfinite().all() else "it has weights that are not finite")
-    if reason is not None:
-        return LayerReport(name=name, scheme=None, bytes_before=before, bytes_after=before, reason=reason)
-    weights = quantise(weight, form, negative_scales)
-    smaller = QuantizedEmbedding(weights, weight.dtype) if isinstance(layer, nn.Embedding) \
+def reason_to_leave(layer: nn.Module, refusal: Refusal) -> str | None:
+    """Why a linear or embedding layer cannot be quantised; None where it can."""
+    weight = _weight(layer)
+    return refusal(*weight.shape) or (None if weight.isfinite().all() else "it has weights that are not finite")
+
+
+def left_alone(name: str, layer: nn.Module, reason: str) -> LayerReport:
+    """The report of a layer that stays as it is."""
+    size = stored_bytes(layer)
+    return LayerReport(name=name, scheme=None, bytes_before=size, bytes_after=size, reason=reason)
+
+
+def replace_layer(model: nn.Module, name: str, scheme: str, weights: IntegerWeights) -> LayerReport:
+    """Puts `weights` in the place of those of a linear or embedding layer; a bias stays as it is."""
+    layer = model.get_submodule(name)
+    smaller = QuantizedEmbedding(weights, _weight(layer).dtype) if isinstance(layer, nn.Embedding) \
         else QuantizedLinear(weights, layer.get_parameter("bias") if layer.bias is not None else None)
     model.set_submodule(name, smaller)
-    return LayerReport(name=name, scheme=scheme, bytes_before=before, bytes_after=stored_bytes(smaller))
+    return LayerReport(name=name, scheme=scheme, bytes_before=stored_bytes(layer), bytes_after=stored_bytes(smaller))
 
 
 def _weight(layer: nn.Module) -> Tensor:

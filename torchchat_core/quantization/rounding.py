@@ -48,11 +48,44 @@ def quantise(weight: Tensor, form: WeightFormat, negative_scales: bool = True) -
 def _round_rows(weight: Tensor, form: WeightFormat, negative_scales: bool, out: Mapping[str, Tensor]) -> None:
     groups = _groups(weight.float(), form)
     scales, centres = _scales(groups, form, negative_scales)
-    stored = (_integers(groups, scales, centres, form) + form.middle).to(torch.uint8).flatten(1)[:, : weight.shape[1]]
+    integers = nearest_integers(groups, scales, centres, form)
+    stored = (integers + form.middle).to(torch.uint8).flatten(1)[:, : weight.shape[1]]
     out["values"].copy_(packed_values(stored, form.bits))
     out["scales"].copy_(scales.squeeze(2))
     if centres is not None:
         out["centres"].copy_(centres.squeeze(2))
+
+
+# ---- parts, for other ways of choosing scales and integers ---------------------------------------------------------
+
+
+def searched_scales(group: Tensor, form: WeightFormat, negative_scales: bool, products: Tensor | None = None
+                    ) -> tuple[Tensor, Tensor | None]:
+    """Scales, and centres where the format has them, [rows, 1], as `quantise` gives them to a group [rows, columns].
+
+    With the `products` of the inputs [columns, columns], the scales of symmetric formats are those that leave the
+    smallest error in the outputs rather than in the weights.
+    """
+    if form.bits == 4 and not form.asymmetric:
+        return eight_bits(_four_bit_scales(group, form, negative_scales, products)), None
+    scales, centres = _scales(group[:, None], form, negative_scales)
+    return scales[:, 0], None if centres is None else centres[:, 0]
+
+
+def stored_weights(integers: Tensor, scales: Tensor, centres: Tensor | None, form: WeightFormat) -> IntegerWeights:
+    """Of integers [rows, columns] from -middle to middle - 1, and scales and centres [rows, groups]."""
+    stored = (integers + form.middle).to(torch.uint8)
+    more = {} if centres is None else {"centres": eight_bits(centres).half()}
+    return IntegerWeights(format=form, columns=integers.shape[1], values=packed_values(stored, form.bits),
+                          scales=eight_bits(scales).half(), **more)
+
+
+def rounded_with(weight: Tensor, scales: Tensor, centres: Tensor | None, form: WeightFormat) -> IntegerWeights:
+    """`weight` [rows, columns] rounded to the nearest, with scales and centres [rows, groups] of another's choice."""
+    scales, centres = eight_bits(scales), None if centres is None else eight_bits(centres)
+    integers = nearest_integers(_groups(weight.float(), form), scales[..., None],
+                                None if centres is None else centres[..., None], form)
+    return stored_weights(integers.flatten(1)[:, : weight.shape[1]], scales, centres, form)
 
 
 def _groups(weight: Tensor, form: WeightFormat) -> Tensor:
@@ -66,23 +99,26 @@ def _scales(groups: Tensor, form: WeightFormat, negative: bool) -> tuple[Tensor,
     """Scales and centres, [rows, groups, 1]."""
     if form.asymmetric:
         scales, centres = _with_centres(groups, form)
-        return _eight_bits(scales), _eight_bits(centres)
+        return eight_bits(scales), eight_bits(centres)
     if form.bits == 8:
-        return _eight_bits(groups.abs().amax(2, keepdim=True) / 127), None
-    return _eight_bits(_four_bit_scales(groups, form, negative)), None
+        return eight_bits(groups.abs().amax(2, keepdim=True) / 127), None
+    return eight_bits(_four_bit_scales(groups, form, negative)), None
 
 
-def _four_bit_scales(groups: Tensor, form: WeightFormat, negative: bool) -> Tensor:
-    extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))  # with its sign
+def _four_bit_scales(groups: Tensor, form: WeightFormat, negative: bool, products: Tensor | None = None) -> Tensor:
+    """[..., group] -> [..., 1]."""
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))  # with its sign
     extreme = -extreme if negative else extreme.abs()
-    best, scales = torch.full_like(extreme, -math.inf), torch.zeros_like(extreme)
+    best, scales = torch.full_like(extreme, -math.inf), extreme / EXTREMES[-1]
     for place in EXTREMES:
-        integers = _integers(groups, extreme / place, None, form)
-        product = (groups * integers).sum(2, keepdim=True)
-        square = (integers * integers).sum(2, keepdim=True).clamp(min=1)
-        explained = product * product / square  # of the squared weights, by the least-squares fit product / square
-        better = explained > best
-        best, scales = torch.where(better, explained, best), torch.where(better, product / square, scales)
+        integers = nearest_integers(groups, extreme / place, None, form)
+        weighted = integers if products is None else integers @ products
+        product = (groups * weighted).sum(-1, keepdim=True)
+        square = (integers * weighted).sum(-1, keepdim=True)
+        fitted = torch.where(square > 0, product / square, 0)
+        explained = product * fitted  # of the squared weights, or outputs, by the least-squares fit
+        better = (explained > best) & (fitted * extreme > 0)
+        best, scales = torch.where(better, explained, best), torch.where(better, fitted, scales)
     return scales
 
 
@@ -93,7 +129,7 @@ def _with_centres(groups: Tensor, form: WeightFormat) -> tuple[Tensor, Tensor]:
     centres = mean.clone()
     for span in SPANS:
         scale = (high - low) * span / steps
-        integers = _integers(groups, scale, (low + high + scale) / 2, form)
+        integers = nearest_integers(groups, scale, (low + high + scale) / 2, form)
         middle = integers.mean(2, keepdim=True)
         covariance = ((groups - mean) * (integers - middle)).sum(2, keepdim=True)
         variance = (integers - middle).square().sum(2, keepdim=True)
@@ -105,14 +141,17 @@ def _with_centres(groups: Tensor, form: WeightFormat) -> tuple[Tensor, Tensor]:
     return scales, centres
 
 
-def _integers(groups: Tensor, scales: Tensor, centres: Tensor | None, form: WeightFormat) -> Tensor:
-    """The nearest integers from -middle to middle - 1, as float32; of eight bits without centre from -127."""
+def nearest_integers(groups: Tensor, scales: Tensor, centres: Tensor | None, form: WeightFormat) -> Tensor:
+    """The nearest ones from -middle to middle - 1, as float32; of eight bits without centre from -127.
+
+    `scales` and `centres` have a shape that broadcasts to that of `groups`.
+    """
     least = -127 if form.bits == 8 and centres is None else -form.middle
     inverse = torch.where(scales != 0, 1 / scales, 0)
     shifted = groups if centres is None else groups - centres
     return (shifted * inverse).round_().clamp_(least, form.middle - 1)
 
 
-def _eight_bits(numbers: Tensor) -> Tensor:
-    """The nearest numbers that float16 and bfloat16 both have."""
+def eight_bits(numbers: Tensor) -> Tensor:
+    """The nearest numbers that float16 and bfloat16 both have, as float32."""
     return numbers.half().bfloat16().float().clamp(-LARGEST, LARGEST).half().float()

@@ -98,7 +98,7 @@ class PanelLinear(RunningLinear):
         if layer.centres is not None:
             offsets = (layer.centres.float() - form.middle * layer.scales.float()).half()
         self.register_buffer("packed", torch.ops.torchchat.pack_quantized(
-            layer.stored(), layer.scales.half(), offsets, self.bits, self.group_size))
+            layer.values, layer.scales.half(), offsets, layer.columns, self.bits, self.group_size))
 
     def multiply(self, x: Tensor) -> Tensor:
         product: Tensor = torch.ops.torchchat.quantized_linear(x, self.packed, self.bias, self.out_features, self.bits,

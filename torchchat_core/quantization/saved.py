@@ -28,7 +28,7 @@ from torchchat_core.quantization.layers import (
 )
 from torchchat_core.small_files import read_json
 from torchchat_core.sources.checkpoints import StoredCheckpoint, Tensors
-from torchchat_core.specs import SCHEME, ModelFiles
+from torchchat_core.specs import SCHEME, ModelFiles, is_layered
 
 MANIFEST = "torchchat_quantisation.json"
 VERSION = 1
@@ -45,7 +45,7 @@ class SavedLayer:
 
 
 class QuantizedCheckpoint(StoredCheckpoint):
-    """A checkpoint some of whose layers are stored as integers."""
+    """A `specs.LayeredCheckpoint`: some of its layers are stored as integers."""
 
     def __init__(self, config: ModelConfig, tensors: Tensors, layers: Mapping[str, SavedLayer], dtype: torch.dtype
                  ) -> None:
@@ -63,10 +63,7 @@ class QuantizedCheckpoint(StoredCheckpoint):
         return tuple(dict.fromkeys(layer.scheme for layer in self.layers.values()))
 
     def put_layers(self, model: nn.Module, dtype: torch.dtype, device: str) -> set[str]:
-        """Puts the quantised layers into a model without memory; the names of the tensors that they were made of.
-
-        Raises `TorchchatError` for a layer that the model does not have, and tensors that are missing or wrong.
-        """
+        """As `specs.LayeredCheckpoint` has it."""
         names: set[str] = set()
         known = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Embedding)}
         for name, saved in self.layers.items():
@@ -137,7 +134,8 @@ def _layers(content: Any, manifest: Path) -> dict[str, SavedLayer]:
 
 
 def refuse_quantised(checkpoint: object, purpose: str) -> None:
-    """Raises `TorchchatError` for a quantised checkpoint, which cannot be used for the purpose."""
-    if isinstance(checkpoint, QuantizedCheckpoint):
+    """Raises `TorchchatError` for a checkpoint with quantised layers, which cannot be used for the purpose."""
+    if is_layered(checkpoint):
+        own = isinstance(checkpoint, QuantizedCheckpoint)
         raise TorchchatError(f"the model is quantised already ({', '.join(checkpoint.schemes)}); {purpose}",
-                             "use the model that it was made of")
+                             "use the model that it was made of" if own else "leave --keep-quantized out")

@@ -25,14 +25,15 @@ FOREIGN = {"quantization_config": {"quant_method": "torchchat"}}
 
 
 def write_quantised(model: Transformer, recipe: Mapping[str, Any], report: RecipeReport, files: ModelFiles,
-                    registry: Registry, folder: Path, dtype: str, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes config.json, the weights, the tokenizer's files, and what was quantised how.
+                    registry: Registry, folder: Path, dtype: str, calibration: Mapping[str, Any] | None = None,
+                    shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes config.json, the weights, the tokenizer's files, and what was quantised how and on which `calibration`.
 
     The folder appears whole or not at all. Raises `TorchchatError` where `folder` exists and is not empty, where it
     cannot be written, and for layers that are not core's.
     """
-    manifest = {"version": VERSION, "recipe": recipe, "dtype": dtype,
-                "rope_interleaved": model.config.rope_interleaved, "layers": _layers(model, report)}
+    manifest = {"version": VERSION, "recipe": recipe, **({"calibration": calibration} if calibration else {}),
+                "dtype": dtype, "rope_interleaved": model.config.rope_interleaved, "layers": _layers(model, report)}
     tensors = _tensors(model)
     check_room(folder, sum(tensor.nbytes for tensor in tensors.values()))
     with new_folder(model.config, files, registry, folder, dtype, FOREIGN) as beside:

@@ -44,7 +44,7 @@ QUALIFIED = re.compile(r"[A-Za-z0-9][\w.-]*:" + NAME.pattern)
 METHODS: dict[type[Description], dict[str, int]] = {
     ModelSourceInfo: {"fetch": 1, "open": 1, "locate": 1, "kept": 0, "remove": 1},
     TokenizerInfo: {"accepts": 1, "read": 2},
-    QuantizerInfo: {"apply": 2},
+    QuantizerInfo: {"apply": 2, "needs_calibration": 1, "calibrate": 3},
     ExecutorInfo: {"load": 1},
     ExporterInfo: {"export": 1},
 }
@@ -162,6 +162,8 @@ def _factory_faults(info: Description) -> Iterator[str]:
 
 def _methods(info: Description) -> dict[str, int]:
     methods = METHODS.get(type(info), {})
+    if isinstance(info, QuantizerInfo) and not info.calibrates:
+        return {"apply": methods["apply"]}
     if not isinstance(info, ModelSourceInfo):
         return methods
     declared = {"fetch": bool(info.schemes), "open": bool(info.formats)}

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import TORCH_DTYPES
 from torchchat_core.pipeline import has_device
-from torchchat_core.specs import DEVICES, DTYPES, LayerReport, QuantizerInfo, QuantReport
+from torchchat_core.specs import DEVICES, DTYPES, Calibration, LayerReport, QuantizerInfo, QuantReport
 from torchchat_core.testing.cases import FewThreads, device_parameter
-from torchchat_core.testing.demands import demand, demand_none, described, options_of
+from torchchat_core.testing.demands import demand, demand_none, described, options_of, refusal
 from torchchat_core.testing.models import PROMPTS, VARIANTS, reference_logits, seeded, tiny_config
 
 # Large enough for groups of 128 and tiles of 32 rows, where the model has no odd sizes.
@@ -32,6 +32,8 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
 }
 LAYERS: Mapping[str, type[nn.Module]] = {"linear": nn.Linear, "embedding": nn.Embedding}
 TOKENS = PROMPTS[1]
+CALIBRATIONS = tuple(Calibration(windows=tuple(map(tuple, torch.randint(
+    96, (8, 48), generator=torch.Generator().manual_seed(seed)).tolist()))) for seed in range(2))
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ class QuantizerContract(FewThreads):
             error_bound = 0.1
             recipes = ({}, {"groupsize": 32})
 
-    The models are transformers with random weights: `CHANGES` has the sizes of those that should quantise well, and
-    of one whose widths are multiples of nothing.
+    A quantizer that looks at a text (`calibrates=True`) is given one of random tokens for each recipe that needs it;
+    `recipes` has to hold such a one. The models are transformers with random weights: `CHANGES` has the sizes of those
+    that should quantise well, and of one whose widths are multiples of nothing.
     """
 
     plugin: str  # the module that the entry point names
@@ -181,14 +184,42 @@ class QuantizerContract(FewThreads):
         demand(torch.equal(_logits(first.after), _logits(second.after)), "applied again with the same options, the "
                "logits differ", "let a layer's result depend on nothing but its input and its weights")
 
+    # ---- the text -------------------------------------------------------------------------------------------------
+
+    def test_a_text_is_asked_for_where_it_is_needed(self) -> None:
+        """Layers that were to be made with a text are never made without one in silence."""
+        model = seeded(tiny_config(**SIZES))
+        for recipe in self._calibrated():
+            options = options_of(self.info, recipe)
+            with refusal(f"apply() with {dict(recipe)}, which needs a calibration text,"):
+                self.info.make().apply(model, options)
+
+    def test_the_text_has_a_say(self) -> None:
+        """A quantizer that asks for a text and does not look at it costs its user an hour for nothing."""
+        for recipe in self._calibrated():
+            states = [self._apply(recipe, "llama", calibration=text).after.state_dict() for text in CALIBRATIONS]
+            demand(not all(_equal(tensor, states[1].get(name)) for name, tensor in states[0].items()),
+                   f"with {dict(recipe)}, two calibration texts make the same layers",
+                   "look at the activations in calibrate(), or let needs_calibration() return False")
+
     # ---- what the tests are made of -------------------------------------------------------------------------------
 
     @property
     def info(self) -> QuantizerInfo:
         return described(self.plugin, QuantizerInfo, self.name)
 
-    def _apply(self, recipe: Mapping[str, Any], variant: str, dtype: str | None = None,
-               device: str | None = None) -> Quantised:
+    def _calibrated(self) -> list[Mapping[str, Any]]:
+        """The recipes that need a text."""
+        if not self.info.calibrates:
+            pytest.skip("the quantizer looks at no text")
+        made = self.info.make()
+        found = [recipe for recipe in self.recipes if made.needs_calibration(options_of(self.info, recipe))]
+        demand(found, "none of the tested recipes needs a calibration text, and the quantizer declares calibrates=True",
+               "add one to `recipes`, or do not declare it")
+        return found
+
+    def _apply(self, recipe: Mapping[str, Any], variant: str, dtype: str | None = None, device: str | None = None,
+               calibration: Calibration = CALIBRATIONS[0]) -> Quantised:
         """One of the models, quantised by the recipe; on the first of the devices and in the first of the dtypes."""
         devices = [name for name in DEVICES if name in self.info.devices and has_device(name)]
         if not devices:
@@ -197,7 +228,9 @@ class QuantizerContract(FewThreads):
         before = seeded(tiny_config(**CHANGES[variant])).to(device or devices[0], TORCH_DTYPES[dtype])
         after = copy.deepcopy(before)
         with torch.no_grad():
-            report: QuantReport = self.info.make().apply(after, options_of(self.info, recipe))
+            made, options = self.info.make(), options_of(self.info, recipe)
+            needed = self.info.calibrates and made.needs_calibration(options)
+            report: QuantReport = made.calibrate(after, options, calibration) if needed else made.apply(after, options)
         demand(isinstance(report, QuantReport), f"apply() returns {report!r:.60}", "return a QuantReport")
         return Quantised(before, after, report)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import TORCH_DTYPES
 from torchchat_core.pipeline import has_device
@@ -50,6 +51,10 @@ class SessionContract(FewThreads):
         """
         raise NotImplementedError
 
+    def model(self, config: ModelConfig) -> Transformer:
+        """The model of a configuration, float32 on the CPU; a contract of quantised models overrides this."""
+        return seeded(config)
+
     def load(self, module: Transformer, device: str, dtype: str, folder: Path) -> LoadedModel:
         """The module, loaded by the executor."""
         module = module.to(device, TORCH_DTYPES[dtype])
@@ -84,8 +89,8 @@ class SessionContract(FewThreads):
         case: Case = request.param
         config = variant_config(case.variant)
         folder = tmp_path_factory.mktemp("loaded")
-        loaded = cls().load(seeded(config), case.device, case.dtype, folder)
-        reference = seeded(config).to(TORCH_DTYPES[case.dtype]).float()
+        loaded = cls().load(cls().model(config), case.device, case.dtype, folder)
+        reference = cls().model(config).to(TORCH_DTYPES[case.dtype]).float()
         yield Running(case, loaded, reference, cls.tolerances[case.dtype])
         loaded.close()
 

@@ -15,9 +15,8 @@ from tc_gguf.file import GgufFile, GgufTensor, read_split
 from tc_gguf.quants import dequantizer
 from tc_gguf.tensors import PLAIN, Mapping, Unpacker
 from torchchat_core.errors import TorchchatError
+from torchchat_core.quantization.blocks import FORMATS
 from torchchat_core.specs import ModelFiles, ModelRef, PackedTensor
-
-PACKED = {"Q4_0": "q4_0", "Q8_0": "q8_0", "Q4_K": "q4_k"}  # block formats that are run without unpacking
 
 
 class GgufSource:
@@ -73,12 +72,18 @@ class GgufCheckpoint:
             return self._mapping(stored).tensor(stored, plain).view(stored.shape)
         return self._unpacker.unpack(stored, dtype or torch.float32)
 
+    def block_format(self, name: str) -> str | None:
+        kind = self._tensors[name].type.name
+        return None if kind in PLAIN else kind
+
     def packed(self, name: str) -> PackedTensor | None:
+        """In a mapping of its own, so that what was read of it does not stay in memory."""
         stored = self._tensors[name]
-        if stored.type.name not in PACKED or len(stored.shape) != 2:
+        kind = stored.type.name.lower()
+        if kind not in FORMATS or len(stored.shape) != 2:
             return None
-        data = self._mapping(stored).tensor(stored, torch.uint8).view(stored.shape[0], -1)
-        return PackedTensor(kind=PACKED[stored.type.name], shape=(stored.shape[0], stored.shape[1]), data=data)
+        data = Mapping(stored.path, stored).tensor(stored, torch.uint8).view(stored.shape[0], -1)
+        return PackedTensor(kind=kind, shape=(stored.shape[0], stored.shape[1]), data=data)
 
     def _mapping(self, stored: GgufTensor) -> Mapping:
         if stored.path not in self._mappings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from pathlib import Path
 
 import torch
@@ -19,20 +20,28 @@ KERNEL_PIECE = 1 << 23  # that a kernel does: its threads wait for each other at
 
 
 class Mapping:
-    """One file that is mapped once, whoever uses its tensors. What is written to them never reaches the file."""
+    """One file that is mapped once, whoever uses its tensors, or only the part that holds the tensor `part`.
 
-    def __init__(self, path: Path) -> None:
+    What is written to them never reaches the file.
+    """
+
+    def __init__(self, path: Path, part: GgufTensor | None = None) -> None:
+        self._start = 0 if part is None else part.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        length = 0 if part is None else part.offset + part.size - self._start
         try:
             with path.open("rb") as file:
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                if part is not None and os.fstat(file.fileno()).st_size < part.offset + part.size:
+                    raise _cut_off(part)
+                self._bytes = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=self._start)
         except (OSError, ValueError) as error:
             raise TorchchatError(f"cannot map {str(path)!r}: {error}") from None
 
     def tensor(self, stored: GgufTensor, dtype: torch.dtype) -> Tensor:
         """The bytes of a tensor as numbers of `dtype`, flat. Raises `TorchchatError` where the file was cut off."""
-        if stored.offset + stored.size > len(self._bytes):
+        offset = stored.offset - self._start
+        if offset + stored.size > len(self._bytes):
             raise _cut_off(stored)
-        return torch.frombuffer(self._bytes, dtype=dtype, count=stored.size // dtype.itemsize, offset=stored.offset)
+        return torch.frombuffer(self._bytes, dtype=dtype, count=stored.size // dtype.itemsize, offset=offset)
 
 
 class Unpacker:

@@ -14,12 +14,15 @@ __version__ = "0.1.0"
 GROUPS = (32, 64, 128, 256)
 DEVICES = frozenset({"cpu", "cuda"})
 DTYPES = frozenset({"fp32", "bf16", "fp16"})
+METHODS = ("nearest", "hqq", "gptq")
+METHOD_HELP = "how integers and scales are chosen; gptq looks at a calibration text, hqq needs torchao"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Int4Options:
     groupsize: int = option(32, "columns that share one scale: 32, 64, 128 or 256")
     asymmetric: bool = option(False, "give each group a centre beside its scale")
+    method: str = option("nearest", METHOD_HELP, choices=METHODS)
 
     def __post_init__(self) -> None:
         check_group_size(self.groupsize, GROUPS)
@@ -28,6 +31,7 @@ class Int4Options:
 @dataclass(frozen=True, kw_only=True)
 class Int4DynamicOptions:
     groupsize: int = option(32, "columns that share one scale: 32, 64, 128 or 256")
+    method: str = option("nearest", METHOD_HELP, choices=METHODS)
 
     def __post_init__(self) -> None:
         check_group_size(self.groupsize, GROUPS)
@@ -45,11 +49,12 @@ class Int4EmbeddingOptions:
 def torchchat_quantizers() -> list[QuantizerInfo]:
     return [
         QuantizerInfo(name="int4", summary="four-bit weights in groups, symmetric or asymmetric", scheme="linear:int4",
-                      factory="tc_quant_int4.quantizers:Int4", options=Int4Options, devices=DEVICES, dtypes=DTYPES),
+                      factory="tc_quant_int4.quantizers:Int4", options=Int4Options, devices=DEVICES, dtypes=DTYPES,
+                      calibrates=True),
         QuantizerInfo(name="a8w4dq", summary="four-bit weights in groups, and activations rounded to eight bits row "
                                              "by row: what ExecuTorch takes",
                       scheme="linear:a8w4dq", factory="tc_quant_int4.quantizers:Int4Dynamic",
-                      options=Int4DynamicOptions, devices=DEVICES, dtypes=DTYPES),
+                      options=Int4DynamicOptions, devices=DEVICES, dtypes=DTYPES, calibrates=True),
         QuantizerInfo(name="embedding-int4", summary="the embedding in four bits, in groups", scheme="embedding:int4",
                       factory="tc_quant_int4.quantizers:Int4Embedding", options=Int4EmbeddingOptions, devices=DEVICES,
                       dtypes=DTYPES),

@@ -1,28 +1,62 @@
-"""The quantizers: formats of weights, for core to round to."""
+"""The quantizers: formats of weights, and what chooses their integers and scales."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from tc_quant_int4 import Int4DynamicOptions, Int4EmbeddingOptions, Int4Options
+from tc_quant_int4.hqq import quantise_by_hqq
+from torchchat_core.errors import TorchchatError
+from torchchat_core.models.transformer import Transformer
+from torchchat_core.quantization.calibrating import calibrate_layers
 from torchchat_core.quantization.layers import WeightFormat
 from torchchat_core.quantization.replacing import no_whole_groups, quantise_layers
-from torchchat_core.specs import QuantReport
+from torchchat_core.quantization.rounding import quantise
+from torchchat_core.specs import Calibration, QuantReport
+
+LinearOptions = Int4Options | Int4DynamicOptions
 
 
 class Int4:
-    def apply(self, model: nn.Module, options: Int4Options) -> QuantReport:
-        form = WeightFormat(bits=4, group_size=options.groupsize, asymmetric=options.asymmetric)
-        return quantise_layers(model, "linear:int4", form)
+    """Linear layers, by the nearest integers, HQQ or GPTQ."""
+
+    scheme = "linear:int4"
+    negative_scales = True
+
+    def needs_calibration(self, options: LinearOptions) -> bool:
+        return options.method == "gptq"
+
+    def apply(self, model: nn.Module, options: LinearOptions) -> QuantReport:
+        if self.needs_calibration(options):
+            raise TorchchatError(f"{self.scheme!r} by gptq is made with a calibration text, and there is none",
+                                 'choose the method "nearest" or "hqq", or give one to `torchchat quantize`')
+        return quantise_layers(model, self.scheme, self.format(options),
+                               lambda _rows, columns: self.refusal(columns, options), self.negative_scales,
+                               quantise_by_hqq if options.method == "hqq" else quantise)
+
+    def calibrate(self, model: Transformer, options: LinearOptions, calibration: Calibration) -> QuantReport:
+        return calibrate_layers(model, self.scheme, self.format(options), calibration,
+                                lambda _rows, columns: self.refusal(columns, options), self.negative_scales)
+
+    def format(self, options: LinearOptions) -> WeightFormat:
+        return WeightFormat(bits=4, group_size=options.groupsize,
+                            asymmetric=isinstance(options, Int4Options) and options.asymmetric)
+
+    def refusal(self, columns: int, options: LinearOptions) -> str | None:  # noqa: ARG002 - of a layer of any size
+        return None
 
 
-class Int4Dynamic:
+class Int4Dynamic(Int4):
     """Positive scales and whole groups alone: XNNPACK, which runs these layers in ExecuTorch, takes nothing else."""
 
-    def apply(self, model: nn.Module, options: Int4DynamicOptions) -> QuantReport:
-        form = WeightFormat(bits=4, group_size=options.groupsize, activations="int8")
-        return quantise_layers(model, "linear:a8w4dq", form, negative_scales=False,
-                               refusal=lambda _rows, columns: no_whole_groups(columns, options.groupsize))
+    scheme = "linear:a8w4dq"
+    negative_scales = False
+
+    def format(self, options: LinearOptions) -> WeightFormat:
+        return WeightFormat(bits=4, group_size=options.groupsize, activations="int8")
+
+    def refusal(self, columns: int, options: LinearOptions) -> str | None:
+        return no_whole_groups(columns, options.groupsize)
 
 
 class Int4Embedding:

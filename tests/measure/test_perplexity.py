@@ -1,0 +1,135 @@
+"""Perplexity: windows, the figure itself by hand and on the real models, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.measure.perplexity import Block, perplexity_of, scored_blocks
+from torchchat_core.measure.text import encoded, measured_text, text_windows
+from torchchat_core.pipeline import ModelRequest, open_model
+from torchchat_core.plugins import load_registry
+from torchchat_core.testing.models import TinyTokenizer
+
+TEXTS = {"tinystories_2MiB": "tinystories_2MiB.txt", "wikitext2_test_raw": "wikitext2-test.raw",
+         "tinyshakespeare": "tinyshakespeare.txt"}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("model", ["stories260K", "TinyStories-656K"])
+def test_the_real_models_have_the_golden_perplexity_within_a_tenth_of_a_percent(model: str, text: str, testdata: Path
+                                                                                ) -> None:
+    golden = json.loads((testdata / "golden/perplexity.json").read_text())["results"][text][model.replace("-", "_")]
+    request = ModelRequest(model=str(testdata / "hf" / model), device="cpu", executor="eager", dtype="fp32")
+    with open_model(request, load_registry()) as opened:
+        ids = encoded(measured_text(testdata / "text" / TEXTS[text]), opened.text_format.tokenizer)
+        windows = text_windows(ids, opened.text_format.tokenizer.bos_id)
+        found = perplexity_of(scored_blocks(opened.model, windows, "golden"))
+    assert found.tokens == golden["tokens"]
+    assert found.perplexity == pytest.approx(golden["ppl"], rel=0.001)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 100])
+def test_with_bos_every_token_is_predicted_once_and_each_window_begins_with_bos(size: int) -> None:
+    ids = list(range(10, 27))
+    windows = text_windows(ids, 1, size)
+    assert [token for window in windows for token in window.expected] == ids
+    assert all(window.fed == (1, *window.expected[:-1]) for window in windows)
+    assert all(len(window.fed) <= size - 1 for window in windows)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 17, 100])
+def test_without_bos_every_token_but_the_first_is_predicted_once_after_the_one_before_it(size: int) -> None:
+    ids = list(range(10, 27))
+    windows = text_windows(ids, None, size)
+    assert [token for window in windows for token in window.expected] == ids[1:]
+    assert [token for window in windows for token in window.fed] == ids[:-1]
+
+
+def test_a_window_of_one_token_is_refused() -> None:
+    with pytest.raises(TorchchatError, match="a window of 1 tokens predicts nothing"):
+        text_windows([1, 2, 3], 1, 1)
+
+
+def test_perplexity_and_bits_per_byte_are_those_computed_by_hand() -> None:
+    probabilities = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.5, 0.375]], dtype=torch.float64)
+    found = perplexity_of([Block(probabilities.log(), torch.tensor([0, 0]))])
+    assert found.perplexity == pytest.approx(4)  # the geometric mean of 2 and 8
+    assert found.bits_per_byte(2) == pytest.approx(2)  # 1 and 3 bits over two bytes
+    assert found.tokens == 2
+
+
+class OneAnswer:
+    """A model that says the same logits everywhere."""
+
+    vocab_size, max_context, device, dtype = 3, 16, "cpu", "fp32"
+
+    def __init__(self, logits: list[float]) -> None:
+        self.logits, self.closed = torch.tensor(logits), 0
+
+    def session(self, limit: int | None = None) -> Any:
+        return self
+
+    def score(self, tokens: tuple[int, ...]) -> torch.Tensor:
+        return self.logits.expand(len(tokens), -1)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_blocks_hold_every_position_and_sessions_are_closed() -> None:
+    model: Any = OneAnswer([0.0, 0.0, 0.0])
+    ids = [index % 3 for index in range(100)]
+    blocks = list(scored_blocks(model, text_windows(ids, 1, 50), "made"))
+    assert torch.cat([block.expected for block in blocks]).tolist() == ids
+    assert perplexity_of(blocks).mean_nll == pytest.approx(math.log(3))
+    assert model.closed == 3
+
+
+def test_logits_that_are_not_numbers_are_refused() -> None:
+    model: Any = OneAnswer([0.0, math.nan, 0.0])
+    with pytest.raises(TorchchatError, match="logits that are not numbers"):
+        perplexity_of(scored_blocks(model, text_windows([0, 1], 1), "made"))
+
+
+def test_a_text_without_probability_is_refused() -> None:
+    model: Any = OneAnswer([0.0, -math.inf, 0.0])
+    with pytest.raises(TorchchatError, match="takes the text to be impossible"):
+        perplexity_of(scored_blocks(model, text_windows([0, 1], 1), "made"))
+
+
+# ---- texts --------------------------------------------------------------------------------------------------------
+
+
+def test_the_text_of_our_own_is_read_whole() -> None:
+    text = measured_text()
+    assert 7000 < text.read == text.whole == len(text.content) <= 8000
+    assert text.description.startswith("torchchat's own text, 7")
+
+
+def test_of_a_long_text_the_beginning_is_read_and_separators_go(tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("One.<|endoftext|>Two." + "x" * 100, encoding="utf-8")
+    text = measured_text(path, 21)
+    assert text.content == "One.Two."
+    assert text.description == "long.txt, the first 21 of 121 characters"
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"", "is empty"), (b" \n", "holds no text"),
+                                                  (b"\xff\xfe\x00", "not UTF-8")])
+def test_a_file_without_text_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(content)
+    with pytest.raises(TorchchatError, match=message):
+        measured_text(tmp_path / "bad.txt")
+
+
+def test_a_text_of_one_token_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("a")
+    with pytest.raises(TorchchatError, match="has 1 tokens; at least 2"):
+        encoded(measured_text(tmp_path / "short.txt"), TinyTokenizer())

@@ -1,0 +1,87 @@
+"""Perplexity: how well a model predicts a text, window by window, over a session with ability `score`.
+
+    perplexity = exp(mean over all predicted tokens of -log p(token | the tokens of its window before it))
+
+as in https://huggingface.co/docs/transformers/perplexity, with windows that do not overlap (see `text_windows`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from torchchat_core import progress
+from torchchat_core.errors import TorchchatError
+from torchchat_core.measure.text import Window
+from torchchat_core.specs import LoadedModel, ScoringSession
+
+BLOCK = 32  # positions whose log-probabilities are held at once in float64: 33 MB of a vocabulary of 128,000
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a model says at some positions of a text."""
+
+    log_probabilities: Tensor  # [positions, vocab] float64
+    expected: Tensor  # [positions] int64, the tokens that really follow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """How well a model predicts a text."""
+
+    mean_nll: float  # nats for each token
+    tokens: int  # that were predicted
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.mean_nll)
+
+    def bits_per_byte(self, text_bytes: int) -> float:
+        """Of a text of so many bytes of UTF-8: comparable between models with different tokenizers."""
+        return self.mean_nll * self.tokens / math.log(2) / text_bytes
+
+
+def scored_blocks(model: LoadedModel, windows: Sequence[Window], name: str) -> Iterator[Block]:
+    """What the model says at every position of the windows, each in a session of its own; `name` is for progress.
+
+    Raises `TorchchatError` for logits that are not numbers.
+    """
+    with progress.task(f"{name}: perplexity", total=sum(len(window.fed) for window in windows)) as task:
+        for window in windows:
+            session = cast(ScoringSession, model.session(len(window.fed)))
+            try:
+                logits = session.score(window.fed)  # [positions, vocab]
+            finally:
+                session.close()
+            yield from _blocks(logits, torch.tensor(window.expected))
+            task.advance(len(window.fed))
+
+
+def _blocks(logits: Tensor, expected: Tensor) -> Iterator[Block]:
+    if logits.isnan().any():
+        raise TorchchatError("the model computes logits that are not numbers",
+                             "try another --dtype; the weights or the recipe may be damaged")
+    for rows, tokens in zip(logits.split(BLOCK), expected.split(BLOCK), strict=True):
+        yield Block(torch.log_softmax(rows.double(), dim=-1), tokens)
+
+
+def perplexity_of(blocks: Iterable[Block]) -> Perplexity:
+    """Of what a model says at the positions of a text.
+
+    Raises `TorchchatError` where a token that really follows has, to the model, no probability at all.
+    """
+    total, tokens = 0.0, 0
+    for block in blocks:
+        total -= float(block.log_probabilities.gather(1, block.expected[:, None]).sum())
+        tokens += len(block.expected)
+    mean = total / tokens
+    if mean > 700:  # whose exponential is beyond float64
+        raise TorchchatError(f"the mean negative log-likelihood is {mean:g}: the model takes the text to be impossible",
+                             "the weights or the recipe may be damaged")
+    return Perplexity(mean_nll=mean, tokens=tokens)

@@ -1,0 +1,148 @@
+"""A comparison in words and numbers: the cells of its table, what was left out and why, and all of it as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from torchchat_core import __version__
+from torchchat_core.amounts import size_text
+from torchchat_core.measure.chart import FRONT_SENTENCE
+from torchchat_core.measure.comparing import Comparison, Refused, Row, shortened
+from torchchat_core.measure.rates import Rate
+
+COLUMNS = ("recipe", "bytes", "ratio", "decode t/s", "prefill t/s", "perplexity", "change", "mean KL, nats",
+           "same top-1", "front", "runs on")
+MARK = "*"
+NAME_WIDTH = 30
+NOISY = 0.25  # share of the median
+
+
+def method_lines(comparison: Comparison) -> Iterator[str]:
+    """What was measured and how, and with what."""
+    first, rates = comparison.reference, comparison.reference.rates
+    yield f"{comparison.text.description}: {first.perplexity.tokens} tokens in windows of {comparison.window}"
+    if comparison.calibration is not None:
+        yield f"recipes that look at a text were given {comparison.calibration.path.name}, up to " \
+              f"{comparison.calibration.tokens} tokens of it"
+    yield f"speed: a prompt of {rates.prompt_tokens} tokens and {rates.new_tokens} more, median of {rates.repeats} " \
+          f"runs after one that warms up, with half of their range; {_threads()}, torch " \
+          f"{torch.__version__}, torchchat {__version__}"
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'' if count == 1 else 's'}"
+
+
+def cells(row: Row, comparison: Comparison) -> list[tuple[str, float | str]]:
+    """One row of the table: each of `COLUMNS` as people read it, and as it sorts."""
+    whole, perplexity = comparison.reference, row.perplexity.perplexity
+    share, change = row.bytes / whole.bytes, perplexity / whole.perplexity.perplexity - 1
+    divergence, on_front = row.divergence, row in comparison.front
+    return [
+        (row.name, row.name),
+        (size_text(row.bytes), row.bytes),
+        (f"{100 * share:.0f} %", share),
+        (_rate(row.rates.decode), row.rates.decode.median),
+        (_rate(row.rates.prefill), row.rates.prefill.median),
+        (f"{perplexity:#.4g}" if perplexity < 1000 else f"{perplexity:.0f}", perplexity),
+        ("" if row is whole else f"{100 * change:+.2f} %", change),
+        ("" if row is whole else f"{divergence.mean_kl:.5f}", divergence.mean_kl),
+        ("" if row is whole else f"{100 * divergence.top_1:.1f} %", divergence.top_1),
+        (MARK if on_front else "", float(on_front)),
+        (f"{row.executor}, {row.device}, {row.dtype}",) * 2,
+    ]
+
+
+def _rate(rate: Rate) -> str:
+    spread = f"\u00b1{100 * rate.spread:.0f} %" if rate.spread < 1 else ">\u00b1100 %"
+    return f"{rate.median:.{0 if rate.median >= 100 else 1 if rate.median >= 10 else 2}f} {spread}"
+
+
+def table_lines(comparison: Comparison) -> Iterator[str]:
+    """The whole report as text. What runs on the same executor, device and dtype in every row is said once."""
+    rows = [[text for text, _ in cells(row, comparison)] for row in comparison.rows]
+    yield comparison.model
+    yield from method_lines(comparison)
+    columns = list(COLUMNS)
+    if len({row[-1] for row in rows}) == 1:
+        yield f"all on {rows[0][-1]}"
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    yield ""
+    rows = [columns, *([shortened(row[0], NAME_WIDTH), *row[1:]] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        first, *others = zip(row, widths, strict=True)
+        yield "  ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)]).rstrip()
+    yield ""
+    yield f"{MARK} {FRONT_SENTENCE}"
+    yield from noise_lines(comparison)
+    yield from (f"not measured: {line}" for line in refused_lines(comparison))
+    yield from (f"left alone: {line}" for line in left_alone_lines(comparison))
+
+
+def noise_lines(comparison: Comparison) -> Iterator[str]:
+    """A warning where the repeats of one model differ so much that its speed says little."""
+    noisy = [row for row in comparison.rows if max(row.rates.decode.spread, row.rates.prefill.spread) > NOISY]
+    if noisy:
+        yield f"the speeds of {len(noisy)} of {len(comparison.rows)} rows vary by more than {100 * NOISY:.0f} % " \
+              "either way: measure again when the machine is quiet"
+
+
+def refused_lines(comparison: Comparison) -> Iterator[str]:
+    """One line for each candidate that could not be measured, with the reason and what may help."""
+    for each in comparison.refused:
+        yield f"{shortened(each.name)}: {each.reason}" + (f" (try: {each.fix})" if each.fix else "")
+
+
+def left_alone_lines(comparison: Comparison) -> Iterator[str]:
+    """For each recipe, the layers that it could have taken and did not: how many, their bytes, why."""
+    for row in comparison.rows:
+        if row.report is None:
+            continue
+        if not row.report.done:
+            yield f"{shortened(row.name)}: all layers; the recipe quantises none of this model"
+        by_reason = sorted(row.report.left, key=lambda layer: layer.reason or "")
+        for reason, group in groupby(by_reason, key=lambda layer: layer.reason or ""):
+            layers = list(group)
+            size = size_text(sum(layer.bytes_after for layer in layers))
+            named = layers[0].name if len(layers) == 1 else f"{len(layers)} layers, such as {layers[0].name}"
+            yield f"{shortened(row.name)}: {named} ({size}): {reason}"
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """Every figure, unrounded; rates in tokens per second, divergences in nats."""
+    content = len(comparison.text.content.encode())
+    return {
+        "model": comparison.model,
+        "text": {"name": comparison.text.name, "characters": comparison.text.read,
+                 "of_characters": comparison.text.whole, "bytes": content, "window": comparison.window,
+                 "tokens": comparison.reference.perplexity.tokens},
+        "calibration": {"text": comparison.calibration.path.name, "most_tokens": comparison.calibration.tokens}
+        if comparison.calibration is not None else None,
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "torchchat": __version__,
+        "rows": [_row_json(row, comparison, content) for row in comparison.rows],
+        "refused": [_refused_json(each) for each in comparison.refused],
+    }
+
+
+def _row_json(row: Row, comparison: Comparison, text_bytes: int) -> dict[str, Any]:
+    left = [{"name": layer.name, "bytes": layer.bytes_after, "reason": layer.reason}
+            for layer in row.report.left] if row.report else []
+    rates = {kind: {"median": rate.median, "lowest": rate.lowest, "highest": rate.highest}
+             for kind, rate in (("decode_tps", row.rates.decode), ("prefill_tps", row.rates.prefill))}
+    return {
+        "recipe": row.name, "executor": row.executor, "device": row.device, "dtype": row.dtype, "bytes": row.bytes,
+        **rates, "prompt_tokens": row.rates.prompt_tokens, "new_tokens": row.rates.new_tokens,
+        "repeats": row.rates.repeats, "mean_nll": row.perplexity.mean_nll, "perplexity": row.perplexity.perplexity,
+        "bits_per_byte": row.perplexity.bits_per_byte(text_bytes), "mean_kl": row.divergence.mean_kl,
+        "top_1": row.divergence.top_1, "on_front": row in comparison.front, "left_alone": left,
+    }
+
+
+def _refused_json(refused: Refused) -> dict[str, str | None]:
+    return {"recipe": refused.name, "reason": refused.reason, "try": refused.fix}
