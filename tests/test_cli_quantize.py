@@ -75,3 +75,25 @@ def test_wrong_usage_is_told(arguments: list[str], status: int, message: str, tm
     assert run("quantize", *given) == status
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_device_is_refused_though_the_device_need_not_be_here(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (("--device", "tpu", "--quantize", "linear:int8"),
+                  ("--quantize", '{"executor": {"accelerator": "tpu"}, "linear:int8": {}}')):
+        assert run("quantize", *words, "--output-dir", str(tmp_path / "small")) == 1
+        assert "unknown device 'tpu'" in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()
+
+
+def test_where_no_layer_can_be_quantised_the_reasons_are_told(testdata: Path, tmp_path: Path,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    model, recipe = str(testdata / "hf" / "stories260K"), '{"linear:a8w4dq": {"groupsize": 256}}'
+    assert run("quantize", model, "--quantize", recipe, "--output-dir", str(tmp_path / "small")) == 1
+    assert "are not a multiple of the group size 256" in capsys.readouterr().err
+
+
+def test_a_plugin_that_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for recipe in ("linear:int4", '{"linear:int4": {}}', "cpu"):
+        assert run("-p", "no:quant_int4", "generate", "--quantize", recipe, "--prompt", "x") == 1
+        assert "pip install tc-quant-int4" in capsys.readouterr().err

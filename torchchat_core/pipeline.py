@@ -193,9 +193,13 @@ def _calibration(request: ModelRequest, files: ModelFiles, checkpoint: Checkpoin
 
 
 def _target_device(request: ModelRequest, recipe: RecipeText) -> str:
-    """The one to quantise for, which need not be here."""
-    named = recipe.device if request.device in ("fast", "auto") else request.device
-    return named if named in DEVICES else "cpu"
+    """The one to quantise for, which need not be here. Raises `TorchchatError` for an unknown one."""
+    named = (recipe.device if request.device in ("fast", "auto") else request.device) or "cpu"
+    if named in ("fast", "auto"):
+        return "cpu"
+    if named not in DEVICES:
+        raise _unknown_device(named)
+    return named
 
 
 def _schemes(recipe: Recipe | None, checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -266,12 +270,15 @@ def choose_device(name: str) -> str:
     if name in ("fast", "auto"):
         return available[0]
     if name not in DEVICES:
-        raise TorchchatError(f"unknown device {name!r}; known are fast, {', '.join(DEVICES)}",
-                             did_you_mean(name, DEVICES))
+        raise _unknown_device(name)
     if name not in available:
         raise TorchchatError(f"this machine, or this build of PyTorch, has no {name} device",
                              f"use --device {available[0]}")
     return name
+
+
+def _unknown_device(name: str) -> TorchchatError:
+    return TorchchatError(f"unknown device {name!r}; known are fast, {', '.join(DEVICES)}", did_you_mean(name, DEVICES))
 
 
 def has_device(device: str) -> bool:

@@ -39,6 +39,14 @@ def test_compare_takes_every_word_up_to_the_next_option(words: str, found: str) 
     assert spread(words.split()) == found.split()
 
 
+def test_a_picture_that_is_a_folder_is_refused_before_anything_is_measured(torchchat: Run, tmp_path: Path) -> None:
+    (tmp_path / "d.html").mkdir()
+    done = torchchat("quantize", *COMMON, "--compare", "linear:int8", "--plot", str(tmp_path / "d.html"))
+    assert done.code == 1
+    assert "which is a folder" in done.err
+    assert "perplexity" not in done.err
+
+
 def test_recipes_are_compared_in_a_table(torchchat: Run) -> None:
     done = torchchat("quantize", *COMMON, "--compare", "linear:int8", '{"linear:int4": {"except": ["lm_head"]}}')
     assert done.code == 0

@@ -57,6 +57,11 @@ def test_tokens_without_probability_in_the_reference_add_nothing() -> None:
     assert divergence_of(blocks_of([[1.0, 0.0]]), blocks_of([[1.0, 0.0]])).mean_kl == 0
 
 
+def test_what_rules_out_what_is_possible_is_refused() -> None:
+    with pytest.raises(TorchchatError, match="not finite"):
+        divergence_of(blocks_of([[0.5, 0.5]]), blocks_of([[1.0, 0.0]]))
+
+
 def test_more_positions_than_the_reference_saw_are_refused() -> None:
     with pytest.raises(TorchchatError, match="do not see the same positions"):
         divergence_of(blocks_of([[0.5, 0.5]]), blocks_of([[0.5, 0.5], [0.5, 0.5]]))

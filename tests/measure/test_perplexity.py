@@ -92,8 +92,9 @@ def test_blocks_hold_every_position_and_sessions_are_closed() -> None:
     assert model.closed == 3
 
 
-def test_logits_that_are_not_numbers_are_refused() -> None:
-    model: Any = OneAnswer([0.0, math.nan, 0.0])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_logits_that_are_not_numbers_are_refused(wrong: float) -> None:
+    model: Any = OneAnswer([0.0, wrong, 0.0])
     with pytest.raises(TorchchatError, match="logits that are not numbers"):
         perplexity_of(scored_blocks(model, text_windows([0, 1], 1), "made"))
 

@@ -44,6 +44,7 @@ class Measurement:
     plots: Sequence[Path]
     silent: bool  # no table
     json: dict[str, Any] = field(default_factory=dict)
+    comparison: Comparison | None = None  # what was measured
 
     @classmethod
     def planned(cls, request: ModelRequest, flags: Mapping[str, Any], registry: Registry) -> Measurement:
@@ -68,17 +69,23 @@ class Measurement:
         self.candidates[0] = folder_candidate(folder, self.request, first.name, device, report)
 
     def run(self) -> int:
-        """Measures, prints and draws; the exit status."""
+        """Measures and prints; the exit status."""
         with shown_progress():
             comparison = compare(self.request, self.candidates, self.registry, self.text, self.window)
         self.json = as_json(comparison)
         if not self.silent:
             for line in table_lines(comparison):
                 click.echo(line)
-        for path in self.plots:
-            _draw(comparison, path)
-            click.echo(f"drawn: {path}", err=True)
+        self.comparison = comparison
         return int(self.named and bool(comparison.refused))
+
+    def draw(self) -> None:
+        """What was measured, after it was printed: a picture that cannot be written costs no figures."""
+        if self.comparison is None:
+            raise RuntimeError("nothing was measured yet")
+        for path in self.plots:
+            _draw(self.comparison, path)
+            click.echo(f"drawn: {path}", err=True)
 
 
 def _candidate(name: str, request: ModelRequest, registry: Registry) -> Candidate:
@@ -95,6 +102,8 @@ def _plot_path(text: str) -> Path:
         require_matplotlib()
     elif path.suffix.lower() not in PAGES:
         raise TorchchatError(f"--plot is {text!r}; what is drawn ends in {', '.join(PICTURES + PAGES)}")
+    if path.is_dir():
+        raise TorchchatError(f"--plot is {text!r}, which is a folder", "name a file")
     if not path.parent.is_dir():
         raise TorchchatError(f"--plot is {text!r}; there is no folder {str(path.parent)!r}", "make it first")
     return path

@@ -105,6 +105,8 @@ def quantize(registry: Registry, /, **flags: Any) -> int:
         result["report"] = measurement.json
     if flags["as_json"]:
         click.echo(json.dumps(result if flags["output_dir"] is not None else result["report"]))
+    if measurement is not None:
+        measurement.draw()
     return status
 
 

@@ -24,7 +24,7 @@
 namespace torchchat {
 namespace {
 
-constexpr int64_t kBytesOfAThread = 1 << 16;  // of a layer's weights that are worth a thread
+constexpr int64_t kBytesOfAThread = 1 << 16;  // of a layer's weights, or the head's, that are worth a thread
 
 // The input of products: as it is, rounded to int8 and as bfloat16, of which only what is needed is made.
 struct Input {
@@ -236,6 +236,7 @@ struct Decoder : torch::CustomClassHolder {
   int64_t threads() const {
     int64_t bytes = 0;
     for (const Product& product : layers_.front().products) bytes += static_cast<int64_t>(product.weight.nbytes());
+    bytes = std::max(bytes, static_cast<int64_t>(head_[0].weight.nbytes()));
     return omp_in_parallel() ? 1 : std::clamp<int64_t>(bytes / kBytesOfAThread, 1, at::get_num_threads());
   }
 

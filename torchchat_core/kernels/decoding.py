@@ -34,7 +34,7 @@ class TokenDecoder:
         self._add(module.lm_head)
         self._decoder.set_head(module.model.norm.weight, config.logits_divisor)
         self._embedding, self._multiplier = module.model.embed_tokens, config.embedding_multiplier
-        self._angles = RotaryTable(module.model.rotary)
+        self._angles = RotaryTable(module.model.rotary, config.max_context)
 
     def logits(self, token: int, cache: KVCache, extended: bool) -> Tensor:
         """Of the token behind those that the cache holds, which gets its keys and values: float32 [1, vocab].
@@ -64,16 +64,18 @@ class TokenDecoder:
 class RotaryTable:
     """The angles of positions that were asked for before, and of those up to the next power of two."""
 
-    def __init__(self, rotary: RotaryEmbedding) -> None:
-        self._rotary = rotary
+    def __init__(self, rotary: RotaryEmbedding, positions: int) -> None:
+        """`positions`: what a sequence may have."""
+        self._rotary, self._positions = rotary, positions
         self._tables: dict[bool, tuple[Tensor, Tensor]] = {}
 
     def at(self, position: int, extended: bool) -> tuple[Tensor, Tensor]:
         """What `RotaryEmbedding` gives for one position: cos, signed sin, each [1, 1, head_dim] float32."""
-        if extended not in self._tables or len(self._tables[extended][0]) <= position:
-            count = max(FIRST_CAPACITY, 1 << position.bit_length())
-            self._tables[extended] = self._rotary(torch.arange(count), extended)
-        cos, sin = self._tables[extended]
+        table = self._tables.get(extended)
+        if table is None or len(table[0]) <= position:
+            count = min(max(FIRST_CAPACITY, 1 << position.bit_length()), self._positions)
+            table = self._tables[extended] = self._rotary(torch.arange(count), extended)
+        cos, sin = table  # whatever other threads put in its place meanwhile
         return cos.narrow(0, position, 1), sin.narrow(0, position, 1)
 
 
@@ -81,7 +83,9 @@ def decodes(module: Transformer) -> bool:
     """Whether all parts of a transformer are exactly the classes whose computation the C++ code repeats."""
     if type(module) is not Transformer or not module.model.layers:
         return False
-    norm = module.model.norm
+    norm, embedding = module.model.norm, module.model.embed_tokens
+    if type(embedding) is nn.Embedding and embedding.weight.dtype != norm.weight.dtype:
+        return False
     return (norm.weight.device.type == "cpu" and norm.weight.dtype in (torch.float32, torch.bfloat16)
             and type(norm) in (RMSNorm, KernelNorm) and _is_known_product(module.lm_head, norm.weight.dtype)
             and all(_is_known(layer, norm.weight.dtype) for layer in module.model.layers))

@@ -10,6 +10,7 @@ left of it, whatever happens.
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -102,4 +103,9 @@ class DivergenceSum:
 
     @property
     def result(self) -> Divergence:
-        return Divergence(mean_kl=self._kl / self._tokens, top_1=self._agreed / self._tokens, tokens=self._tokens)
+        """Raises `TorchchatError` where the model rules out what to the reference is possible."""
+        if not math.isfinite(self._kl):
+            raise TorchchatError("the KL divergence to the unquantised model is not finite: the model gives no "
+                                 "probability at all to tokens that may follow", "the recipe may be damaging it")
+        mean = max(0.0, self._kl / self._tokens)  # the reference was kept as float32: nothing may come out below it
+        return Divergence(mean_kl=mean, top_1=self._agreed / self._tokens, tokens=self._tokens)

@@ -64,7 +64,7 @@ def scored_blocks(model: LoadedModel, windows: Sequence[Window], name: str) -> I
 
 
 def _blocks(logits: Tensor, expected: Tensor) -> Iterator[Block]:
-    if logits.isnan().any():
+    if logits.isnan().any() or logits.isposinf().any():  # less is a token that cannot follow
         raise TorchchatError("the model computes logits that are not numbers",
                              "try another --dtype; the weights or the recipe may be damaged")
     for rows, tokens in zip(logits.split(BLOCK), expected.split(BLOCK), strict=True):
@@ -81,7 +81,7 @@ def perplexity_of(blocks: Iterable[Block]) -> Perplexity:
         total -= float(block.log_probabilities.gather(1, block.expected[:, None]).sum())
         tokens += len(block.expected)
     mean = total / tokens
-    if mean > 700:  # whose exponential is beyond float64
+    if not mean <= 700:  # whose exponential is beyond float64, or no number
         raise TorchchatError(f"the mean negative log-likelihood is {mean:g}: the model takes the text to be impossible",
                              "the weights or the recipe may be damaged")
     return Perplexity(mean_nll=mean, tokens=tokens)

@@ -45,7 +45,8 @@ def write_quantised(model: Transformer, recipe: Mapping[str, Any], report: Recip
 
 def _layers(model: Transformer, report: RecipeReport) -> dict[str, Any]:
     if not report.done:
-        raise TorchchatError("the recipe quantised no layer of this model",
+        reasons = "; ".join(dict.fromkeys(layer.reason for layer in report.left if layer.reason))
+        raise TorchchatError("the recipe quantised no layer of this model" + (f": {reasons:.500}" if reasons else ""),
                              "choose another one, or `torchchat convert`")
     layers = {}
     for done in report.done:

@@ -68,6 +68,8 @@ def described(value: object) -> object:
         return sorted(repr(described(held)) for held in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return (type(value).__qualname__, described(dataclasses.asdict(value)))
+    if isinstance(value, torch._ops.OpOverloadPacket | torch._ops.OpOverload):
+        return str(value)  # its qualified name
     return uuid.uuid4().hex  # compiled, but not found again at the next start
 
 

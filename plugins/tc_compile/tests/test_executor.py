@@ -22,6 +22,9 @@ from tc_eager.executor import EagerModel
 from torchchat_core import kernels
 from torchchat_core.kernels.layers import use_kernel_linear
 from torchchat_core.models.transformer import Transformer
+from torchchat_core.quantization.layers import QuantizedLinear, WeightFormat
+from torchchat_core.quantization.replacing import quantise_layers
+from torchchat_core.quantization.running import fastest
 from torchchat_core.specs import LoadRequest
 from torchchat_core.testing.models import PROMPTS, reference_logits, seeded, tiny_config
 
@@ -76,6 +79,7 @@ def test_layers_that_are_alike_share_one_graph_whatever_their_windows() -> None:
 def test_one_graph_serves_every_length_and_every_growth_of_the_cache() -> None:
     config = tiny_config(max_context=700)
     model = load(seeded(config))
+    model._decoder = None  # which would take the single tokens
     tokens = [(7 * i) % 96 for i in range(530)]
     expected = reference_logits(seeded(config), tokens)
     session = model.session()
@@ -117,6 +121,20 @@ def test_the_key_tells_apart_what_another_graph_is_needed_for() -> None:
     for change in ({"hidden_size": 40}, {"norm_eps": 1e-3}, {"attention_bias": True}, {"rope_interleaved": True},
                    {"residual_multiplier": 0.5}, {"attention_multiplier": 0.2}, {"qk_norm": True}):
         assert signature(**change).key != plain.key, change
+
+
+def test_layers_that_are_alike_have_one_key_whatever_multiplies_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(form: WeightFormat, with_kernels: bool) -> str:
+        layer = seeded(tiny_config(hidden_size=64, intermediate_size=64, head_dim=16)).model.layers[0]
+        quantise_layers(layer, "linear:int4", form)
+        for name, each in list(layer.named_modules()):
+            if isinstance(each, QuantizedLinear):
+                layer.set_submodule(name, fastest(each, torch.bfloat16, with_kernels))
+        return LayerSignature(layer, 1.0).key
+
+    for form in (WeightFormat(bits=4, group_size=32), WeightFormat(bits=8)):
+        for with_kernels in (False, kernels.available()):
+            assert key(form, with_kernels) == key(form, with_kernels), (form, with_kernels)
 
 
 class Chooses(nn.Module):

@@ -87,8 +87,9 @@ class EagerModel:
         if outside:
             raise TorchchatError(f"token {outside[0]} is outside the model's vocabulary of {self.vocab_size}",
                                  "the tokenizer belongs to another model")
-        if self._decoder is not None and len(tokens) == 1:
-            return self._decoder.logits(tokens[0], segments[0].cache, extended)
+        decoder = self._decoder  # which another thread may take away
+        if decoder is not None and len(tokens) == 1:
+            return decoder.logits(tokens[0], segments[0].cache, extended)
         logits: Tensor = module(
             torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device),
             self._attention(module.config, segments),
