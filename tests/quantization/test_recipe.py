@@ -81,9 +81,14 @@ def test_a_section_may_repeat_the_bitwidth_of_its_scheme(recipe: dict[str, Any],
     assert layer.format.group_size == (section.get("groupsize", 32) or None)
 
 
-def test_the_place_of_a_recipe_in_the_original_tool_leads_to_its_name(registry: Registry) -> None:
+def test_the_place_of_a_recipe_in_the_original_tool_stands_for_the_one_that_comes_along(registry: Registry) -> None:
+    for place in ("config/data/mobile.json", "./config/data/mobile.json"):
+        assert parse_recipe(place, registry).sections == parse_recipe("mobile", registry).sections
+
+
+def test_another_file_that_is_not_there_leads_to_the_name_of_a_recipe(registry: Registry) -> None:
     with pytest.raises(TorchchatError, match="the recipe comes with torchchat") as caught:
-        parse_recipe("config/data/mobile.json", registry)
+        parse_recipe("somewhere/mobile.json", registry)
     assert caught.value.fix == "--quantize mobile"
 
 

@@ -187,7 +187,9 @@ def _content(text: str, registry: Registry) -> Mapping[str, Any]:
     path = expanded(text)
     if path.is_file():
         return read_json(path)
-    if path.stem in recipe_names():  # config/data/cuda.json, where the original tool had it
+    if path.stem in recipe_names() and path.parts[-3:-1] == ("config", "data"):  # where the original tool had them
+        return read_json(SHIPPED / f"{path.stem}.json")
+    if path.stem in recipe_names():
         raise TorchchatError(f"there is no file {text!r}; the recipe comes with torchchat",
                              f"--quantize {path.stem}")
     names = (*recipe_names(), *known)
