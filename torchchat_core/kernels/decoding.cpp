@@ -20,6 +20,7 @@
 #include "bfloat16_linear.h"
 #include "float32_linear.h"
 #include "quantized_linear.h"
+#include "rms_norm.h"
 
 namespace torchchat {
 namespace {
@@ -59,7 +60,7 @@ struct Product {
   int64_t outputs, columns, bits;  // bits 0: not packed
   PanelLayout layout{};
 
-  int64_t panels() const { return (outputs + kPanelRows - 1) / kPanelRows; }
+  int64_t panels() const { return panels_of(outputs); }
   bool rounds() const { return bits > 0; }
   bool halves() const { return bits == 0 && weight.scalar_type() == at::kBFloat16; }
 
@@ -92,19 +93,6 @@ struct Layer {
   at::Tensor input_norm, feed_forward_norm, query_norm, key_norm;  // float32; the last two may be undefined
   int64_t window;  // positions that are seen, or 0 for all
 };
-
-// x / sqrt(mean(x^2) + eps) * weight; `out` may be `x`.
-void normalise(const float* x, const float* weight, int64_t size, float eps, float* out) {
-  constexpr int64_t kLanes = 16;  // sums side by side, so that the compiler may take them together
-  float sums[kLanes] = {}, sum = 0;
-  const int64_t whole = size / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes)
-    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += x[i + lane] * x[i + lane];
-  for (int64_t i = whole; i < size; ++i) sum += x[i] * x[i];
-  for (float each : sums) sum += each;
-  const float factor = 1.0f / std::sqrt(sum / static_cast<float>(size) + eps);
-  for (int64_t i = 0; i < size; ++i) out[i] = x[i] * factor * weight[i];
-}
 
 // Turns the pairs of one head by their angles; `sine` has its signs already.
 void rotate(const float* x, const float* cosine, const float* sine, int64_t size, bool interleaved, float* out) {
@@ -316,7 +304,7 @@ struct Decoder : torch::CustomClassHolder {
     }
 
     void norm(const at::Tensor& weight) {
-      normalise(shared.hidden.data(), weight.const_data_ptr<float>(), decoder.hidden_, decoder.eps_,
+      normalise_row(shared.hidden.data(), weight.const_data_ptr<float>(), decoder.hidden_, decoder.eps_,
                 normed.values.data());
       normed.prepare(round);
     }
@@ -391,7 +379,7 @@ struct Decoder : torch::CustomClassHolder {
 
     void turn(const float* x, const at::Tensor& weight, float* out) {
       if (weight.defined()) {
-        normalise(x, weight.const_data_ptr<float>(), decoder.size_, decoder.eps_, blended.data());
+        normalise_row(x, weight.const_data_ptr<float>(), decoder.size_, decoder.eps_, blended.data());
         x = blended.data();
       }
       rotate(x, cosine, sine, decoder.size_, decoder.interleaved_, out);

@@ -23,6 +23,7 @@
 #include "ggml_integers.h"
 #include "packing.h"
 #include "quantized_linear.h"
+#include "rms_norm.h"
 
 namespace torchchat {
 namespace {
@@ -58,8 +59,6 @@ PanelLayout checked_layout(int64_t columns, int64_t bits, int64_t group_size, bo
   const int64_t blocks = (columns + kBlockColumns - 1) / kBlockColumns;
   return {static_cast<int>(bits), asymmetric, blocks, std::min(group_size / kBlockColumns, blocks)};
 }
-
-int64_t panels_of(int64_t outputs) { return (outputs + kPanelRows - 1) / kPanelRows; }
 
 // values uint8 [outputs, bytes of a row], as packing.h has them, scales and offsets float16 [outputs, groups] -> panels,
 // uint8 [bytes].
@@ -410,30 +409,15 @@ at::Tensor cached_attention(const at::Tensor& query, const at::Tensor& key, cons
   TORCH_CHECK(false, "the query is of ", query.scalar_type(), "; it has to be float32, bfloat16 or float16");
 }
 
-// x [rows, columns] / sqrt(mean(x^2) + eps) * weight [columns], computed in float32 and rounded once.
+// The rows of x [rows, columns], with a weight [columns].
 template <typename Scalar>
 void normalise(const at::Tensor& x, const at::Tensor& weight, float eps, at::Tensor& out) {
   const int64_t columns = x.size(1), grain = std::max<int64_t>(1, kWorkOfAThread / columns);
   const Scalar *from = x.const_data_ptr<Scalar>(), *factors = weight.const_data_ptr<Scalar>();
   Scalar* to = out.mutable_data_ptr<Scalar>();
   at::parallel_for(0, x.size(0), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const Scalar* values = from + row * columns;
-      constexpr int64_t kLanes = 16;  // sums side by side, so that the compiler may take them together
-      float sums[kLanes] = {}, sum = 0;
-      const int64_t whole = columns / kLanes * kLanes;
-      for (int64_t i = 0; i < whole; i += kLanes)
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
-          const auto value = static_cast<float>(values[i + lane]);
-          sums[lane] += value * value;
-        }
-      for (int64_t i = whole; i < columns; ++i) sum += static_cast<float>(values[i]) * static_cast<float>(values[i]);
-      for (float each : sums) sum += each;
-      const float factor = 1.0f / std::sqrt(sum / static_cast<float>(columns) + eps);
-      for (int64_t i = 0; i < columns; ++i)
-        to[row * columns + i] =
-            static_cast<Scalar>(static_cast<float>(values[i]) * factor * static_cast<float>(factors[i]));
-    }
+    for (int64_t row = begin; row < end; ++row)
+      normalise_row(from + row * columns, factors, columns, eps, to + row * columns);
   });
 }
 

@@ -61,6 +61,8 @@ struct PanelLayout {
   int32_t zero() const { return asymmetric ? 0 : bits == 8 ? 128 : 8; }
 };
 
+inline int64_t panels_of(int64_t outputs) { return (outputs + kPanelRows - 1) / kPanelRows; }
+
 // Rows of activations, rounded to int8 block by block.
 struct RoundedRows {
   RoundedRows(int64_t rows, int64_t columns)
