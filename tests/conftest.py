@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -31,6 +31,15 @@ def testdata() -> Path:
     if not TESTDATA.is_dir():
         pytest.skip("the test data beside the repository (../shared/testdata) is absent")
     return TESTDATA
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small matrices are computed sooner by one thread where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from torchchat_core.cli.main import main
 from torchchat_core.measure.perplexity import perplexity_of, scored_blocks
@@ -16,16 +14,8 @@ from torchchat_core.measure.text import encoded, measured_text, text_windows
 from torchchat_core.pipeline import ModelRequest, open_model
 from torchchat_core.plugins import load_registry
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = "tinystories_2MiB"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small matrices are computed sooner by one thread where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
