@@ -24,6 +24,7 @@
 #include "packing.h"
 #include "quantized_linear.h"
 #include "rms_norm.h"
+#include "weight_memory.h"
 
 namespace torchchat {
 namespace {
@@ -80,7 +81,7 @@ at::Tensor pack_quantized(const at::Tensor& values, const at::Tensor& scales, co
   };
   const StoredRows stored{from.const_data_ptr<uint8_t>(), outputs,         columns, row_bytes,
                           halves(factors),                offsets ? halves(shifts) : nullptr};
-  at::Tensor packed = at::empty({panels_of(outputs) * layout.panel_bytes()}, values.options());
+  at::Tensor packed = weight_memory(panels_of(outputs) * layout.panel_bytes());
   uint8_t* target = packed.mutable_data_ptr<uint8_t>();
   const auto pack = bits == 8 ? pack_panel<8> : pack_panel<4>;
   at::parallel_for(0, panels_of(outputs), 1, [&](int64_t first, int64_t last) {
