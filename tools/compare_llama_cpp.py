@@ -13,6 +13,7 @@ how fast this machine reads its memory, measured in the same rounds.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -35,10 +36,12 @@ from torchchat_core.measure.bandwidth import read_speed
 from torchchat_core.models.rope_layout import interleaved_rows
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import build_model
-from torchchat_core.pipeline import ModelRequest, fetch_files, open_checkpoint, quantise_model
+from torchchat_core.pipeline import ModelRequest, fetch_files, open_checkpoint
 from torchchat_core.plugins import load_registry
+from torchchat_core.quantization.recipe import parse_recipe
+from torchchat_core.quantization.writing import write_quantised
 from torchchat_core.small_files import cache_folder
-from torchchat_core.specs import LoadRequest
+from torchchat_core.specs import LoadRequest, ModelFiles
 
 KINDS = {  # what is compared: our recipe, their type
     "int4": ({"linear:int4": {"groupsize": 32}}, "Q4_0"),
@@ -175,20 +178,24 @@ def written_folder(shape: str, kind: str) -> Path:
         return unquantised
     folder = unquantised.with_name(f"{shape}-{kind}-{torch.__version__}")
     if not folder.exists():
-        request = ModelRequest(checkpoint_path=str(unquantised), quantize=json.dumps(recipe), device="cpu")
-        quantise_model(request, folder, load_registry())
+        registry = load_registry()
+        files, module = opened(unquantised)
+        report = parse_recipe(json.dumps(recipe), registry).settle(registry, "cpu", "bf16").apply(module)
+        without_vocabulary = dataclasses.replace(files, tokenizer=())
+        write_quantised(module, recipe, report, without_vocabulary, registry, folder, "bf16")
     return folder
 
 
-def open_module(path: Path) -> Transformer:
+def opened(path: Path) -> tuple[ModelFiles, Transformer]:
     registry = load_registry()
     request = ModelRequest(checkpoint_path=str(path))
-    return build_model(open_checkpoint(request, fetch_files(request, registry), registry), torch.bfloat16, "cpu")
+    files = fetch_files(request, registry)
+    return files, build_model(open_checkpoint(request, files, registry), torch.bfloat16, "cpu")
 
 
 def serve(executor: str, path: str) -> None:
     """Answers as llama_cpp_server.py does."""
-    model = EXECUTORS[executor]().load(LoadRequest(device="cpu", dtype="bf16", module=open_module(Path(path))))
+    model = EXECUTORS[executor]().load(LoadRequest(device="cpu", dtype="bf16", module=opened(Path(path))[1]))
     print("ready", flush=True)
     for line in sys.stdin:
         what, tokens, *count = json.loads(line)
