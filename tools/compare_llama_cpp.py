@@ -112,7 +112,7 @@ def compare(shape: str, kind: str, executors: list[str], peer: str, threads: int
                          len(LONG_PROMPT) / ask(process, "prefill", LONG_PROMPT))
                 if counted:
                     found[name].append(rates)
-        return {"shape": shape, "kind": kind, "their_type": KINDS[kind][1], "memory_read_speed": max(speeds),
+        return {"shape": shape, "kind": kind, "their_type": KINDS[kind][1], "memory_read_speed": statistics.median(speeds),
                 "weight_bytes": weight_bytes(path, kind), "sides": {name: summary(rates, found["llama.cpp"])
                                                                     for name, rates in found.items()}}
 

@@ -262,9 +262,14 @@ struct Decoder : torch::CustomClassHolder {
     for (const at::Tensor& each : keys) key_data.push_back(each.mutable_data_ptr<Scalar>());
     for (const at::Tensor& each : values) value_data.push_back(each.mutable_data_ptr<Scalar>());
     const float *cosines = cosine.const_data_ptr<float>(), *sines = sine.const_data_ptr<float>();
+    std::vector<Worker<Scalar>> workers;  // made here: nothing may be thrown where the threads are
+    workers.reserve(count);
+    for (int64_t thread = 0; thread < count; ++thread)
+      workers.emplace_back(*this, shared, cosines, sines, held, thread);
 #pragma omp parallel num_threads(static_cast<int>(count)) if (count > 1)
     {
-      Worker<Scalar> worker(*this, shared, cosines, sines, held, omp_get_thread_num(), omp_get_num_threads());
+      Worker<Scalar>& worker = workers[omp_get_thread_num()];
+      worker.threads = omp_get_num_threads();  // which may be fewer than were asked for
       for (size_t index = 0; index < layers_.size(); ++index)
         worker.run(layers_[index], key_data[index], value_data[index], keys[index].size(1));
       worker.make_logits(logits);
@@ -274,9 +279,8 @@ struct Decoder : torch::CustomClassHolder {
   // One thread's part of the work.
   template <typename Scalar>
   struct Worker {
-    Worker(const Decoder& decoder, Shared& shared, const float* cosine, const float* sine, int64_t held, int64_t thread,
-           int64_t threads)
-        : decoder(decoder), shared(shared), cosine(cosine), sine(sine), held(held), thread(thread), threads(threads),
+    Worker(const Decoder& decoder, Shared& shared, const float* cosine, const float* sine, int64_t held, int64_t thread)
+        : decoder(decoder), shared(shared), cosine(cosine), sine(sine), held(held), thread(thread),
           instructions(instructions_in_use), round(choose_round_block(instructions)),
           score(choose_score_keys<Scalar>(instructions)), to_weights(choose_scores_to_weights(instructions)),
           blend(choose_blend_values<Scalar>(instructions)),
@@ -424,7 +428,7 @@ struct Decoder : torch::CustomClassHolder {
     const Decoder& decoder;
     Shared& shared;
     const float *cosine, *sine;
-    int64_t held, thread, threads, stage = 0;
+    int64_t held, thread, threads = 1, stage = 0;
     Instructions instructions;
     RoundBlock round;
     ScoreKeys<Scalar> score;
