@@ -112,9 +112,9 @@ def compare(shape: str, kind: str, executors: list[str], peer: str, threads: int
                          len(LONG_PROMPT) / ask(process, "prefill", LONG_PROMPT))
                 if counted:
                     found[name].append(rates)
-        return {"shape": shape, "kind": kind, "their_type": KINDS[kind][1], "memory_read_speed": statistics.median(speeds),
-                "weight_bytes": weight_bytes(path, kind), "sides": {name: summary(rates, found["llama.cpp"])
-                                                                    for name, rates in found.items()}}
+        results = {name: summary(rates, found["llama.cpp"]) for name, rates in found.items()}
+        return {"shape": shape, "kind": kind, "their_type": KINDS[kind][1], "sides": results,
+                "memory_read_speed": statistics.median(speeds), "weight_bytes": weight_bytes(path, kind)}
 
 
 def summary(rates: list[tuple[float, float]], theirs: list[tuple[float, float]]) -> dict[str, Any]:

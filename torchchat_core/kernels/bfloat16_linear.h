@@ -87,8 +87,6 @@ TORCHCHAT_AVX512 inline void multiply_row_avx512(const uint16_t* weights, const 
 
 #define TORCHCHAT_BFLOAT16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,f16c,fma")))
 
-inline const bool multiplies_bfloat16 = __builtin_cpu_supports("avx512bf16");
-
 TORCHCHAT_BFLOAT16 inline __m512 add_pairs(__m512 sum, const uint16_t* a, const uint16_t* b, __mmask32 which) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(which, a)),
                           reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(which, b)));
@@ -124,7 +122,8 @@ using MultiplyRow = void (*)(const uint16_t*, const uint16_t*, int64_t, int64_t,
 
 inline MultiplyRow choose_multiply_row(Instructions instructions) {
 #if defined(__x86_64__)
-  if (instructions == Instructions::kAvx512) return multiplies_bfloat16 ? multiply_row_bfloat16 : multiply_row_avx512;
+  if (instructions == Instructions::kAvx512Bfloat16) return multiply_row_bfloat16;
+  if (instructions == Instructions::kAvx512) return multiply_row_avx512;
   if (instructions == Instructions::kAvx2) return multiply_row_avx2;
 #endif
   return multiply_row_portable;
