@@ -16,7 +16,7 @@ def torchchat_executors() -> list[ExecutorInfo]:
             summary="layers compiled for this machine, once; later starts load what was compiled",
             factory="tc_compile.executor:CompileExecutor",
             reads=frozenset({"module"}),
-            devices=frozenset({"cpu"}),
+            devices=frozenset({"cpu", "cuda"}),
             dtypes=frozenset(DTYPES),
             schemes=frozenset({ANY_SCHEME}),
             abilities=frozenset({"score", "batch"}),

@@ -8,6 +8,7 @@ from typing import cast
 
 from torch import nn
 
+from tc_compile.cuda import GraphDecoder
 from tc_compile.graphs import find_graph
 from tc_compile.layers import CompiledStack
 from tc_compile.signature import LayerSignature
@@ -15,7 +16,7 @@ from tc_eager.executor import EagerExecutor, EagerModel, token_decoder
 from torchchat_core import kernels
 from torchchat_core.errors import TorchchatError
 from torchchat_core.kernels.layers import use_kernel_linear, use_kernel_norms
-from torchchat_core.models.attention import KernelAttention
+from torchchat_core.models.attention import CachedAttention, KernelAttention
 from torchchat_core.models.transformer import DecoderLayer, Transformer
 from torchchat_core.models.weights import TORCH_DTYPES
 from torchchat_core.quantization.running import prepare
@@ -27,10 +28,14 @@ logger = logging.getLogger(__name__)
 class CompileExecutor:
     """Implements `specs.Executor` with abilities `score` and `batch`.
 
-    Where layers cannot be compiled it says so in one line, a warning of the log, and runs them as tc-eager does.
+    On a GPU one token is a recorded graph, and a prompt runs as with tc-eager. Where layers cannot be compiled it says
+    so in one line, a warning of the log, and runs them as tc-eager does.
     """
 
     def load(self, request: LoadRequest) -> EagerModel:
+        if request.device == "cuda":
+            prepare(request.module, TORCH_DTYPES[request.dtype])
+            return EagerModel(request, CachedAttention, GraphDecoder(request.module, request.device))
         reason = kernels.load()
         if reason is not None:
             logger.warning("not compiled, run operation by operation: %s", reason)

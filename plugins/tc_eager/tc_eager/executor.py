@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,13 @@ from torchchat_core.specs import LoadRequest
 
 if TYPE_CHECKING:
     from torchchat_core.kernels.decoding import TokenDecoder
+
+
+class StepDecoder(Protocol):
+    """Decodes one token of one sequence in some quicker way than the module."""
+
+    def logits(self, token: int, cache: KVCache, extended: bool) -> Tensor:
+        """Of the token behind those that the cache holds, which gets its keys and values: float32 [1, vocab], CPU."""
 
 
 class EagerExecutor:
@@ -41,7 +48,7 @@ def token_decoder(module: Transformer) -> TokenDecoder | None:
 class EagerModel:
     """Implements `specs.BatchedModel`."""
 
-    def __init__(self, request: LoadRequest, attention: type[CachedAttention], decoder: TokenDecoder | None = None
+    def __init__(self, request: LoadRequest, attention: type[CachedAttention], decoder: StepDecoder | None = None
                  ) -> None:
         module: Transformer = request.module
         self.vocab_size = module.config.vocab_size

@@ -1,0 +1,102 @@
+"""The step that is recorded on a GPU, run here on the CPU: it equals the reference, and traces whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tc_compile.cuda import GraphDecoder, Replay, decode_step
+from tc_eager.executor import EagerModel, EagerSession
+from torchchat_core.models.attention import CachedAttention
+from torchchat_core.models.config import ModelConfig
+from torchchat_core.models.transformer import Transformer
+from torchchat_core.specs import LoadRequest
+from torchchat_core.testing.models import PROMPTS, VARIANTS, reference_logits, seeded, tiny_config, variant_config
+
+
+class Recorder:
+    """In the place of CUDA graphs: a replay runs the step again, and writes to the same memory."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, step: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        self.recorded += 1
+        logits = step().clone()
+
+        def replay() -> None:
+            self.replayed += 1
+            logits.copy_(step())
+
+        return replay, logits
+
+
+def model(module: Transformer, recorder: Recorder, step: Callable[..., Tensor] = decode_step) -> EagerModel:
+    decoder = GraphDecoder(module, "cpu", step=step, record=recorder)
+    return EagerModel(LoadRequest(device="cpu", dtype="fp32", module=module), CachedAttention, decoder)
+
+
+def run(session: EagerSession, tokens: tuple[int, ...]) -> Tensor:
+    """Logits at every position, each token decoded alone."""
+    return torch.stack([session.decode(token) for token in tokens])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_recorded_step_gives_the_logits_of_the_reference(variant: str) -> None:
+    module = seeded(variant_config(variant))
+    for tokens in PROMPTS:
+        found = run(model(module, Recorder()).session(), tokens)
+        torch.testing.assert_close(found, reference_logits(module, tokens), atol=1e-4, rtol=1e-4)
+
+
+def test_a_sequence_is_recorded_once_for_each_size_of_its_cache() -> None:
+    recorder, tokens = Recorder(), tuple(index % 90 for index in range(300))
+    session = model(seeded(tiny_config(max_context=600)), recorder).session()
+    run(session, tokens)
+    assert (recorder.recorded, recorder.replayed) == (2, 300)
+
+
+def test_sequences_have_graphs_of_their_own_and_do_not_mix() -> None:
+    module = seeded(tiny_config())
+    both = model(module, Recorder())
+    first, second = both.session(), both.session()
+    one, other = PROMPTS[1], PROMPTS[2][: len(PROMPTS[1])]
+    pairs = [(first.decode(a), second.decode(b)) for a, b in zip(one, other, strict=True)]
+    for found, tokens in zip(zip(*pairs, strict=True), (one, other), strict=True):
+        torch.testing.assert_close(torch.stack(found), reference_logits(module, tokens), atol=1e-4, rtol=1e-4)
+
+
+def test_what_the_memory_held_before_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *args, **more: self.new_full(*args, float("nan"), **more))
+    module = seeded(tiny_config())
+    found = run(model(module, Recorder()).session(), PROMPTS[1])
+    torch.testing.assert_close(found, reference_logits(module, PROMPTS[1]), atol=1e-4, rtol=1e-4)
+
+
+def test_a_sequence_that_was_cut_goes_on_from_there() -> None:
+    module = seeded(tiny_config())
+    session = model(module, Recorder()).session()
+    session.prefill(PROMPTS[2])
+    session.truncate(4)
+    expected = reference_logits(module, (*PROMPTS[2][:4], 7))[-1]
+    torch.testing.assert_close(session.decode(7), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", [tiny_config(), variant_config("sliding-layers")], ids=["llama", "sliding-layers"])
+def test_the_step_traces_whole_and_once_for_all_positions(config: ModelConfig) -> None:
+    traced: list[Any] = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        traced.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    module = seeded(config)
+    step = torch.compile(decode_step, fullgraph=True, dynamic=False, backend=backend)
+    found = run(model(module, Recorder(), step).session(), PROMPTS[1])
+    assert len(traced) == 1
+    torch.testing.assert_close(found, reference_logits(module, PROMPTS[1]), atol=1e-4, rtol=1e-4)
