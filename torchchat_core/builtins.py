@@ -127,6 +127,30 @@ def torchchat_commands() -> list[CommandInfo]:
             order=42,
         ),
         CommandInfo(
+            name="eval",
+            summary="Score a model on tasks of lm-eval.",
+            factory="torchchat_core.cli.evaluate:evaluate",
+            order=50,
+        ),
+        CommandInfo(
+            name="perplexity",
+            summary="Measure how well a model predicts a text.",
+            factory="torchchat_core.cli.perplexity:perplexity",
+            order=51,
+        ),
+        CommandInfo(
+            name="bench",
+            summary="Measure speed and memory of one or every way to run a model.",
+            factory="torchchat_core.cli.bench:bench",
+            order=52,
+        ),
+        CommandInfo(
+            name="verify",
+            summary="Check whether two ways to run a model agree.",
+            factory="torchchat_core.cli.verify:verify",
+            order=53,
+        ),
+        CommandInfo(
             name="plugins",
             summary="List the plugins: what each offers, and why one failed.",
             factory="torchchat_core.cli.plugins:plugins",

@@ -70,6 +70,7 @@ class OpenedModel:
     executor: ExecutorInfo
     max_seq_length: int  # tokens that a sequence may have: the model's own, or fewer where asked for
     weight_bytes: int  # of all weights as they are stored, before the executor packs them; shared ones count once
+    schemes: tuple[str, ...] = ()  # of its quantised layers: "linear:int4", "embedding:int8"
     quantisation: RecipeReport | None = None  # where a recipe was applied
     kept: KeptReport | None = None  # where the file's own quantised layers were kept
 
@@ -88,8 +89,8 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
     text_format = read_text_format(files, registry, checkpoint.config.vocab_size)
     dtype = choose_dtype(_wished_dtype(request, wished), device, checkpoint.dtype)
     recipe = _settled(wished, request, checkpoint, registry, device, dtype)
-    executor = choose_executor(request.executor, device, dtype, _schemes(recipe, checkpoint), registry,
-                               is_layered(checkpoint))
+    schemes = _schemes(recipe, checkpoint)
+    executor = choose_executor(request.executor, device, dtype, schemes, registry, is_layered(checkpoint))
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
     windows = _calibration(request, files, checkpoint, registry)
     report = recipe.apply(module, windows) if recipe is not None else None
@@ -97,8 +98,8 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
     model: LoadedModel = executor.make().load(LoadRequest(device=device, dtype=dtype, module=module))
     try:
         yield OpenedModel(name=files.ref.text, model=model, text_format=text_format, executor=executor,
-                          max_seq_length=limit, weight_bytes=weight_bytes, quantisation=report,
-                          kept=checkpoint.report if isinstance(checkpoint, KeptCheckpoint) else None)
+                          max_seq_length=limit, weight_bytes=weight_bytes, schemes=schemes,
+                          quantisation=report, kept=checkpoint.report if isinstance(checkpoint, KeptCheckpoint) else None)
     finally:
         model.close()
 

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from torchchat_core.cli.progress_bars import shown_progress
+from torchchat_core.cli.texts import text_of
 from torchchat_core.errors import TorchchatError
 from torchchat_core.measure.comparing import (
     Candidate,
@@ -22,7 +23,7 @@ from torchchat_core.measure.comparing import (
 from torchchat_core.measure.page import html_page
 from torchchat_core.measure.png import draw_png, require_matplotlib
 from torchchat_core.measure.summary import as_json, method_lines, table_lines
-from torchchat_core.measure.text import CHARACTERS, MeasuredText, measured_text
+from torchchat_core.measure.text import CHARACTERS, MeasuredText
 from torchchat_core.pipeline import ModelRequest, choose_device
 from torchchat_core.plugins import Registry
 from torchchat_core.quantization.recipe import RecipeReport, parse_recipe
@@ -57,9 +58,8 @@ class Measurement:
         candidates = [_candidate(name, request, registry) for name in named] or default_candidates(request, registry)
         if request.calibration is not None and not any(each.request.calibration for each in candidates):
             raise click.UsageError("--calibration: none of the recipes looks at a text")
-        path = expanded(flags["file"]) if flags["file"] is not None else None
         return cls(registry=registry, request=request, candidates=candidates, named=bool(named),
-                   text=measured_text(path, flags["characters"] or CHARACTERS), window=flags["window"],
+                   text=text_of(flags, CHARACTERS), window=flags["window"],
                    plots=[_plot_path(text) for text in flags["plot"]], silent=flags["as_json"])
 
     def take_folder(self, folder: str, report: RecipeReport) -> None:
