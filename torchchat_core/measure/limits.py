@@ -35,7 +35,7 @@ class Limits:
         return replace(self, **given) if given else self
 
 
-EXACT = Limits(kind="float32", largest_difference=1e-3, mean_kl=1e-7, p99_kl=1e-6, top_1=0.995)
+EXACT = Limits(kind="float32", largest_difference=5e-4, mean_kl=2e-10, p99_kl=2e-9, top_1=0.995)
 HALF = Limits(kind="16 bits", largest_difference=None, mean_kl=2e-3, p99_kl=2e-2, top_1=0.95)
 QUANTISED = Limits(kind="the same recipe", largest_difference=None, mean_kl=5e-3, p99_kl=5e-2, top_1=0.93)
 RECIPES = Limits(kind="different recipes", largest_difference=None, mean_kl=0.1, p99_kl=1.0, top_1=0.85)
@@ -43,7 +43,7 @@ RECIPES = Limits(kind="different recipes", largest_difference=None, mean_kl=0.1,
 
 def limits_for(dtypes: tuple[str, str], schemes: tuple[tuple[str, ...], tuple[str, ...]]) -> Limits:
     """Those for a pair, from the dtypes that they compute in and the schemes of their quantised layers."""
-    if set(schemes[0]) != set(schemes[1]):
+    if set(schemes[0]) != set(schemes[1]) or (schemes[0] and dtypes[0] != dtypes[1]):  # other weights in either case
         return RECIPES
     if schemes[0]:
         return QUANTISED
