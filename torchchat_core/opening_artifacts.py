@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FIXED = {"params_path": "configuration", "tokenizer_path": "tokenizer", "adapter": "weights",
          "calibration": "weights", "keep_quantized": "weights"}  # what a request cannot change, and where that is
+BITS = {"fp32": 32, "bf16": 16, "fp16": 16}
 
 
 @contextmanager
@@ -45,9 +46,22 @@ def open_exported(request: ModelRequest, files: ModelFiles, registry: Registry) 
         LoadRequest(device=manifest.target.device, dtype=manifest.dtype, artifact=artifact.path))
     try:
         yield OpenedModel(name=files.ref.text, model=model, text_format=text_format, executor=executor,
-                          max_seq_length=limit, weight_bytes=manifest.weight_bytes)
+                          max_seq_length=limit, weight_bytes=manifest.weight_bytes,
+                          token_bytes=_token_bytes(manifest), schemes=tuple(manifest.schemes))
     finally:
         model.close()
+
+
+def _token_bytes(manifest: Manifest) -> int:
+    """Bytes of the weights that one token reads, as `OpenedModel.token_bytes`; scales of a quantised embedding, which
+    the manifest does not tell apart, count as read."""
+    config = manifest.config
+    bits = [int(scheme.removeprefix("embedding:int")) for scheme in manifest.schemes
+            if scheme.startswith("embedding:int")]
+    if config.tied_embeddings and not bits:
+        return manifest.weight_bytes
+    width = bits[0] if bits else BITS[manifest.dtype]
+    return max(0, manifest.weight_bytes - config.vocab_size * config.hidden_size * width // 8)
 
 
 def _executor(request: ModelRequest, artifact: Artifact, registry: Registry) -> ExecutorInfo:

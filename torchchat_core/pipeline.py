@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,12 +14,14 @@ import torch
 
 from torchchat_core.artifacts import exported_file
 from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.fastest import remembered_executor
 from torchchat_core.models.weights import TORCH_DTYPES, build_model
 from torchchat_core.plugins import Registry
+from torchchat_core.products import reference_of
 from torchchat_core.quantization.calibration import CalibrationText, read_calibration
 from torchchat_core.quantization.keeping import KeptCheckpoint, KeptReport, keep_quantised
 from torchchat_core.quantization.recipe import Recipe, RecipeReport, RecipeText, parse_recipe
-from torchchat_core.quantization.replacing import stored_bytes
+from torchchat_core.quantization.replacing import stored_bytes, token_bytes
 from torchchat_core.quantization.saved import refuse_quantised
 from torchchat_core.small_files import expanded
 from torchchat_core.sources.reference import missing_file, resolve
@@ -73,6 +76,7 @@ class OpenedModel:
     executor: ExecutorInfo
     max_seq_length: int  # tokens that a sequence may have: the model's own, or fewer where asked for
     weight_bytes: int  # of all weights as they are stored, before the executor packs them; shared ones count once
+    token_bytes: int  # of them, what one token reads: all but the input embedding, unless the output shares it
     schemes: tuple[str, ...] = ()  # of its quantised layers: "linear:int4", "embedding:int8"
     quantisation: RecipeReport | None = None  # where a recipe was applied
     kept: KeptReport | None = None  # where the file's own quantised layers were kept
@@ -100,18 +104,30 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
     dtype = choose_dtype(_wished_dtype(request, wished), device, checkpoint.dtype)
     recipe = _settled(wished, request, checkpoint, registry, device, dtype)
     schemes = _schemes(recipe, checkpoint)
-    executor = choose_executor(request.executor, device, dtype, schemes, registry, is_layered(checkpoint))
+    executor = _executor(request, files, device, dtype, schemes, registry, is_layered(checkpoint))
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
     windows = _calibration(request, files, checkpoint, registry)
     report = recipe.apply(module, windows) if recipe is not None else None
-    weight_bytes = stored_bytes(module)
+    sizes = stored_bytes(module), token_bytes(module)
     model: LoadedModel = executor.make().load(LoadRequest(device=device, dtype=dtype, module=module))
     try:
         yield OpenedModel(name=files.ref.text, model=model, text_format=text_format, executor=executor,
-                          max_seq_length=limit, weight_bytes=weight_bytes, schemes=schemes,
-                          quantisation=report, kept=checkpoint.report if isinstance(checkpoint, KeptCheckpoint) else None)
+                          max_seq_length=limit, weight_bytes=sizes[0], token_bytes=sizes[1],
+                          schemes=schemes, quantisation=report,
+                          kept=checkpoint.report if isinstance(checkpoint, KeptCheckpoint) else None)
     finally:
         model.close()
+
+
+def _executor(request: ModelRequest, files: ModelFiles, device: str, dtype: str, schemes: tuple[str, ...],
+              registry: Registry, stored: bool) -> ExecutorInfo:
+    """The one that was asked for; for "auto", what `torchchat bench --save` found to be the fastest, where it fits."""
+    if request.executor == "auto":
+        fastest = remembered_executor(reference_of(files.ref), device, dtype, schemes)
+        if fastest is not None:
+            with contextlib.suppress(TorchchatError):  # it may be installed no more
+                return choose_executor(fastest, device, dtype, schemes, registry, stored)
+    return choose_executor(request.executor, device, dtype, schemes, registry, stored)
 
 
 def export_model(request: ModelRequest, exporter: ExporterInfo, path: Path, options: Any,

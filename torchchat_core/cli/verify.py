@@ -140,10 +140,10 @@ def _grid(request: ModelRequest, registry: Registry, flags: Mapping[str, Any], s
 
 def _verified(pair: Any, registry: Registry, flags: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     from torchchat_core.measure.grid import TASK
-    from torchchat_core.measure.processes import in_own_process
+    from torchchat_core.measure.processes import in_own_process, request_arguments
 
     file = str(expanded(flags["file"]).absolute()) if flags["file"] is not None else None
-    arguments = {"first": dataclasses.asdict(pair.first), "second": dataclasses.asdict(pair.second), "file": file,
+    arguments = {"first": request_arguments(pair.first), "second": request_arguments(pair.second), "file": file,
                  "exporter": pair.exporter, "characters": flags["characters"] or CHARACTERS, **settings}
     named = {"combination": pair.name, "against": pair.against}
     try:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from torchchat_core.errors import TorchchatError
+from torchchat_core.measure.processes import request_of
 from torchchat_core.measure.text import measured_text
 from torchchat_core.measure.verdict import as_json
 from torchchat_core.measure.verifying import another, verify
@@ -91,7 +92,7 @@ def verify_pair(registry: Registry, first: Mapping[str, Any], second: Mapping[st
                 file: str | None, characters: int, **settings: Any) -> dict[str, Any]:
     """A task for a process of its own: the verification as JSON. The text is `file`, or torchchat's own."""
     text = measured_text(Path(file) if file is not None else None, characters)
-    one, other = ModelRequest(**first), ModelRequest(**second)
+    one, other = request_of(first), request_of(second)
     if exporter is None:
         return as_json(verify(one, other, registry, text, **settings))
     info = registry.find(ExporterInfo, exporter)

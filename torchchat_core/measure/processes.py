@@ -5,6 +5,7 @@ A task is a function of `(registry, **arguments)` with plain arguments that retu
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from torchchat_core.errors import TorchchatError
+from torchchat_core.pipeline import ModelRequest
 from torchchat_core.plugins import Registry, load_registry
 from torchchat_core.settings import load_settings
 
@@ -41,6 +43,16 @@ def in_own_process(task: str, arguments: Mapping[str, Any], registry: Registry) 
         raise TorchchatError(told["error"], told["fix"])
     found: Found = told["found"]
     return found
+
+
+def request_arguments(request: ModelRequest) -> dict[str, Any]:
+    """The request as plain values, without a calibration text."""
+    return {**dataclasses.asdict(dataclasses.replace(request, calibration=None)), "defaults": sorted(request.defaults)}
+
+
+def request_of(arguments: Mapping[str, Any]) -> ModelRequest:
+    """What `request_arguments` made plain."""
+    return ModelRequest(**{**arguments, "defaults": frozenset(arguments["defaults"])})
 
 
 def _environment() -> dict[str, str]:

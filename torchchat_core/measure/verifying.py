@@ -150,6 +150,9 @@ def _refuse_another(recording: _Recording, opened: OpenedModel) -> None:
 
 
 def another(request: ModelRequest, model: str) -> ModelRequest:
-    """Another model under the same conditions: device, dtype and length are kept, files and recipe are its own."""
+    """Another model under the same conditions: device, dtype and length are kept, files and recipe are its own.
+
+    An exported file keeps its own device and dtype: they count as settings, which it does not take.
+    """
     kept = {name: getattr(request, name) for name in ("device", "dtype", "max_seq_length", "hf_token")}
-    return dataclasses.replace(ModelRequest(model=model), **kept)
+    return dataclasses.replace(ModelRequest(model=model), **kept, defaults=frozenset({"device", "dtype", "executor"}))
