@@ -81,7 +81,7 @@ def other_request(request: ModelRequest, words: Sequence[str], registry: Registr
     """
     from torchchat_core.measure.verifying import another
 
-    changes: dict[str, str] = {}
+    changes: dict[str, Any] = {}
     for word in words:
         key, value = _change(word, registry)
         if key in changes:

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
+from torchchat_core.artifacts import exported_file, open_artifact
 from torchchat_core.errors import TorchchatError
 from torchchat_core.measure.bandwidth import read_speed
 from torchchat_core.measure.processes import in_own_process, request_arguments, request_of
 from torchchat_core.measure.rates import NEW_TOKENS, PROMPT_TOKENS, REPEATS, Rate, Rates, Spread, measure_rates
 from torchchat_core.measure.text import OWN_TEXT
 from torchchat_core.memory import peak_rss_bytes
-from torchchat_core.pipeline import ModelRequest, OpenedModel, exported_file, fetch_files, open_model
+from torchchat_core.pipeline import ModelRequest, OpenedModel, fetch_files, open_model
 from torchchat_core.plugins import Registry
 from torchchat_core.products import reference_of
 from torchchat_core.quantization.recipe import recipe_names
@@ -99,8 +100,6 @@ def _executors(request: ModelRequest, registry: Registry) -> list[str]:
     """All that read the model: an exported file, or models in memory."""
     wanted, path = IN_MEMORY, exported_file(fetch_files(dataclasses.replace(request, executor="auto"), registry))
     if path is not None:
-        from torchchat_core.artifacts import open_artifact
-
         wanted = open_artifact(path).manifest.kind
     found = [(info.order, qualified if registry.contested(ExecutorInfo, info.name) else info.name)
              for qualified, info in registry.settled(ExecutorInfo) if wanted in info.reads]
@@ -122,9 +121,8 @@ def measure_way(way: Way, registry: Registry, prompt_tokens: int = PROMPT_TOKENS
 def row_of(found: Mapping[str, Any], recipe: str | None, first_load: float) -> Row:
     """The row, from what `run` found in the other process."""
     plain = dict(found["rates"])
-    spreads = {"prefill": Rate(**plain.pop("prefill")), "decode": Rate(**plain.pop("decode")),
-               "first_token": Spread(**plain.pop("first_token"))}
-    rates = Rates(**spreads, **plain)
+    prefill, decode, first = (plain.pop(name) for name in ("prefill", "decode", "first_token"))
+    rates = Rates(prefill=Rate(**prefill), decode=Rate(**decode), first_token=Spread(**first), **plain)
     usual = rates.prompt_tokens / rates.prefill.median + rates.new_tokens / rates.decode.median
     compiling = max(0.0, first_load - found["load_s"]) + max(0.0, rates.warm_up - usual)
     others = {name: found[name] for name in found if name not in ("rates", "schemes")}

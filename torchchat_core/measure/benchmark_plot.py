@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 from torchchat_core.measure.benchmark import Failed, Row
 from torchchat_core.measure.benchmark_report import COLUMNS, cells, failed_lines, method_line
@@ -93,5 +94,6 @@ def draw_png(model: str, rows: Sequence[Row]) -> bytes:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     content = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(content)
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.print_png(content)
     return content.getvalue()
