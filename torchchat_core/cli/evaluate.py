@@ -19,8 +19,8 @@ from torchchat_core.small_files import expanded, write_whole
 
 @click.command("eval")
 @model_flags
-@click.option("--tasks", multiple=True, metavar="NAME", help="A task of lm-eval, or several with commas between; may be "
-                                                             "repeated [default: wikitext].")
+@click.option("--tasks", multiple=True, metavar="NAME", help="A task of lm-eval, or several with commas "
+                                                             "between; may be repeated [default: wikitext].")
 @click.option("--limit", type=click.FloatRange(min=0, min_open=True), metavar="N",
               help="Documents of each task; below 1, that share of them [default: all].")
 @click.option("--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples before each question [default: "
@@ -39,8 +39,8 @@ def evaluate(registry: Registry, /, **flags: Any) -> None:
                              "pip install 'torchchat-core[eval]'; torchchat perplexity needs nothing")
     output = expanded(flags["output"]) if flags["output"] is not None else None
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise TorchchatError(f"--output is {flags['output']!r}; no file can be written there", "name a file in a folder "
-                                                                                               "that exists")
+        raise TorchchatError(f"--output is {flags['output']!r}; no file can be written there",
+                             "name a file in a folder that exists")
     from torchchat_core.measure.evaluation import Wish
     from torchchat_core.measure.evaluation import evaluate as run
 
@@ -63,12 +63,13 @@ def result_lines(found: Mapping[str, Any]) -> Iterator[str]:
 
     ours = found["torchchat"]
     yield ", ".join([ours["model"], ours["executor"], ours["device"], ours["dtype"], *ours["schemes"]])
+    left_out = ("alias", "sample_len")
     rows = [("task", "documents", "metric", "value", "standard error")]
     for task, metrics in found["results"].items():
         counts = found.get("n-samples", {}).get(task, {})
         for name, value in metrics.items():
             metric, _, group = name.partition(",")
-            if isinstance(value, float | int) and not metric.endswith("_stderr") and metric != "alias":
+            if isinstance(value, float | int) and not metric.endswith("_stderr") and metric not in left_out:
                 error = metrics.get(f"{metric}_stderr,{group}")
                 rows.append((task, str(counts.get("effective", "")), metric if group in ("", "none") else name,
                              f"{value:.6g}", f"{error:.2g}" if isinstance(error, float) else ""))

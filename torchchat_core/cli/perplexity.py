@@ -23,8 +23,9 @@ CHARACTERS = 8000
 @click.command()
 @model_flags
 @text_flags(CHARACTERS)
-@click.option("--stride", type=click.IntRange(min=1), metavar="N", help="Tokens between the beginnings of windows, which "
-              "overlap where it is less: every token then has more context, and it takes longer [default: no overlap].")
+@click.option("--stride", type=click.IntRange(min=1), metavar="N",
+              help="Tokens between the beginnings of windows, which overlap where it is less than a window: every "
+                   "token then has more context, and it takes longer [default: no overlap].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
 def perplexity(registry: Registry, /, **flags: Any) -> None:

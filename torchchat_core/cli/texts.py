@@ -30,7 +30,7 @@ class Characters(click.ParamType[int]):
 
 
 def text_flags(characters: int) -> Callable[[Function], Function]:
-    """--file, --characters and --window, all None where they are not given; `characters` is what the help names as the default."""
+    """--file, --characters and --window, all None where they are not given; `characters`: the default, for the help."""
 
     def decorate(function: Function) -> Function:
         for option in reversed([
@@ -48,7 +48,10 @@ def text_flags(characters: int) -> Callable[[Function], Function]:
 
 
 def text_of(flags: Mapping[str, Any], characters: int) -> MeasuredText:
-    """The text that the flags ask for, with so many characters where they do not say. Raises `TorchchatError` as `measured_text` does."""
+    """The text that the flags ask for, with so many characters where they do not say.
+
+    Raises `TorchchatError` as `measured_text` does.
+    """
     from torchchat_core.measure.text import measured_text
 
     return measured_text(expanded(flags["file"]) if flags["file"] is not None else None,

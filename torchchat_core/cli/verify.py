@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from torchchat_core.pipeline import ModelRequest
 
 CHARACTERS = 4000
-LIMITS = {"max_difference": "largest_difference", "max_mean_kl": "mean_kl", "max_p99_kl": "p99_kl", "min_top_1": "top_1"}
+LIMITS = {"max_difference": "largest_difference", "max_mean_kl": "mean_kl", "max_p99_kl": "p99_kl",
+          "min_top_1": "top_1"}  # flag -> field of `Limits`
 CHANGES = ("model", "executor", "quantize", "dtype", "device")  # what a word KEY=VALUE of the other side may change
 
 

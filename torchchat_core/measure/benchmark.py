@@ -1,7 +1,8 @@
 """How fast one way to run a model is, and what it needs: a row of `torchchat bench`, measured in processes of its own.
 
 The first process loads the model and runs it once, so that whatever is compiled and kept is there; the second one
-measures. What the first load took beyond the second one's, and the first run beyond later ones, is the time of compiling.
+measures. What the first load took beyond the second one's, and the first run beyond later ones, is the time of
+compiling.
 """
 
 from __future__ import annotations

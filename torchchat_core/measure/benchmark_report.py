@@ -35,8 +35,8 @@ def table_lines(model: str, rows: Sequence[Row], failed: Sequence[Failed]) -> It
 def method_line(row: Row) -> str:
     """What was measured and how."""
     rates = row.rates
-    return f"a prompt of {rates.prompt_tokens} tokens and {rates.new_tokens} more, median of {rates.repeats} runs after " \
-           f"one that warms up, with half of their range; {conditions_text()}"
+    return f"a prompt of {rates.prompt_tokens} tokens and {rates.new_tokens} more, median of {rates.repeats} runs " \
+           f"after one that warms up, with half of their range; {conditions_text()}"
 
 
 def cells(row: Row) -> list[tuple[str, float | str]]:

@@ -1,8 +1,10 @@
-"""Tasks of lm-eval (EleutherAI's harness) on any runtime. Imported only where `torchchat eval` runs: lm-eval is large."""
+"""Tasks of lm-eval (EleutherAI's harness) on any runtime. Imported only where `torchchat eval` runs: it is large."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,16 @@ from torchchat_core.pipeline import OpenedModel
 
 NEW_TOKENS = 256  # of an answer, where a task does not say
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names that tasks have for it
+LOADERS = ("datasets", "huggingface_hub", "httpx", "httpx2", "requests", "aiohttp")  # whose errors are about data
+TALKATIVE = ("lm_eval", "huggingface_hub", "datasets")  # loggers: what they warn of while they retry, the error says
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 
 
 class TorchchatLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types of its own for it
     """lm-eval's view of an opened model.
 
-    A text begins with BOS where the tokenizer says so; a whole text that is scored (`loglikelihood_rolling`) follows BOS,
-    or the end token where there is none, and BOS itself is not scored.
+    A text begins with BOS where the tokenizer says so; a whole text that is scored (`loglikelihood_rolling`) follows
+    BOS, or the end token where there is none, and BOS itself is not scored.
     """
 
     def __init__(self, opened: OpenedModel) -> None:
@@ -105,7 +109,7 @@ class TorchchatLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types of 
 
 
 def generation_options(settings: Mapping[str, Any]) -> GenerationOptions:
-    """A task's settings as ours: greedy unless it says otherwise. Raises `TorchchatError` for those that nobody knows."""
+    """A task's settings as ours: greedy unless it says otherwise. Raises `TorchchatError` for unknown ones."""
     known = {"until", "do_sample", *LENGTHS, *SAMPLING}
     unknown = sorted(settings.keys() - known)
     if unknown:
@@ -135,7 +139,8 @@ class Wish:
     def manager(self) -> TaskManager:
         """Knows all tasks. Raises `TorchchatError` for names of tasks that there are not."""
         if self.include is not None and not self.include.is_dir():
-            raise TorchchatError(f"there is no folder {str(self.include)!r}", "name the folder of the tasks' YAML files")
+            raise TorchchatError(f"there is no folder {str(self.include)!r}",
+                                 "name the folder of the tasks' YAML files")
         manager = TaskManager(include_path=str(self.include) if self.include is not None else None)
         for name in self.tasks:
             if name not in manager.all_tasks:
@@ -150,8 +155,9 @@ def evaluate(opened: OpenedModel, wish: Wish, manager: TaskManager, recipe: str 
     Raises `TorchchatError` where the data of a task cannot be had, and for tasks that the model cannot do.
     """
     try:
-        found = simple_evaluate(model=TorchchatLM(opened), tasks=list(wish.tasks), num_fewshot=wish.shots,
-                                limit=wish.limit, task_manager=manager, log_samples=False)
+        with quiet(TALKATIVE):
+            found = simple_evaluate(model=TorchchatLM(opened), tasks=list(wish.tasks), num_fewshot=wish.shots,
+                                    limit=wish.limit, task_manager=manager, log_samples=False)
     except TorchchatError:
         raise
     except Exception as error:
@@ -169,12 +175,26 @@ def evaluate(opened: OpenedModel, wish: Wish, manager: TaskManager, recipe: str 
     return {**found, "torchchat": ours}
 
 
+@contextmanager
+def quiet(names: Sequence[str]) -> Iterator[None]:
+    """Within it, these loggers tell errors alone."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
 def _is_about_data(error: BaseException) -> bool:
     """Whether it, or what it came from, is a failure to read files or to reach the network."""
     seen: BaseException | None = error
     while seen is not None:
         module = type(seen).__module__.partition(".")[0]
-        if isinstance(seen, OSError) or module in ("datasets", "huggingface_hub", "httpx", "httpx2", "requests", "aiohttp"):
+        if isinstance(seen, OSError) or module in LOADERS:
             return True
         seen = seen.__cause__ or seen.__context__
     return False

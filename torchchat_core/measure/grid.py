@@ -1,4 +1,4 @@
-"""Every way to run a model that is installed, beside the reference: what `torchchat verify MODEL --all` goes through."""
+"""Every way to run a model that is installed, beside the reference: the pairs of `torchchat verify MODEL --all`."""
 
 from __future__ import annotations
 

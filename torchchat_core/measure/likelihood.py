@@ -20,11 +20,11 @@ class Request:
     continuation: tuple[int, ...]
 
     def within(self, limit: int) -> Request:
-        """With as much of the end of the context as a sequence of `limit` tokens holds; the last token is only predicted.
+        """With as much of the end of the context as a sequence of `limit` tokens holds.
 
         Raises `TorchchatError` where the continuation alone does not fit.
         """
-        kept = limit + 1 - len(self.continuation)
+        kept = limit + 1 - len(self.continuation)  # the last token is predicted, and not held
         if kept < 1:
             raise TorchchatError(f"a continuation of {len(self.continuation)} tokens is to be scored; the model holds "
                                  f"{limit}", "leave the task out, or take a model with a longer context")
@@ -69,7 +69,7 @@ def _likelihood(sequence: TokenSequence, request: Request) -> Likelihood:
 
 
 def _scored(sequence: TokenSequence, tokens: Sequence[int]) -> Iterator[tuple[float, bool]]:
-    """Appends all but the last of the tokens; of each but the first: its log-probability, and whether it is likeliest."""
+    """Appends all but the last of the tokens; of each but the first: log-probability, and whether it is likeliest."""
     for start in range(0, len(tokens) - 1, SCORED):
         fed = tokens[start : min(start + SCORED, len(tokens) - 1)]
         logits = sequence.score(fed)  # [positions, vocab]

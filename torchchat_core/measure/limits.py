@@ -1,4 +1,4 @@
-"""When two models count as the same: limits for each kind of pair, from what is measured between runtimes that are right.
+"""When two models count as the same: limits for each kind of pair, from what is measured where both are right.
 
 docs/measuring.md says what was measured, and what faults come to.
 """
@@ -60,8 +60,8 @@ def objections(found: Agreement, limits: Limits) -> Iterator[str]:
         if limit is not None and not value <= limit:
             yield f"{words} is {value:.3g}; the limit for {limits.kind} is {limit:g} (--max-{_flag(name)})"
     if limits.top_1 is not None and not found.top_1 >= limits.top_1:
-        yield f"the same token is likeliest at {100 * found.top_1:.2f} % of the positions; for {limits.kind} it has to be " \
-              f"{100 * limits.top_1:g} % (--min-top-1)"
+        yield f"the same token is likeliest at {100 * found.top_1:.2f} % of the positions; for {limits.kind} it has " \
+              f"to be {100 * limits.top_1:g} % (--min-top-1)"
 
 
 def _flag(name: str) -> str:

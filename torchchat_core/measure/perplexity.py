@@ -131,7 +131,10 @@ class TextPerplexity:
 
 def measure_text(opened: OpenedModel, text: MeasuredText, window: int | None = None, stride: int | None = None
                  ) -> TextPerplexity:
-    """The perplexity of a text. Raises `TorchchatError` for a runtime without ability `score`, or an impossible window."""
+    """The perplexity of a text.
+
+    Raises `TorchchatError` for a runtime without ability `score`, and for an impossible window or stride.
+    """
     opened.executor.require("score")
     tokenizer = opened.text_format.tokenizer
     size = window_size(window, opened.max_seq_length)

@@ -74,12 +74,13 @@ def window_size(asked: int | None, longest: int) -> int:
     return asked or min(WINDOW, longest)
 
 
-def text_windows(ids: Sequence[int], bos_id: int | None, size: int = WINDOW, stride: int | None = None) -> list[Window]:
+def text_windows(ids: Sequence[int], bos_id: int | None, size: int = WINDOW, stride: int | None = None
+                 ) -> list[Window]:
     """Windows of `size` tokens, in which every token of `ids` is predicted once.
 
     A window begins `stride` tokens after the one before it, and predicts what that one did not; None: `size` - 1, so
-    that they do not overlap. With BOS, it stands before each window's own `size` - 1 tokens. Without, the first token of
-    all is not predicted. Raises `TorchchatError` for windows of fewer than 2, or a stride that leaves tokens out.
+    that they do not overlap. With BOS, it stands before each window's own `size` - 1 tokens. Without, the first token
+    of all is not predicted. Raises `TorchchatError` for windows of fewer than 2, or a stride that leaves tokens out.
     """
     if size < 2:
         raise TorchchatError(f"a window of {size} tokens predicts nothing", "2 is the least")
@@ -87,7 +88,7 @@ def text_windows(ids: Sequence[int], bos_id: int | None, size: int = WINDOW, str
     if not 1 <= stride < size:
         raise TorchchatError(f"the stride is {stride} tokens; with windows of {size} it goes from 1 to {size - 1}")
     first = () if bos_id is None else (bos_id,)
-    room, predicted = size - len(first), 1 - len(first)  # tokens of a window's own; how many need no prediction any more
+    room, predicted = size - len(first), 1 - len(first)  # tokens of a window's own; those that need no prediction
     windows = []
     for begin in range(0, len(ids), stride):
         if predicted == len(ids):

@@ -107,7 +107,8 @@ class _Recording:
         """What the second model says, beside the first."""
         if opened.max_seq_length < self.needed:
             raise TorchchatError(f"{opened.name} holds {opened.max_seq_length} tokens; with these windows "
-                                 f"{self.needed} are needed", f"leave --window out, or make it smaller than {self.window}")
+                                 f"{self.needed} are needed",
+                                 f"leave --window out, or make it smaller than {self.window}")
         _run_through(opened, self.exercise, self.summed.observed(opened.model, self.exercise, _scores(opened)))
         tokenizer, side, found = opened.text_format.tokenizer, Side.of(opened), self.summed.result
         limits = limits_for((self.side.dtype, side.dtype), (self.side.schemes, side.schemes)).changed(**asked)
@@ -138,15 +139,17 @@ def _scores(opened: OpenedModel) -> bool:
 
 def _run_through(opened: OpenedModel, exercise: Iterable[Exercise], rows: Iterable[Rows]) -> None:
     """Takes all of the rows, which are kept or compared as they come."""
-    with progress.task(f"{opened.name}, {opened.executor.name}", total=sum(each.positions for each in exercise)) as task:
+    total = sum(each.positions for each in exercise)
+    with progress.task(f"{opened.name}, {opened.executor.name}", total=total) as task:
         for each in rows:
             task.advance(len(each.logits))
 
 
 def _refuse_another(recording: _Recording, opened: OpenedModel) -> None:
     if opened.model.vocab_size != recording.vocab_size:
-        raise TorchchatError(f"{opened.name} has a vocabulary of {opened.model.vocab_size} tokens, {recording.side.model} "
-                             f"one of {recording.vocab_size}", "compare two ways to run the same model")
+        raise TorchchatError(f"{opened.name} has a vocabulary of {opened.model.vocab_size} tokens, "
+                             f"{recording.side.model} one of {recording.vocab_size}",
+                             "compare two ways to run the same model")
 
 
 def another(request: ModelRequest, model: str) -> ModelRequest:
