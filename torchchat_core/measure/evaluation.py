@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
+import huggingface_hub.constants
 from lm_eval import simple_evaluate
 from lm_eval import utils as windows
 from lm_eval.api.model import TemplateLM
@@ -19,6 +22,7 @@ from torchchat_core.errors import TorchchatError, did_you_mean
 from torchchat_core.generation_options import GenerationOptions, SamplingOptions
 from torchchat_core.measure.answering import Prompt, answers
 from torchchat_core.measure.likelihood import Request, likelihoods
+from torchchat_core.network import connection_fault, hub_endpoint
 from torchchat_core.pipeline import OpenedModel
 
 NEW_TOKENS = 256  # of an answer, where a task does not say
@@ -155,7 +159,7 @@ def evaluate(opened: OpenedModel, wish: Wish, manager: TaskManager, recipe: str 
     Raises `TorchchatError` where the data of a task cannot be had, and for tasks that the model cannot do.
     """
     try:
-        with quiet(TALKATIVE):
+        with quiet(TALKATIVE), offline_without_network():
             found = simple_evaluate(model=TorchchatLM(opened), tasks=list(wish.tasks), num_fewshot=wish.shots,
                                     limit=wish.limit, task_manager=manager, log_samples=False)
     except TorchchatError:
@@ -187,6 +191,24 @@ def quiet(names: Sequence[str]) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def offline_without_network() -> Iterator[None]:
+    """Within it, where the hub cannot be reached, only kept data is looked for: trying again takes minutes."""
+    through_proxy = bool(urllib.request.getproxies())
+    if through_proxy or connection_fault(*hub_endpoint()) is None:
+        yield
+        return
+    places = [(datasets.config, "HF_HUB_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE")]
+    before = [getattr(module, name) for module, name in places]
+    for module, name in places:
+        setattr(module, name, True)
+    try:
+        yield
+    finally:
+        for (module, name), value in zip(places, before, strict=True):
+            setattr(module, name, value)
 
 
 def _is_about_data(error: BaseException) -> bool:

@@ -15,12 +15,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchchat_core.errors import TorchchatError
-from torchchat_core.pipeline import ModelRequest
 from torchchat_core.plugins import Registry, load_registry
 from torchchat_core.settings import load_settings
+
+if TYPE_CHECKING:
+    from torchchat_core.pipeline import ModelRequest
 
 Found = dict[str, Any]
 
@@ -52,6 +54,8 @@ def request_arguments(request: ModelRequest) -> dict[str, Any]:
 
 def request_of(arguments: Mapping[str, Any]) -> ModelRequest:
     """What `request_arguments` made plain."""
+    from torchchat_core.pipeline import ModelRequest
+
     return ModelRequest(**{**arguments, "defaults": frozenset(arguments["defaults"])})
 
 
