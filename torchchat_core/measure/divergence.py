@@ -75,7 +75,7 @@ def reference_file(positions: int, vocab_size: int) -> Iterator[Reference]:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise TorchchatError(f"what the first model says of every token needs {bytes_text(needed)} in {folder}; "
+        raise TorchchatError(f"the figures of the first model need {bytes_text(needed)} in {folder}; "
                              f"{bytes_text(free)} are free", "measure on fewer characters, or set XDG_CACHE_HOME")
     with tempfile.TemporaryFile(dir=folder) as file:
         yield Reference(file, vocab_size)
