@@ -2,8 +2,8 @@
 
     python tools/measure_bench.py [MODEL] [--rounds 15] [--new-tokens 64]
 
-Both sides run in one process on the same loaded model, one run of each in turn, so that a busy machine slows both. Printed
-are the medians, and the median of the ratios of the rounds; status 1 where that is off by more than 5 %.
+Both sides run in one process on the same loaded model, one run of each in turn, so that a busy machine slows both.
+Printed are the medians, and the median of the ratios of the rounds; status 1 where that is off by more than 5 %.
 """
 
 from __future__ import annotations

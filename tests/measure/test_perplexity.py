@@ -37,7 +37,8 @@ def test_the_real_models_have_the_golden_perplexity_within_a_tenth_of_a_percent(
 
 @pytest.mark.parametrize("bos", [1, None])
 @pytest.mark.parametrize("stride", [1, 3, 6])
-def test_windows_with_a_stride_predict_every_token_once_with_the_context_before_it(bos: int | None, stride: int) -> None:
+def test_windows_with_a_stride_predict_every_token_once_with_the_context_before_it(bos: int | None, stride: int
+                                                                                  ) -> None:
     ids = list(range(10, 37))
     windows = text_windows(ids, bos, 7, stride)
     assert [token for window in windows for token in window.expected] == (ids if bos is not None else ids[1:])
@@ -82,7 +83,8 @@ def test_what_cannot_be_measured_is_told_in_one_sentence(arguments: tuple[str, .
     assert "Traceback" not in done.err
 
 
-def test_all_characters_of_a_text_are_read_where_that_is_asked_for(torchchat: Callable[..., Any], tmp_path: Path) -> None:
+def test_all_characters_of_a_text_are_read_where_that_is_asked_for(torchchat: Callable[..., Any], tmp_path: Path
+                                                                  ) -> None:
     (tmp_path / "long.txt").write_text("One word. " * 1000)
     shown = [torchchat("perplexity", "--device", "cpu", "--file", tmp_path / "long.txt", *more).out
              for more in ((), ("--characters", "all"))]

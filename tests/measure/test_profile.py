@@ -15,9 +15,10 @@ Run = Callable[..., Any]
 
 
 @pytest.mark.parametrize("name", ["trace.json", "trace.json.gz"])
-def test_a_trace_is_written_and_the_answer_is_the_same(name: str, torchchat: Run, testdata: Path, tmp_path: Path) -> None:
-    run = ("generate", testdata / "hf/stories260K", "--device", "cpu", "-d", "fp16", "--prompt", "Once", "--temperature",
-           "0", "--max-new-tokens", "6", "--json")
+def test_a_trace_is_written_and_the_answer_is_the_same(name: str, torchchat: Run, testdata: Path, tmp_path: Path
+                                                      ) -> None:
+    run = ("generate", testdata / "hf/stories260K", "--device", "cpu", "-d", "fp16", "--prompt", "Once",
+           "--temperature", "0", "--max-new-tokens", "6", "--json")
     plain, traced = torchchat(*run), torchchat(*run, "--profile", tmp_path / name)
     assert json.loads(traced.out)["token_ids"] == json.loads(plain.out)["token_ids"]
     content = (tmp_path / name).read_bytes()
