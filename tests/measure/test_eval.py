@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,7 +79,8 @@ def test_word_perplexity_is_that_of_lm_evals_own_model_on_the_same_folder(testda
     as_written = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token="<|start_story|>",
                                          eos_token="<|end_story|>", pad_token="<unk>")
     other = HFLM(pretrained=str(folder), tokenizer=as_written, device="cpu", dtype="float32", add_bos_token=False)
-    theirs = simple_evaluate(model=other, tasks=["made_texts"], task_manager=TaskManager(include_path=str(tmp_path)),
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    theirs = simple_evaluate(model=other, tasks=["made_texts"], task_manager=manager,
                              log_samples=False)["results"]["made_texts"]
     for metric in ("word_perplexity,none", "bits_per_byte,none"):
         assert ours[metric] == pytest.approx(theirs[metric], rel=1e-4)
@@ -197,10 +199,9 @@ def test_settings_of_tasks_become_ours_and_unknown_ones_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("--tasks", "wikitexd"), "lm-eval has no task 'wikitexd'"),
     (("--include-path", "/no/such/folder"), "there is no folder '/no/such/folder'"),
     (("--output", "/no/such/folder/out.json"), "no file can be written there"),
-    (("--tasks", "wikitext"), "the data of wikitext cannot be had"),
+    ((), "the data of wikitext cannot be had"),
 ])
 def test_what_cannot_be_evaluated_is_told_in_one_sentence(arguments: tuple[str, ...], message: str, torchchat: Run,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +213,15 @@ def test_what_cannot_be_evaluated_is_told_in_one_sentence(arguments: tuple[str, 
     assert done.code == 1
     assert message in next(line for line in done.err.splitlines() if line.startswith("error: "))
     assert "Traceback" not in done.err
+
+
+def test_a_task_that_there_is_not_is_refused_with_what_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchchat_core.measure import evaluation
+
+    monkeypatch.setattr(evaluation, "TaskManager", lambda **_given: SimpleNamespace(all_tasks=["wikitext", "arc_easy"]))
+    with pytest.raises(TorchchatError, match="lm-eval has no task 'wikitexd'") as told:
+        evaluation.Wish(tasks=("arc_easy", "wikitexd")).manager()
+    assert told.value.fix == "did you mean wikitext?"
 
 
 def test_without_lm_eval_it_says_how_to_get_it(torchchat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
