@@ -3,15 +3,17 @@
     python tools/compare_llama_cpp.py [--shape stories110M] [--kind int4] [--executor compile] [--json]
 
 Installs llama-cpp-python, which pip compiles for this machine, into an environment of its own in torchchat's cache
-folder, unless --peer names a Python that has it. Each side is a process of its own with the same number of threads;
-they are measured one after the other, round by round, and the ratio is the median of the rounds' ratios. Rates are
-tokens per second: of decoding 64 tokens after a prompt of 16, and of a prefill of 128. Beside them stands how fast the
-weights are read, and how fast this machine reads its memory, measured in the same rounds.
+folder, unless --peer names a Python that has it. Both formats are written once, into the same folder, and mapped by
+the sides as any model is. Each side is a process of its own with the same number of threads; they are measured one
+after the other, round by round, and the ratio is the median of the rounds' ratios. Rates are tokens per second: of
+decoding 64 tokens after a prompt of 16, and of a prefill of 128. Beside them stands how fast the weights are read, and
+how fast this machine reads its memory, measured in the same rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -33,10 +35,13 @@ from tc_gguf.architecture import metadata_of, tensor_name
 from torchchat_core.measure.bandwidth import read_speed
 from torchchat_core.models.rope_layout import interleaved_rows
 from torchchat_core.models.transformer import Transformer
+from torchchat_core.models.weights import build_model
+from torchchat_core.pipeline import ModelRequest, fetch_files, open_checkpoint
 from torchchat_core.plugins import load_registry
 from torchchat_core.quantization.recipe import parse_recipe
+from torchchat_core.quantization.writing import write_quantised
 from torchchat_core.small_files import cache_folder
-from torchchat_core.specs import LoadRequest
+from torchchat_core.specs import LoadRequest, ModelFiles
 
 KINDS = {  # what is compared: our recipe, their type
     "int4": ({"linear:int4": {"groupsize": 32}}, "Q4_0"),
@@ -56,7 +61,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer", metavar="PYTHON", help="a Python that has llama-cpp-python")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--serve", nargs=3, metavar=("EXECUTOR", "SHAPE", "KIND"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=2, metavar=("EXECUTOR", "PATH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.serve:
@@ -88,13 +93,14 @@ def installed_peer() -> str:
 def compare(shape: str, kind: str, executors: list[str], peer: str, threads: int, rounds: int) -> dict[str, Any]:
     """The rates of all sides, round by round after one that is not counted, and what they come to."""
     here = Path(__file__)
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        path = Path(folder) / "model.gguf"
-        write_gguf(random_weights(shape), KINDS[kind][1], path)
+    path, ours = written_gguf(shape, KINDS[kind][1]), written_folder(shape, kind)
+    with ExitStack() as stack:
         commands = {"llama.cpp": [peer, str(here.with_name("llama_cpp_server.py")), str(path), str(threads)]}
-        commands |= {executor: [sys.executable, str(here), "--threads", str(threads), "--serve", executor, shape, kind]
+        commands |= {executor: [sys.executable, str(here), "--threads", str(threads), "--serve", executor, str(ours)]
                      for executor in executors}
         sides = {name: stack.enter_context(side(command)) for name, command in commands.items()}
+        for process in sides.values():
+            read(process, until="ready")
         found = {name: [] for name in sides}  # type: dict[str, list[tuple[float, float]]]
         speeds = []
         for counted in range(rounds + 1):
@@ -106,9 +112,9 @@ def compare(shape: str, kind: str, executors: list[str], peer: str, threads: int
                          len(LONG_PROMPT) / ask(process, "prefill", LONG_PROMPT))
                 if counted:
                     found[name].append(rates)
-        return {"shape": shape, "kind": kind, "their_type": KINDS[kind][1], "memory_read_speed": max(speeds),
-                "weight_bytes": weight_bytes(path, shape, kind), "sides": {name: summary(rates, found["llama.cpp"])
-                                                                    for name, rates in found.items()}}
+        results = {name: summary(rates, found["llama.cpp"]) for name, rates in found.items()}
+        return {"shape": shape, "kind": kind, "their_type": KINDS[kind][1], "sides": results,
+                "memory_read_speed": statistics.median(speeds), "weight_bytes": weight_bytes(path, kind)}
 
 
 def summary(rates: list[tuple[float, float]], theirs: list[tuple[float, float]]) -> dict[str, Any]:
@@ -137,9 +143,8 @@ def rate_text(rate: dict[str, float]) -> str:
 
 @contextmanager
 def side(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A process that has its model in memory and waits."""
+    """A process that says when it has its model in memory, and then waits."""
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        read(process, until="ready")
         yield process
         if process.stdin:
             process.stdin.close()
@@ -165,24 +170,32 @@ def read(process: subprocess.Popen[str], until: str | None = None) -> str:
 # ---- our side -----------------------------------------------------------------------------------------------------
 
 
-def random_weights(shape: str) -> Transformer:
-    """The same in every process."""
-    torch.manual_seed(0)
-    return random_model(shape, "bf16")
-
-
-def quantised(module: Transformer, kind: str) -> Transformer:
+def written_folder(shape: str, kind: str) -> Path:
+    """What our side opens: the file with bfloat16 matrices, or a folder quantised from it, made where it is missing."""
+    unquantised = written_gguf(shape, KINDS["bf16"][1])
     recipe = KINDS[kind][0]
-    if recipe is not None:
+    if recipe is None:
+        return unquantised
+    folder = unquantised.with_name(f"{shape}-{kind}-{torch.__version__}")
+    if not folder.exists():
         registry = load_registry()
-        parse_recipe(json.dumps(recipe), registry).settle(registry, "cpu", "bf16").apply(module)
-    return module
+        files, module = opened(unquantised)
+        report = parse_recipe(json.dumps(recipe), registry).settle(registry, "cpu", "bf16").apply(module)
+        without_vocabulary = dataclasses.replace(files, tokenizer=())
+        write_quantised(module, recipe, report, without_vocabulary, registry, folder, "bf16")
+    return folder
 
 
-def serve(executor: str, shape: str, kind: str) -> None:
+def opened(path: Path) -> tuple[ModelFiles, Transformer]:
+    registry = load_registry()
+    request = ModelRequest(checkpoint_path=str(path))
+    files = fetch_files(request, registry)
+    return files, build_model(open_checkpoint(request, files, registry), torch.bfloat16, "cpu")
+
+
+def serve(executor: str, path: str) -> None:
     """Answers as llama_cpp_server.py does."""
-    module = quantised(random_weights(shape), kind)
-    model = EXECUTORS[executor]().load(LoadRequest(device="cpu", dtype="bf16", module=module))
+    model = EXECUTORS[executor]().load(LoadRequest(device="cpu", dtype="bf16", module=opened(Path(path))[1]))
     print("ready", flush=True)
     for line in sys.stdin:
         what, tokens, *count = json.loads(line)
@@ -197,18 +210,28 @@ def serve(executor: str, shape: str, kind: str) -> None:
         session.close()
 
 
-def weight_bytes(path: Path, shape: str, kind: str) -> dict[str, int]:
+def weight_bytes(path: Path, kind: str) -> dict[str, int]:
     """What is read for each token: all matrices, of which the embedding makes the logits."""
-    theirs = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
-    module = random_weights(shape)
-    parameters = [parameter for parameter in module.parameters() if parameter.dim() == 2]  # the tied matrix once
-    numbers = sum(parameter.numel() for parameter in parameters)
-    rows = sum(parameter.shape[0] for parameter in parameters)
+    tensors = gguf.GGUFReader(path).tensors
+    sizes = [(int(tensor.n_elements), int(tensor.shape[1])) for tensor in tensors if len(tensor.shape) == 2]
+    numbers, rows = (sum(column) for column in zip(*sizes, strict=True))
     ours = {"int4": numbers * 9 // 16, "int8": numbers + 2 * rows, "bf16": numbers * 2}[kind]
-    return {"llama.cpp": theirs, "ours": ours}
+    return {"llama.cpp": sum(int(tensor.n_bytes) for tensor in tensors), "ours": ours}
 
 
 # ---- their side ---------------------------------------------------------------------------------------------------
+
+
+def written_gguf(shape: str, kind: str) -> Path:
+    """The file of the random model, written where it is not there yet: that takes longer than measuring."""
+    path = cache_folder() / "peers" / f"{shape}-{kind}-{torch.__version__}.gguf"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            torch.manual_seed(0)  # the same weights in every type
+            write_gguf(random_model(shape, "bf16"), kind, Path(folder) / path.name)
+            (Path(folder) / path.name).replace(path)
+    return path
 
 
 def write_gguf(module: Transformer, kind: str, path: Path) -> None:

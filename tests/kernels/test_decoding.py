@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not kernels.available(), reason="the CPU kernels
 TOKENS = [(7 * i) % 96 for i in range(30)]
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
 def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     try:
         torch.ops.torchchat.use_instructions(request.param)

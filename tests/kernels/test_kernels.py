@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ SHAPES = [(16, 32, 32), (64, 64, 32), (50, 100, 32), (33, 256, 128), (7, 288, 25
 operators = torch.ops.torchchat
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
 def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     assert kernels.load() is None
     try:
@@ -286,3 +287,21 @@ def test_a_damaged_library_is_built_again(tmp_path: Path) -> None:
     library.write_bytes(b"no library")
     assert in_new_process(XDG_CACHE_HOME=str(tmp_path), CXX="env c++") == "None None None"
     assert library.stat().st_size > 10_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_packed_matrices_give_their_memory_back_when_the_last_of_a_region_is_gone() -> None:
+    assert kernels.load() is None
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    values, scales = torch.zeros(1024, 4096, dtype=torch.uint8), torch.ones(1024, 128).half()
+    before = resident()
+    kept = [operators.pack_quantized(values, scales, None, 4096, 8, 32) for _ in range(32)]
+    held = resident() - before
+    assert held > 120 << 20
+    first = kept[0]
+    del kept
+    assert first.data_ptr() % 64 == 0
+    assert resident() - before < held // 2

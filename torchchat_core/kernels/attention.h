@@ -141,7 +141,7 @@ TORCHCHAT_AVX512 void blend_values_avx512(const float* weights, const Scalar* va
 template <typename Scalar>
 ScoreKeys<Scalar> choose_score_keys(Instructions instructions) {
 #if defined(__x86_64__)
-  if (instructions == Instructions::kAvx512) return score_keys_avx512<Scalar>;
+  if (instructions >= Instructions::kAvx512) return score_keys_avx512<Scalar>;
   if (instructions == Instructions::kAvx2) return score_keys_avx2<Scalar>;
 #endif
   return score_keys_portable<Scalar>;
@@ -150,7 +150,7 @@ ScoreKeys<Scalar> choose_score_keys(Instructions instructions) {
 template <typename Scalar>
 BlendValues<Scalar> choose_blend_values(Instructions instructions) {
 #if defined(__x86_64__)
-  if (instructions == Instructions::kAvx512) return blend_values_avx512<Scalar>;
+  if (instructions >= Instructions::kAvx512) return blend_values_avx512<Scalar>;
   if (instructions == Instructions::kAvx2) return blend_values_avx2<Scalar>;
 #endif
   return blend_values_portable<Scalar>;
@@ -203,7 +203,7 @@ TORCHCHAT_AVX512 inline void scores_to_weights_avx512(float* scores, int64_t cou
 
 inline ScoresToWeights choose_scores_to_weights(Instructions instructions) {
 #if defined(__x86_64__)
-  if (instructions == Instructions::kAvx512) return scores_to_weights_avx512;
+  if (instructions >= Instructions::kAvx512) return scores_to_weights_avx512;
   if (instructions == Instructions::kAvx2) return scores_to_weights_avx2;
 #endif
   return scores_to_weights_portable;

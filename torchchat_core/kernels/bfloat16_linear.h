@@ -60,12 +60,10 @@ TORCHCHAT_AVX512 inline __m512 load_bfloat16_avx512(const uint16_t* at) {
 template <int Rows>
 TORCHCHAT_AVX512 inline void multiply_row_avx512_rows(const uint16_t* weights, const uint16_t* x, int64_t columns,
                                                       float* out) {
-  constexpr int64_t kAhead = 1024;  // elements
   const int64_t whole = columns / 32 * 32;
   __m512 even[Rows], odd[Rows];
   for (int row = 0; row < Rows; ++row) even[row] = odd[row] = _mm512_setzero_ps();
   for (int64_t i = 0; i < whole; i += 32) {
-    _mm_prefetch(reinterpret_cast<const char*>(weights + i + kAhead), _MM_HINT_T0);
     const __m512 first = load_bfloat16_avx512(weights + i), second = load_bfloat16_avx512(weights + i + 16);
     for (int row = 0; row < Rows; ++row) {
       even[row] = _mm512_fmadd_ps(first, load_bfloat16_avx512(x + row * columns + i), even[row]);
@@ -85,12 +83,46 @@ TORCHCHAT_AVX512 inline void multiply_row_avx512(const uint16_t* weights, const 
   if (count) multiply_row_avx512_rows<1>(weights, x, columns, out);
 }
 
+// ---- with products of bfloat16 pairs, which leave the time to wait for the matrix ----------------------------------
+
+#define TORCHCHAT_BFLOAT16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,f16c,fma")))
+
+TORCHCHAT_BFLOAT16 inline __m512 add_pairs(__m512 sum, const uint16_t* a, const uint16_t* b, __mmask32 which) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(which, a)),
+                          reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(which, b)));
+}
+
+template <int Rows>
+TORCHCHAT_BFLOAT16 inline void multiply_row_bfloat16_rows(const uint16_t* weights, const uint16_t* x, int64_t columns,
+                                                          float* out) {
+  const int64_t whole = columns / 64 * 64;
+  __m512 even[Rows], odd[Rows];
+  for (int row = 0; row < Rows; ++row) even[row] = odd[row] = _mm512_setzero_ps();
+  for (int64_t i = 0; i < whole; i += 64)
+    for (int row = 0; row < Rows; ++row) {
+      even[row] = add_pairs(even[row], weights + i, x + row * columns + i, ~0u);
+      odd[row] = add_pairs(odd[row], weights + i + 32, x + row * columns + i + 32, ~0u);
+    }
+  for (int64_t i = whole; i < columns; i += 32) {
+    const __mmask32 left = columns - i >= 32 ? ~0u : (1u << (columns - i)) - 1;
+    for (int row = 0; row < Rows; ++row) even[row] = add_pairs(even[row], weights + i, x + row * columns + i, left);
+  }
+  for (int row = 0; row < Rows; ++row) out[row] = _mm512_reduce_add_ps(_mm512_add_ps(even[row], odd[row]));
+}
+
+TORCHCHAT_BFLOAT16 inline void multiply_row_bfloat16(const uint16_t* weights, const uint16_t* x, int64_t columns,
+                                                     int64_t count, float* out) {
+  for (; count >= 2; count -= 2, x += 2 * columns, out += 2) multiply_row_bfloat16_rows<2>(weights, x, columns, out);
+  if (count) multiply_row_bfloat16_rows<1>(weights, x, columns, out);
+}
+
 #endif
 
 using MultiplyRow = void (*)(const uint16_t*, const uint16_t*, int64_t, int64_t, float*);
 
 inline MultiplyRow choose_multiply_row(Instructions instructions) {
 #if defined(__x86_64__)
+  if (instructions == Instructions::kAvx512Bfloat16) return multiply_row_bfloat16;
   if (instructions == Instructions::kAvx512) return multiply_row_avx512;
   if (instructions == Instructions::kAvx2) return multiply_row_avx2;
 #endif

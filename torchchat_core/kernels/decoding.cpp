@@ -3,7 +3,8 @@
 //
 // It computes what torchchat_core.models.transformer does, in float32 between the products. Work is split
 // by outputs in panels of 16, and attention by heads; norms and the rounding of activations are done by every thread
-// for itself, which is quicker than waiting for one that does it.
+// for itself, which is quicker than waiting for one that does it. A thread that is through with its part of the outputs
+// helps with what is left of the others' parts: where something else takes a core's time, nobody waits for it long.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
@@ -11,6 +12,7 @@
 #include <omp.h>
 #include <torch/custom_class.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <optional>
@@ -26,6 +28,10 @@ namespace torchchat {
 namespace {
 
 constexpr int64_t kBytesOfAThread = 1 << 16;  // of a layer's weights, or the head's, that are worth a thread
+// Of a stage's weights that a thread takes at once. A memory that is read in long runs is faster, and what is taken last
+// is what others wait for.
+constexpr int64_t kLeastPiece = 1 << 16, kLargestPiece = 1 << 18, kPiecesOfAThread = 8;
+constexpr int64_t kStages = 4;                // of a layer, after each of which all threads wait; the head is one more
 
 // The input of products: as it is, rounded to int8 and as bfloat16, of which only what is needed is made.
 struct Input {
@@ -61,6 +67,7 @@ struct Product {
   PanelLayout layout{};
 
   int64_t panels() const { return panels_of(outputs); }
+  int64_t bytes_of_panel() const { return static_cast<int64_t>(weight.nbytes()) / panels(); }
   bool rounds() const { return bits > 0; }
   bool halves() const { return bits == 0 && weight.scalar_type() == at::kBFloat16; }
 
@@ -228,10 +235,16 @@ struct Decoder : torch::CustomClassHolder {
     return omp_in_parallel() ? 1 : std::clamp<int64_t>(bytes / kBytesOfAThread, 1, at::get_num_threads());
   }
 
+  // How much of one thread's part of a stage is taken, alone in its line of the cache.
+  struct alignas(64) Taken {
+    std::atomic<int64_t> count{0};
+  };
+
   // What all threads see.
   struct Shared {
     std::vector<float> hidden, query, key, value, context;
     Input activations;
+    std::vector<Taken> taken;  // [stages, threads]
   };
 
   template <typename Scalar>
@@ -240,17 +253,23 @@ struct Decoder : torch::CustomClassHolder {
               at::Tensor& out) const {
     const Scalar* from = hidden.const_data_ptr<Scalar>();
     float* logits = out.mutable_data_ptr<float>();
+    const int64_t count = threads();
     Shared shared{std::vector<float>(from, from + hidden_), std::vector<float>(heads_ * size_),
                   std::vector<float>(kv_heads_ * size_), std::vector<float>(kv_heads_ * size_),
-                  std::vector<float>(heads_ * size_), Input(widest_, rounds_, halves_)};
+                  std::vector<float>(heads_ * size_), Input(widest_, rounds_, halves_),
+                  std::vector<Taken>((layers_.size() * kStages + 1) * count)};
     std::vector<Scalar*> key_data, value_data;
     for (const at::Tensor& each : keys) key_data.push_back(each.mutable_data_ptr<Scalar>());
     for (const at::Tensor& each : values) value_data.push_back(each.mutable_data_ptr<Scalar>());
     const float *cosines = cosine.const_data_ptr<float>(), *sines = sine.const_data_ptr<float>();
-    const int64_t count = threads();
+    std::vector<Worker<Scalar>> workers;  // made here: nothing may be thrown where the threads are
+    workers.reserve(count);
+    for (int64_t thread = 0; thread < count; ++thread)
+      workers.emplace_back(*this, shared, cosines, sines, held, thread);
 #pragma omp parallel num_threads(static_cast<int>(count)) if (count > 1)
     {
-      Worker<Scalar> worker(*this, shared, cosines, sines, held, omp_get_thread_num(), omp_get_num_threads());
+      Worker<Scalar>& worker = workers[omp_get_thread_num()];
+      worker.threads = omp_get_num_threads();  // which may be fewer than were asked for
       for (size_t index = 0; index < layers_.size(); ++index)
         worker.run(layers_[index], key_data[index], value_data[index], keys[index].size(1));
       worker.make_logits(logits);
@@ -260,9 +279,8 @@ struct Decoder : torch::CustomClassHolder {
   // One thread's part of the work.
   template <typename Scalar>
   struct Worker {
-    Worker(const Decoder& decoder, Shared& shared, const float* cosine, const float* sine, int64_t held, int64_t thread,
-           int64_t threads)
-        : decoder(decoder), shared(shared), cosine(cosine), sine(sine), held(held), thread(thread), threads(threads),
+    Worker(const Decoder& decoder, Shared& shared, const float* cosine, const float* sine, int64_t held, int64_t thread)
+        : decoder(decoder), shared(shared), cosine(cosine), sine(sine), held(held), thread(thread),
           instructions(instructions_in_use), round(choose_round_block(instructions)),
           score(choose_score_keys<Scalar>(instructions)), to_weights(choose_scores_to_weights(instructions)),
           blend(choose_blend_values<Scalar>(instructions)),
@@ -273,9 +291,7 @@ struct Decoder : torch::CustomClassHolder {
 
     void run(const Layer& layer, Scalar* keys, Scalar* values, int64_t capacity) {
       norm(layer.input_norm);
-      project(layer.products[kQuery], shared.query.data());
-      project(layer.products[kKey], shared.key.data());
-      project(layer.products[kValue], shared.value.data());
+      project(&layer.products[kQuery], {shared.query.data(), shared.key.data(), shared.value.data()});
       wait();
       attend(layer, keys, values, capacity);
       wait();
@@ -292,15 +308,29 @@ struct Decoder : torch::CustomClassHolder {
 
     void make_logits(float* logits) {
       norm(decoder.norm_);
-      project(decoder.head_[0], logits);
-      if (decoder.divisor_ == 1.0f) return;
-      const Share share = share_of(decoder.head_[0].panels(), thread, threads);
-      for (int64_t i = share.first * kPanelRows; i < std::min(share.last * kPanelRows, decoder.head_[0].outputs); ++i)
-        logits[i] /= decoder.divisor_;
+      project(decoder.head_.data(), {logits}, decoder.divisor_);
     }
 
     void wait() const {
 #pragma omp barrier
+    }
+
+    // Calls `work(first, last)` for pieces of [0, count), first of this thread's own part and then of the others', until
+    // all are taken. Every thread comes here with the same stages in the same order.
+    template <typename Work>
+    void take(int64_t count, int64_t bytes_of_each, Work work) {
+      const int64_t bytes = std::clamp(count * bytes_of_each / (kPiecesOfAThread * threads), kLeastPiece, kLargestPiece);
+      const int64_t piece = std::max<int64_t>(1, bytes / std::max<int64_t>(1, bytes_of_each));
+      Taken* taken = shared.taken.data() + stage++ * threads;
+      for (int64_t i = 0; i < threads; ++i) {
+        const int64_t owner = (thread + i) % threads;
+        const Share share = share_of(count, owner, threads);
+        for (;;) {
+          const int64_t first = share.first + taken[owner].count.fetch_add(piece, std::memory_order_relaxed);
+          if (first >= share.last) break;
+          work(first, std::min(first + piece, share.last));
+        }
+      }
     }
 
     void norm(const at::Tensor& weight) {
@@ -309,42 +339,52 @@ struct Decoder : torch::CustomClassHolder {
       normed.prepare(round);
     }
 
-    void project(const Product& product, float* out) {
-      const Share share = share_of(product.panels(), thread, threads);
-      float sums[kPanelRows];
-      for (int64_t panel = share.first; panel < share.last; ++panel) {
-        product.multiply(panel, normed, instructions, sums);
-        const int64_t first = panel * kPanelRows;
-        std::copy(sums, sums + std::min(kPanelRows, product.outputs - first), out + first);
-      }
+    // Products of the normed state with matrices that follow each other, each to its own place.
+    void project(const Product* products, std::initializer_list<float*> outs, float divisor = 1.0f) {
+      int64_t count = 0;
+      for (size_t index = 0; index < outs.size(); ++index) count += products[index].panels();
+      take(count, products->bytes_of_panel(), [&](int64_t first, int64_t last) {
+        for (int64_t place = first; place < last; ++place) {
+          int64_t panel = place;
+          const Product* product = products;
+          float* const* out = outs.begin();
+          for (; panel >= product->panels(); ++product, ++out) panel -= product->panels();
+          float sums[kPanelRows];
+          product->multiply(panel, normed, instructions, sums);
+          const int64_t start = panel * kPanelRows;
+          for (int64_t i = 0; i < std::min(kPanelRows, product->outputs - start); ++i) (*out)[start + i] = sums[i] / divisor;
+        }
+      });
     }
 
     // Adds the product to the hidden state.
     void add(const Product& product, const Input& x) {
-      const Share share = share_of(product.panels(), thread, threads);
-      float sums[kPanelRows];
-      for (int64_t panel = share.first; panel < share.last; ++panel) {
-        product.multiply(panel, x, instructions, sums);
-        const int64_t first = panel * kPanelRows, count = std::min(kPanelRows, product.outputs - first);
-        for (int64_t i = 0; i < count; ++i) shared.hidden[first + i] += sums[i] * decoder.residual_;
-      }
+      take(product.panels(), product.bytes_of_panel(), [&](int64_t first, int64_t last) {
+        float sums[kPanelRows];
+        for (int64_t panel = first; panel < last; ++panel) {
+          product.multiply(panel, x, instructions, sums);
+          const int64_t start = panel * kPanelRows, count = std::min(kPanelRows, product.outputs - start);
+          for (int64_t i = 0; i < count; ++i) shared.hidden[start + i] += sums[i] * decoder.residual_;
+        }
+      });
     }
 
     // silu(gate(x)) * up(x), in blocks of 32, which the next product rounds activations in.
     void activate(const Product& gate, const Product& up) {
       constexpr int64_t kPanels = kBlockColumns / kPanelRows;
       const int64_t blocks = (gate.outputs + kBlockColumns - 1) / kBlockColumns;
-      const Share share = share_of(blocks, thread, threads);
-      float gates[kPanelRows], ups[kPanelRows];
-      Input& out = shared.activations;
-      for (int64_t panel = share.first * kPanels; panel < std::min(share.last * kPanels, gate.panels()); ++panel) {
-        gate.multiply(panel, normed, instructions, gates);
-        up.multiply(panel, normed, instructions, ups);
-        const int64_t first = panel * kPanelRows, count = std::min(kPanelRows, gate.outputs - first);
-        for (int64_t i = 0; i < count; ++i) out.values[first + i] = gates[i] / (1.0f + std::exp(-gates[i])) * ups[i];
-      }
-      if (share.last == blocks) std::fill(out.values.begin() + gate.outputs, out.values.end(), 0.0f);
-      out.prepare(share.first, share.last, round);
+      take(blocks, kPanels * (gate.bytes_of_panel() + up.bytes_of_panel()), [&](int64_t first, int64_t last) {
+        float gates[kPanelRows], ups[kPanelRows];
+        Input& out = shared.activations;
+        for (int64_t panel = first * kPanels; panel < std::min(last * kPanels, gate.panels()); ++panel) {
+          gate.multiply(panel, normed, instructions, gates);
+          up.multiply(panel, normed, instructions, ups);
+          const int64_t start = panel * kPanelRows, count = std::min(kPanelRows, gate.outputs - start);
+          for (int64_t i = 0; i < count; ++i) out.values[start + i] = gates[i] / (1.0f + std::exp(-gates[i])) * ups[i];
+        }
+        if (last == blocks) std::fill(out.values.begin() + gate.outputs, out.values.end(), 0.0f);
+        out.prepare(first, last, round);
+      });
     }
 
     // The query heads of this thread. A key head's newest key is turned by every thread that needs it, and stored by
@@ -388,7 +428,7 @@ struct Decoder : torch::CustomClassHolder {
     const Decoder& decoder;
     Shared& shared;
     const float *cosine, *sine;
-    int64_t held, thread, threads;
+    int64_t held, thread, threads = 1, stage = 0;
     Instructions instructions;
     RoundBlock round;
     ScoreKeys<Scalar> score;

@@ -51,7 +51,7 @@ TORCHCHAT_AVX512 inline float multiply_float_row_avx512(const float* weights, co
 
 inline MultiplyFloatRow choose_multiply_float_row(Instructions instructions) {
 #if defined(__x86_64__)
-  if (instructions == Instructions::kAvx512) return multiply_float_row_avx512;
+  if (instructions >= Instructions::kAvx512) return multiply_float_row_avx512;
   if (instructions == Instructions::kAvx2) return multiply_float_row_avx2;
 #endif
   return multiply_float_row_portable;

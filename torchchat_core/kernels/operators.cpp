@@ -24,6 +24,7 @@
 #include "packing.h"
 #include "quantized_linear.h"
 #include "rms_norm.h"
+#include "weight_memory.h"
 
 namespace torchchat {
 namespace {
@@ -33,19 +34,17 @@ constexpr size_t kWorthOneDnn = 3 << 18;  // bytes of weights: its preparation t
 constexpr int64_t kWorkOfAThread = 1 << 17;  // products of keys and queries that are worth a thread
 constexpr int64_t kRowsAtOnce = 192;  // of activations: their int8 values stay in the second-level cache
 
-std::string name_of(Instructions instructions) {
-  if (instructions == Instructions::kAvx512) return "avx512";
-  return instructions == Instructions::kAvx2 ? "avx2" : "portable";
-}
+constexpr const char* kInstructionNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};  // in the order of the enum
+
+std::string name_of(Instructions instructions) { return kInstructionNames[static_cast<int>(instructions)]; }
 
 // Chooses the instructions, "" for the best ones; which are in use now.
 std::string use_instructions(const std::string& name) {
   const Instructions best = best_instructions();
-  Instructions chosen = best;
-  if (name == "portable") chosen = Instructions::kPortable;
-  else if (name == "avx2") chosen = Instructions::kAvx2;
-  else if (name == "avx512") chosen = Instructions::kAvx512;
-  else TORCH_CHECK(name.empty(), "instructions are ", name, "; known are portable, avx2 and avx512");
+  const auto* found = std::find(std::begin(kInstructionNames), std::end(kInstructionNames), name);
+  TORCH_CHECK(name.empty() || found != std::end(kInstructionNames), "instructions are ", name,
+              "; known are portable, avx2, avx512 and avx512_bf16");
+  const auto chosen = name.empty() ? best : static_cast<Instructions>(found - std::begin(kInstructionNames));
   TORCH_CHECK(chosen <= best, "this processor has no ", name, "; its best are ", name_of(best));
   instructions_in_use = chosen;
   return name_of(chosen);
@@ -80,7 +79,7 @@ at::Tensor pack_quantized(const at::Tensor& values, const at::Tensor& scales, co
   };
   const StoredRows stored{from.const_data_ptr<uint8_t>(), outputs,         columns, row_bytes,
                           halves(factors),                offsets ? halves(shifts) : nullptr};
-  at::Tensor packed = at::empty({panels_of(outputs) * layout.panel_bytes()}, values.options());
+  at::Tensor packed = weight_memory(panels_of(outputs) * layout.panel_bytes());
   uint8_t* target = packed.mutable_data_ptr<uint8_t>();
   const auto pack = bits == 8 ? pack_panel<8> : pack_panel<4>;
   at::parallel_for(0, panels_of(outputs), 1, [&](int64_t first, int64_t last) {

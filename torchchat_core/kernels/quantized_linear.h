@@ -33,13 +33,13 @@ constexpr int64_t kBlockColumns = 32;
 constexpr int64_t kQuads = kBlockColumns / 4;
 constexpr float kSmallest = 1e-30f;  // of the largest activation in a block: what is smaller counts as zero
 
-enum class Instructions { kPortable, kAvx2, kAvx512 };
+enum class Instructions { kPortable, kAvx2, kAvx512, kAvx512Bfloat16 };  // each has those before it
 
 inline Instructions best_instructions() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
-    return Instructions::kAvx512;
+    return __builtin_cpu_supports("avx512bf16") ? Instructions::kAvx512Bfloat16 : Instructions::kAvx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     return Instructions::kAvx2;
 #endif
@@ -329,7 +329,7 @@ inline RoundBlock choose_round_block(Instructions instructions) {
 
 inline MultiplyPanel choose_multiply_panel(Instructions instructions, int bits) {
 #if defined(__x86_64__)
-  if (instructions == Instructions::kAvx512) return bits == 8 ? multiply_panel_avx512<8> : multiply_panel_avx512<4>;
+  if (instructions >= Instructions::kAvx512) return bits == 8 ? multiply_panel_avx512<8> : multiply_panel_avx512<4>;
   if (instructions == Instructions::kAvx2) return bits == 8 ? multiply_panel_avx2<8> : multiply_panel_avx2<4>;
 #endif
   return multiply_panel_portable;
