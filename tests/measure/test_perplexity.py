@@ -35,6 +35,21 @@ def test_the_real_models_have_the_golden_perplexity_within_a_tenth_of_a_percent(
     assert found["perplexity"] == pytest.approx(golden["ppl"], rel=0.001)
 
 
+@pytest.mark.parametrize(("plugin", "suffix"), [("tc_aoti", ".pt2"), ("tc_executorch", ".pte")])
+def test_an_exported_model_has_the_golden_perplexity_and_agrees_with_the_one_it_was_made_of(
+        plugin: str, suffix: str, testdata: Path, torchchat: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip(plugin, reason=f"{plugin} is not installed")
+    path, source = tmp_path / f"model{suffix}", testdata / "hf/stories260K"
+    exported = torchchat("export", source, "-d", "fp32", "-o", path)
+    assert exported.code == 0, exported.err
+    golden = json.loads((testdata / "golden/perplexity.json").read_text())["results"]
+    for text, name in TEXTS.items():
+        found = json.loads(torchchat("perplexity", path, "--file", testdata / "text" / name, "--json").out)
+        assert found["perplexity"] == pytest.approx(golden[text]["stories260K"]["ppl"], rel=0.001)
+    agreed = torchchat("verify", source, path, "-d", "fp32", "--executor", "eager", "--device", "cpu")
+    assert agreed.code == 0, agreed.out + agreed.err
+
+
 @pytest.mark.parametrize("bos", [1, None])
 @pytest.mark.parametrize("stride", [1, 3, 6])
 def test_windows_with_a_stride_predict_every_token_once_with_the_context_before_it(bos: int | None, stride: int
