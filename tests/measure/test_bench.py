@@ -210,18 +210,28 @@ def test_what_was_asked_for_by_name_and_fails_gives_status_1(torchchat: Run) -> 
     assert "no folder" in torchchat("bench", "--plot", "/no/such/folder/a.png").err
 
 
-def test_what_is_saved_is_what_auto_takes_for_that_model_dtype_and_schemes(testdata: Path) -> None:
-    pytest.importorskip("tc_compile", reason="tc-compile is not installed")
+def test_what_is_saved_is_what_auto_takes_for_that_model_dtype_and_schemes(testdata: Path,
+                                                                          make_plugin: Callable[..., Any]) -> None:
+    make_plugin('''
+from torchchat_core.hookspecs import hookimpl
+from torchchat_core.specs import ExecutorInfo
+
+@hookimpl
+def torchchat_executors():
+    return [ExecutorInfo(name="swift", summary="eager by another name", factory="tc_eager.executor:EagerExecutor",
+                         reads=frozenset({"module"}), devices=frozenset({"cpu"}), dtypes=frozenset({"fp32", "bf16"}),
+                         order=90)]
+''')
     registry, path = load_registry(), str(testdata / "hf/stories260K")
     reference = reference_of(resolve(path, registry))
-    remember_executor(reference, "cpu", "fp32", (), "tc-compile:compile")
+    remember_executor(reference, "cpu", "fp32", (), "made-plugin:swift")
 
     def chosen(**changes: Any) -> str:
         request = ModelRequest(**{"model": path, "device": "cpu", "dtype": "fp32", **changes})
         with open_model(request, registry) as opened:
             return opened.executor.name
 
-    assert chosen() == "compile"
+    assert chosen() == "swift"
     assert chosen(executor="eager") == "eager"
     assert chosen(dtype="bf16") == "eager"
     remember_executor(reference, "cpu", "fp32", (), "gone:executor")
