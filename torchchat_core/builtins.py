@@ -103,6 +103,12 @@ def torchchat_commands() -> list[CommandInfo]:
             order=32,
         ),
         CommandInfo(
+            name="inspect",
+            summary="Show what an exported file is and holds.",
+            factory="torchchat_core.cli.inspect:inspect",
+            order=34,
+        ),
+        CommandInfo(
             name="remove",
             summary="Delete a downloaded model.",
             factory="torchchat_core.cli.remove:remove",
@@ -125,6 +131,30 @@ def torchchat_commands() -> list[CommandInfo]:
             summary="Write a model with fewer bytes, and measure what that costs.",
             factory="torchchat_core.cli.quantize:quantize",
             order=42,
+        ),
+        CommandInfo(
+            name="eval",
+            summary="Score a model on tasks of lm-eval.",
+            factory="torchchat_core.cli.evaluate:evaluate",
+            order=50,
+        ),
+        CommandInfo(
+            name="perplexity",
+            summary="Measure how well a model predicts a text.",
+            factory="torchchat_core.cli.perplexity:perplexity",
+            order=51,
+        ),
+        CommandInfo(
+            name="bench",
+            summary="Measure speed and memory of one or every way to run a model.",
+            factory="torchchat_core.cli.bench:bench",
+            order=52,
+        ),
+        CommandInfo(
+            name="verify",
+            summary="Check whether two ways to run a model agree.",
+            factory="torchchat_core.cli.verify:verify",
+            order=53,
         ),
         CommandInfo(
             name="plugins",

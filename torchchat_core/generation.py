@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.generation_options import GenerationOptions
 from torchchat_core.memory import peak_rss_bytes
 from torchchat_core.sampling import Sampler
-from torchchat_core.specs import Session
+from torchchat_core.specs import ScoringSession, Session
 from torchchat_core.text_format import TextFormat
 from torchchat_core.tokenizers.stream import TextStream
 
@@ -104,6 +105,16 @@ class TokenSequence:
         logits = self.session.decode(token)
         self._tokens.append(token)
         return logits
+
+    def score(self, tokens: Sequence[int]) -> Tensor:
+        """Appends tokens; logits [n, vocab] at each, of an executor with ability `score`."""
+        logits = cast(ScoringSession, self.session).score(tokens)
+        self._tokens.extend(tokens)
+        return logits
+
+    def appended(self, token: int) -> None:
+        """Says that the session was given one token more by `BatchedModel.decode_batch`."""
+        self._tokens.append(token)
 
 
 def generate(

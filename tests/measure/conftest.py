@@ -13,7 +13,7 @@ from torchchat_core.measure import comparing
 from torchchat_core.measure.comparing import Comparison, Refused, Row
 from torchchat_core.measure.divergence import Divergence
 from torchchat_core.measure.perplexity import Perplexity
-from torchchat_core.measure.rates import Rate, Rates, measure_rates
+from torchchat_core.measure.rates import Rate, Rates, Spread, measure_rates
 from torchchat_core.measure.text import MeasuredText
 from torchchat_core.quantization.recipe import RecipeReport
 from torchchat_core.specs import LayerReport
@@ -33,6 +33,12 @@ def few_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(f"torchchat_core.{module}.cache_folder", lambda: tmp_path / "cache")
 
 
+def made_rates(decode: Rate, prefill: Rate | None = None) -> Rates:
+    """Rates of a few tokens."""
+    return Rates(prefill=prefill or decode, decode=decode, first_token=Spread(median=0.5, lowest=0.25, highest=1.0),
+                 warm_up=1.0, prompt_tokens=4, new_tokens=2, repeats=2)
+
+
 @pytest.fixture
 def made_row() -> Callable[..., Row]:
     """Makes a row: a name, bytes, mean KL divergence, and the range of its decoding speed."""
@@ -41,7 +47,7 @@ def made_row() -> Callable[..., Row]:
              perplexity: float = 5.0, report: RecipeReport | None = None) -> Row:
         rate = Rate(median=sum(decode) / 2, lowest=decode[0], highest=decode[1])
         return Row(name=name, executor="eager", device="cpu", dtype="fp32", bytes=size, report=report,
-                   rates=Rates(prefill=rate, decode=rate, prompt_tokens=4, new_tokens=2, repeats=2),
+                   rates=made_rates(rate),
                    perplexity=Perplexity(mean_nll=float(torch.tensor(perplexity).double().log()), tokens=7),
                    divergence=Divergence(mean_kl=kl, top_1=0.9, tokens=7))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,6 @@ import torch
 from torchchat_core.errors import TorchchatError
 from torchchat_core.measure.perplexity import Block, perplexity_of, scored_blocks
 from torchchat_core.measure.text import encoded, measured_text, text_windows
-from torchchat_core.pipeline import ModelRequest, open_model
-from torchchat_core.plugins import load_registry
 from torchchat_core.testing.models import TinyTokenizer
 
 TEXTS = {"tinystories_2MiB": "tinystories_2MiB.txt", "wikitext2_test_raw": "wikitext2-test.raw",
@@ -22,17 +21,91 @@ TEXTS = {"tinystories_2MiB": "tinystories_2MiB.txt", "wikitext2_test_raw": "wiki
 
 
 @pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("executor", ["eager", "compile"])
 @pytest.mark.parametrize("model", ["stories260K", "TinyStories-656K"])
-def test_the_real_models_have_the_golden_perplexity_within_a_tenth_of_a_percent(model: str, text: str, testdata: Path
-                                                                                ) -> None:
+def test_the_real_models_have_the_golden_perplexity_within_a_tenth_of_a_percent(
+        model: str, executor: str, text: str, testdata: Path, torchchat: Callable[..., Any]) -> None:
+    pytest.importorskip(f"tc_{executor}", reason=f"tc-{executor} is not installed")
     golden = json.loads((testdata / "golden/perplexity.json").read_text())["results"][text][model.replace("-", "_")]
-    request = ModelRequest(model=str(testdata / "hf" / model), device="cpu", executor="eager", dtype="fp32")
-    with open_model(request, load_registry()) as opened:
-        ids = encoded(measured_text(testdata / "text" / TEXTS[text]), opened.text_format.tokenizer)
-        windows = text_windows(ids, opened.text_format.tokenizer.bos_id)
-        found = perplexity_of(scored_blocks(opened.model, windows, "golden"))
-    assert found.tokens == golden["tokens"]
-    assert found.perplexity == pytest.approx(golden["ppl"], rel=0.001)
+    done = torchchat("perplexity", testdata / "hf" / model, "--file", testdata / "text" / TEXTS[text], "--json",
+                     "--executor", executor, "--device", "cpu", "-d", "fp32")
+    found = json.loads(done.out)
+    assert (found["executor"], found["window"], found["tokens"]) == (executor, 256, golden["tokens"])
+    assert found["mean_nll"] == pytest.approx(golden["mean_nll"], rel=1e-5)
+    assert found["perplexity"] == pytest.approx(golden["ppl"], rel=0.001)
+
+
+@pytest.mark.parametrize(("plugin", "suffix"), [("tc_aoti", ".pt2"), ("tc_executorch", ".pte")])
+def test_an_exported_model_has_the_golden_perplexity_and_agrees_with_the_one_it_was_made_of(
+        plugin: str, suffix: str, testdata: Path, torchchat: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip(plugin, reason=f"{plugin} is not installed")
+    path, source = tmp_path / f"model{suffix}", testdata / "hf/stories260K"
+    exported = torchchat("export", source, "-d", "fp32", "-o", path)
+    assert exported.code == 0, exported.err
+    golden = json.loads((testdata / "golden/perplexity.json").read_text())["results"]
+    for text, name in TEXTS.items():
+        found = json.loads(torchchat("perplexity", path, "--file", testdata / "text" / name, "--json").out)
+        assert found["perplexity"] == pytest.approx(golden[text]["stories260K"]["ppl"], rel=0.001)
+    agreed = torchchat("verify", source, path, "-d", "fp32", "--executor", "eager", "--device", "cpu")
+    assert agreed.code == 0, agreed.out + agreed.err
+
+
+@pytest.mark.parametrize("bos", [1, None])
+@pytest.mark.parametrize("stride", [1, 3, 6])
+def test_windows_with_a_stride_predict_every_token_once_with_the_context_before_it(bos: int | None, stride: int
+                                                                                  ) -> None:
+    ids = list(range(10, 37))
+    windows = text_windows(ids, bos, 7, stride)
+    assert [token for window in windows for token in window.expected] == (ids if bos is not None else ids[1:])
+    for window in windows:
+        own = window.fed[1:] if bos is not None else window.fed
+        assert len(window.fed) <= 6
+        assert list(window.expected) == ids[ids.index(window.expected[-1]) + 1 - len(window.expected) :][
+            : len(window.expected)]
+        assert [*own, window.expected[-1]] == ids[ids.index(window.expected[-1]) - len(own) :][: len(own) + 1]
+
+
+@pytest.mark.parametrize("stride", [0, 7])
+def test_a_stride_that_leaves_tokens_out_is_refused(stride: int) -> None:
+    with pytest.raises(TorchchatError, match=f"the stride is {stride} tokens; with windows of 7 it goes from 1 to 6"):
+        text_windows([1, 2, 3], 1, 7, stride)
+
+
+def test_the_context_of_a_window_is_read_and_only_what_follows_is_scored() -> None:
+    class Watched(OneAnswer):
+        read: list[int] = []  # noqa: RUF012
+
+        def prefill(self, tokens: tuple[int, ...]) -> torch.Tensor:
+            self.read.append(len(tokens))
+            return self.logits
+
+    model: Any = Watched([0.0, 0.0, 0.0])
+    found = perplexity_of(scored_blocks(model, text_windows([0, 1, 2] * 10, 1, 16, 5), "made"))
+    assert found.tokens == 30
+    assert found.mean_nll == pytest.approx(math.log(3))
+    assert Watched.read == [10, 10, 10]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--window", "1000000"), "the window is 1000000 tokens"), (("--stride", "300"), "the stride is 300 tokens"),
+    (("--file", "/no/such/file"), "cannot be read"), (("--characters", "none"), "not a valid integer"),
+])
+def test_what_cannot_be_measured_is_told_in_one_sentence(arguments: tuple[str, ...], message: str,
+                                                         torchchat: Callable[..., Any]) -> None:
+    done = torchchat("perplexity", "--device", "cpu", *arguments)
+    assert done.code in (1, 2)
+    assert message in done.err
+    assert "Traceback" not in done.err
+
+
+def test_all_characters_of_a_text_are_read_where_that_is_asked_for(torchchat: Callable[..., Any], tmp_path: Path
+                                                                  ) -> None:
+    (tmp_path / "long.txt").write_text("One word. " * 1000)
+    shown = [torchchat("perplexity", "--device", "cpu", "--file", tmp_path / "long.txt", *more).out
+             for more in ((), ("--characters", "all"))]
+    assert "long.txt, the first 8000 of 10000 characters" in shown[0]
+    assert "long.txt, 10000 characters" in shown[1]
+    assert "bits per byte" in shown[1]
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 100])

@@ -6,9 +6,10 @@ import time
 from typing import Any
 
 import pytest
+import torch
 
 from torchchat_core.errors import TorchchatError
-from torchchat_core.measure.rates import Rate, measure_rates
+from torchchat_core.measure.rates import Rate, Spread, measure_rates
 
 
 class Timed:
@@ -25,9 +26,10 @@ class Timed:
         self.run += 1
         return self
 
-    def prefill(self, tokens: list[int]) -> None:
+    def prefill(self, tokens: list[int]) -> torch.Tensor:
         self.prompts.append(len(tokens))
         self.now += self.prefills[self.run]
+        return torch.zeros(3)
 
     def decode(self, token: int) -> None:
         self.decoded += 1
@@ -43,6 +45,8 @@ def test_the_median_and_the_range_are_those_of_the_runs_after_the_first(monkeypa
     assert rates.prefill == Rate(median=4, lowest=2, highest=8)
     assert rates.decode == Rate(median=4, lowest=2, highest=8)
     assert rates.decode.spread == 0.75
+    assert rates.first_token == Spread(median=2, lowest=1, highest=4)
+    assert rates.warm_up == 300  # the prefill and two steps of the run that is not counted
     assert (model.prompts, model.decoded, model.closed) == ([8] * 4, 8, 4)
 
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
+from torchchat_core.cli.plots import is_picture, plot_path
 from torchchat_core.cli.progress_bars import shown_progress
+from torchchat_core.cli.texts import text_of
 from torchchat_core.errors import TorchchatError
 from torchchat_core.measure.comparing import (
     Candidate,
@@ -20,15 +22,13 @@ from torchchat_core.measure.comparing import (
     folder_candidate,
 )
 from torchchat_core.measure.page import html_page
-from torchchat_core.measure.png import draw_png, require_matplotlib
+from torchchat_core.measure.png import draw_png
 from torchchat_core.measure.summary import as_json, method_lines, table_lines
-from torchchat_core.measure.text import CHARACTERS, MeasuredText, measured_text
+from torchchat_core.measure.text import CHARACTERS, MeasuredText
 from torchchat_core.pipeline import ModelRequest, choose_device
 from torchchat_core.plugins import Registry
 from torchchat_core.quantization.recipe import RecipeReport, parse_recipe
-from torchchat_core.small_files import expanded, write_whole
-
-PICTURES, PAGES = (".png",), (".html", ".htm")
+from torchchat_core.small_files import write_whole
 
 
 @dataclass
@@ -57,10 +57,9 @@ class Measurement:
         candidates = [_candidate(name, request, registry) for name in named] or default_candidates(request, registry)
         if request.calibration is not None and not any(each.request.calibration for each in candidates):
             raise click.UsageError("--calibration: none of the recipes looks at a text")
-        path = expanded(flags["file"]) if flags["file"] is not None else None
         return cls(registry=registry, request=request, candidates=candidates, named=bool(named),
-                   text=measured_text(path, flags["characters"] or CHARACTERS), window=flags["window"],
-                   plots=[_plot_path(text) for text in flags["plot"]], silent=flags["as_json"])
+                   text=text_of(flags, CHARACTERS), window=flags["window"],
+                   plots=[plot_path(text) for text in flags["plot"]], silent=flags["as_json"])
 
     def take_folder(self, folder: str, report: RecipeReport) -> None:
         """The recipe of --quantize is measured as the folder that was just written, not quantised once more."""
@@ -96,21 +95,8 @@ def _candidate(name: str, request: ModelRequest, registry: Registry) -> Candidat
         raise TorchchatError(error.message, fix) from None
 
 
-def _plot_path(text: str) -> Path:
-    path = expanded(text)
-    if path.suffix.lower() in PICTURES:
-        require_matplotlib()
-    elif path.suffix.lower() not in PAGES:
-        raise TorchchatError(f"--plot is {text!r}; what is drawn ends in {', '.join(PICTURES + PAGES)}")
-    if path.is_dir():
-        raise TorchchatError(f"--plot is {text!r}, which is a folder", "name a file")
-    if not path.parent.is_dir():
-        raise TorchchatError(f"--plot is {text!r}; there is no folder {str(path.parent)!r}", "make it first")
-    return path
-
-
 def _draw(comparison: Comparison, path: Path) -> None:
-    if path.suffix.lower() in PICTURES:
+    if is_picture(path):
         heading = f"{comparison.model}: {next(method_lines(comparison))}"
         write_whole(path, draw_png(comparison, heading))
     else:

@@ -6,24 +6,22 @@ import json
 import os
 import platform
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import click
 
 from torchchat_core import __version__
 from torchchat_core.errors import TorchchatError
+from torchchat_core.network import connection_fault, hub_endpoint
 from torchchat_core.plugins import CORE, Plugin, Registry
 from torchchat_core.settings import KEYS, PREFER, Settings, config_path, load_settings, variable
 from torchchat_core.small_files import cache_folder
 
 MINIMUM_PYTHON = (3, 11)
-NETWORK_SECONDS = 2.0
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "neon", "asimd", "sve", "i8mm")
 
 
@@ -125,19 +123,16 @@ def network_checks(offline: bool) -> Iterator[Check]:
     if offline:
         yield Check("network", None, "not tried")
         return
-    address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
-        endpoint = urlsplit(address)
-        host, port = endpoint.hostname or "", endpoint.port or (443 if endpoint.scheme == "https" else 80)
-    except ValueError as error:
-        yield Check("network", False, f"HF_ENDPOINT is {address!r}: {error}", "unset HF_ENDPOINT, or set it to a URL")
+        host, port = hub_endpoint()
+    except TorchchatError as error:
+        yield Check("network", False, error.message, error.fix)
         return
-    try:
-        socket.create_connection((host, port), timeout=NETWORK_SECONDS).close()
-    except OSError as error:
-        yield Check("network", None, f"{host} cannot be reached: {error}")
-    else:
+    fault = connection_fault(host, port)
+    if fault is None:
         yield Check("network", True, f"{host} can be reached")
+    else:
+        yield Check("network", None, f"{host} cannot be reached: {fault}")
 
 
 def plugin_checks(registry: Registry) -> Iterator[Check]:

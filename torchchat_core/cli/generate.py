@@ -6,7 +6,8 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -19,6 +20,7 @@ from torchchat_core.small_files import expanded
 if TYPE_CHECKING:
     from torchchat_core.generation import Event, FinishedEvent, TokenSequence
     from torchchat_core.pipeline import OpenedModel
+    from torchchat_core.specs import Session
 
 FIRST_WORDS = "Hello, my name is"  # where nobody gives a prompt
 
@@ -34,6 +36,8 @@ FIRST_WORDS = "Hello, my name is"  # where nobody gives a prompt
 @click.option("--num-samples", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="How many answers to the one prompt.")
 @sampling_flags
+@click.option("--profile", metavar="FILE", help="Write a trace of torch.profiler to FILE (.json or .json.gz, for "
+                                                "chrome://tracing and Perfetto), and show where a token's time goes.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: text, token_ids, finish_reason, stats.")
 @click.pass_obj
 def generate(registry: Registry, /, **flags: Any) -> int:
@@ -44,14 +48,27 @@ def generate(registry: Registry, /, **flags: Any) -> int:
     """
     from torchchat_core.cli.answers import answer_json
 
-    prompt = _prompt(flags)
+    prompt, trace = _prompt(flags), _trace_path(flags["profile"])
     generation_options(flags, {})  # wrong values are told before a model is loaded
     with opened_model(flags, registry) as opened:
-        samples = _run(opened, _plan(opened, prompt, flags), flags["num_samples"], quiet=flags["as_json"])
+        samples = _run(opened, _plan(opened, prompt, flags), flags["num_samples"], trace, quiet=flags["as_json"])
     if flags["as_json"]:
         objects = [answer_json(sample) for sample in samples]
         click.echo(json.dumps(objects[0] if flags["num_samples"] == 1 else {"samples": objects}, ensure_ascii=False))
     return 130 if samples[-1].reason == "cancelled" else 0
+
+
+def _trace_path(text: str | None) -> Path | None:
+    """Where --profile writes to. Raises `TorchchatError` where it cannot, before anything is loaded."""
+    if text is None:
+        return None
+    path = expanded(text)
+    if not path.name.endswith((".json", ".json.gz")):
+        raise TorchchatError(f"--profile is {text!r}; a trace ends in .json or .json.gz")
+    if path.is_dir() or not path.parent.is_dir():
+        raise TorchchatError(f"--profile is {text!r}, and no file can be written there", "name a file in a folder that "
+                                                                                         "exists")
+    return path
 
 
 def _prompt(flags: dict[str, Any]) -> str:
@@ -102,15 +119,31 @@ def _plan(opened: OpenedModel, prompt: str, flags: dict[str, Any]) -> Plan:
         sequence, ids, text_format, options, at_start=not prompt, stream=stream, cancelled=cancelled))
 
 
-def _run(opened: OpenedModel, plan: Plan, count: int, quiet: bool) -> list[FinishedEvent]:
-    """All samples, over one session: the prompt is computed once. Prints them as they come, unless `quiet`."""
+def _run(opened: OpenedModel, plan: Plan, count: int, trace: Path | None, quiet: bool) -> list[FinishedEvent]:
+    """All samples, over one session; with a trace of them where one is wanted."""
+    session = opened.model.session(plan.limit)
+    try:
+        if trace is None:
+            return _samples(session, plan, count, quiet)
+        from torchchat_core.measure.profiling import profiled
+
+        with profiled(session, trace) as profile:
+            samples = _samples(cast("Session", profile.session), plan, count, quiet)
+        for line in (*profile.lines(), f"written: {trace}"):
+            click.echo(line, err=True)
+        return samples
+    finally:
+        session.close()
+
+
+def _samples(session: Session, plan: Plan, count: int, quiet: bool) -> list[FinishedEvent]:
+    """The answers one after the other: the prompt is computed once. Prints them as they come, unless `quiet`."""
     from torchchat_core.cli.answers import statistics_line
     from torchchat_core.cli.interrupt import interruptible
     from torchchat_core.generation import FinishedEvent, NoticeEvent, TextEvent, TokenSequence
 
     samples: list[FinishedEvent] = []
     show = (lambda _text: None) if quiet else _write
-    session = opened.model.session(plan.limit)
     with interruptible() as cancelled:
         sequence = TokenSequence(session)
         for stream in range(count):
@@ -127,7 +160,6 @@ def _run(opened: OpenedModel, plan: Plan, count: int, quiet: bool) -> list[Finis
                 click.secho(statistics_line(samples[-1].statistics), err=True, dim=True)
             if samples[-1].reason == "cancelled":
                 break
-    session.close()
     return samples
 
 

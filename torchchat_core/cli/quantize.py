@@ -15,6 +15,7 @@ from torchchat_core.cli.completion import complete_scheme
 from torchchat_core.cli.flags import model_flags, model_request
 from torchchat_core.cli.opening import quantisation_line
 from torchchat_core.cli.progress_bars import shown_progress
+from torchchat_core.cli.texts import text_flags
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import expanded
 
@@ -61,11 +62,7 @@ def spread(words: list[str]) -> list[str]:
 @click.option(COMPARE, multiple=True, metavar="RECIPE ...", shell_complete=complete_scheme,
               help="Measure these recipes, or folders that quantize wrote. Every word belongs to it up to the next "
                    "option or --, so MODEL goes before it.")
-@click.option("--file", metavar="TEXT", help="The UTF-8 text to measure on [default: one that comes with torchchat].")
-@click.option("--characters", type=click.IntRange(min=1), metavar="N", help="Of the text, so many from its beginning "
-                                                                            "[default: 8000].")
-@click.option("--window", type=click.IntRange(min=2), metavar="N", help="Tokens that the model sees at once [default: "
-                                                                        "256, or what the model takes].")
+@text_flags(8000)
 @click.option("--plot", multiple=True, metavar="FILE", help="Draw the measurement: FILE.png, or FILE.html, a page that "
                                                             "needs nothing else; may be repeated.")
 @click.option("--calibration", "calibration_path", metavar="FILE",

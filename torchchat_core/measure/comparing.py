@@ -15,7 +15,7 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.measure.divergence import Divergence, DivergenceSum, Reference, reference_file
 from torchchat_core.measure.perplexity import Perplexity, perplexity_of, scored_blocks
 from torchchat_core.measure.rates import Rates, measure_rates
-from torchchat_core.measure.text import WINDOW, MeasuredText, Window, encoded, text_windows
+from torchchat_core.measure.text import MeasuredText, Window, encoded, text_windows, window_size
 from torchchat_core.pipeline import ModelRequest, OpenedModel, fetch_files, looks_at_text, open_checkpoint, open_model
 from torchchat_core.plugins import Registry
 from torchchat_core.quantization.calibration import CalibrationText
@@ -163,9 +163,9 @@ def _measured_reference(request: ModelRequest, registry: Registry, text: Measure
         with open_model(request, registry) as opened:  # gone before the block runs: its memory is needed there
             opened.executor.require("score")
             tokenizer = opened.text_format.tokenizer
-            ids, size = encoded(text, tokenizer), _window_size(window, opened)
+            ids, size = encoded(text, tokenizer), window_size(window, opened.model.max_context)
             windows = text_windows(ids, tokenizer.bos_id, size)
-            positions = sum(len(each.fed) for each in windows)
+            positions = sum(len(each.expected) for each in windows)
             reference = stack.enter_context(reference_file(positions, opened.model.vocab_size))
             blocks = scored_blocks(opened.model, windows, UNQUANTISED)
             perplexity = perplexity_of(reference.recorded(blocks))
@@ -173,13 +173,6 @@ def _measured_reference(request: ModelRequest, registry: Registry, text: Measure
             vocab_size = opened.model.vocab_size
         yield row, _Measurement(ids=tuple(ids), windows=windows, window=size, reference=reference,
                                 vocab_size=vocab_size, text=text)
-
-
-def _window_size(asked: int | None, opened: OpenedModel) -> int:
-    longest = opened.model.max_context
-    if asked is not None and not 2 <= asked <= longest:
-        raise TorchchatError(f"the window is {asked} tokens; the model takes 2 to {longest}")
-    return asked or min(WINDOW, longest)
 
 
 @dataclass(frozen=True, kw_only=True)

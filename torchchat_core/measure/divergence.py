@@ -38,7 +38,7 @@ class Divergence:
 
 
 class Reference:
-    """What the reference says, on disk."""
+    """What the reference says, on disk, position by position: log-probabilities or logits, as its user likes."""
 
     def __init__(self, file: IO[bytes], vocab_size: int) -> None:
         self._file = file
@@ -46,14 +46,16 @@ class Reference:
 
     def recorded(self, blocks: Iterable[Block]) -> Iterator[Block]:
         """The blocks as they come, each of them kept."""
-        self._file.seek(0)
         for block in blocks:
-            self._file.write(block.log_probabilities.float().numpy().tobytes())
+            self.keep(block.log_probabilities)
             yield block
-        self._file.flush()
+
+    def keep(self, rows: Tensor) -> None:
+        """Appends rows [positions, vocab], as float32."""
+        self._file.write(rows.float().numpy().tobytes())
 
     def positions(self, count: int) -> Tensor:
-        """[count, vocab] float32: the log-probabilities of the next positions."""
+        """[count, vocab] float32: what was kept of the next positions."""
         wanted = 4 * count * self._vocab_size
         content = self._file.read(wanted)
         if len(content) != wanted:
@@ -62,6 +64,7 @@ class Reference:
         return torch.from_numpy(np.frombuffer(content, dtype=np.float32).copy()).view(count, self._vocab_size)
 
     def rewind(self) -> None:
+        """From now on the first position is the next one."""
         self._file.seek(0)
 
 
@@ -72,7 +75,7 @@ def reference_file(positions: int, vocab_size: int) -> Iterator[Reference]:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise TorchchatError(f"the probabilities of the unquantised model need {bytes_text(needed)} in {folder}; "
+        raise TorchchatError(f"the figures of the first model need {bytes_text(needed)} in {folder}; "
                              f"{bytes_text(free)} are free", "measure on fewer characters, or set XDG_CACHE_HOME")
     with tempfile.TemporaryFile(dir=folder) as file:
         yield Reference(file, vocab_size)

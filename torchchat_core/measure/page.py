@@ -1,20 +1,15 @@
-"""The page of a comparison: one HTML file without requests to anywhere, a table that sorts and charts as inline SVG.
-
-Names come from strangers: every text is escaped, and the page's own policy lets no script run but the one below.
-"""
+"""The page of a comparison: a table that sorts, and charts as inline SVG."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from html import escape
-from pathlib import Path
 
 from torchchat_core.amounts import size_text
 from torchchat_core.measure.chart import FRONT_SENTENCE, Axis, Box, Panel, Point, panels, place_labels
 from torchchat_core.measure.comparing import Comparison
+from torchchat_core.measure.document import document, listed, paragraphs, sortable_table
 from torchchat_core.measure.summary import (
     COLUMNS,
     cells,
@@ -24,67 +19,25 @@ from torchchat_core.measure.summary import (
     refused_lines,
 )
 
-PAGES = Path(__file__).resolve().parent.parent / "data" / "pages"
 WIDTH, HEIGHT = 620, 400  # of a chart, in its own pixels
 FRAME = Box(64, 34, 540, 316)  # of a chart's axes
 LETTER, LINE = 6.3, 13.0  # of a label's 11 px: the width of a wide letter, and the height
 
 
 def html_page(comparison: Comparison) -> str:
-    """The whole page."""
-    style = (PAGES / "comparison.css").read_text(encoding="utf-8")
-    script = (PAGES / "comparison.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    title = escape(f"Quantising {comparison.model}")
+    """The whole page of a comparison."""
     charts = "\n".join(f"<figure>{_chart(panel)}</figure>" for panel in panels(comparison))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>{title}</h1>
-{_paragraphs((*method_lines(comparison), *noise_lines(comparison)), "faint")}
+    rows = [(cells(row, comparison), row in comparison.front) for row in comparison.rows]
+    return document(f"Quantising {comparison.model}", f"""{paragraphs((*method_lines(comparison),
+                                                                      *noise_lines(comparison)))}
 <div class="charts">
 {charts}
 </div>
 <p>Filled circles and shaded rows are {escape(FRONT_SENTENCE)}. The area of a circle grows with the decoding speed. A
 line is the front of the two quantities of its chart.</p>
-<div class="wide">
-{_table(comparison)}
-</div>
-{_list("Not measured", refused_lines(comparison))}
-{_list("Layers that were left alone", left_alone_lines(comparison))}
-<script>{script}</script>
-</body>
-</html>
-"""
-
-
-def _paragraphs(lines: Iterable[str], kind: str) -> str:
-    return f'<p class="{kind}">' + "<br>\n".join(map(escape, lines)) + "</p>"
-
-
-def _list(heading: str, lines: Iterable[str]) -> str:
-    items = "\n".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f"<h2>{heading}</h2>\n<ul>\n{items}\n</ul>" if items else ""
-
-
-def _table(comparison: Comparison) -> str:
-    heads = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in COLUMNS)
-    rows = []
-    for row in comparison.rows:
-        kind = ' class="best"' if row in comparison.front else ""
-        found = "".join(f'<td data-value="{escape(str(value))}">{escape(text)}</td>'
-                        for text, value in cells(row, comparison))
-        rows.append(f"<tr{kind}>{found}</tr>")
-    return f"<table>\n<caption>A click on a heading sorts.</caption>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n" \
-           + "\n".join(rows) + "\n</tbody>\n</table>"
+{sortable_table(COLUMNS, rows)}
+{listed("Not measured", refused_lines(comparison))}
+{listed("Layers that were left alone", left_alone_lines(comparison))}""")
 
 
 # ---- one chart ----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from torchchat_core import progress
 from torchchat_core.errors import TorchchatError
@@ -15,17 +16,26 @@ PROMPT_TOKENS, NEW_TOKENS, REPEATS = 128, 64, 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rate:
-    """Tokens per second over several runs."""
+class Spread:
+    """One quantity over several runs."""
 
     median: float
     lowest: float
     highest: float
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        return cls(median=statistics.median(values), lowest=min(values), highest=max(values))
+
     @property
     def spread(self) -> float:
         """Half of the range, as a share of the median: 0.05 reads "plus or minus 5 %"."""
         return (self.highest - self.lowest) / 2 / self.median
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate(Spread):
+    """Tokens per second over several runs."""
 
     def beats(self, other: Rate) -> bool:
         """Whether it is the higher one for certain: the ranges do not touch."""
@@ -38,6 +48,8 @@ class Rates:
 
     prefill: Rate
     decode: Rate
+    first_token: Spread  # seconds from the prompt to its first token: the prefill, and choosing the likeliest
+    warm_up: float  # seconds of the run before those that count
     prompt_tokens: int
     new_tokens: int
     repeats: int
@@ -65,21 +77,27 @@ def measure_rates(model: LoadedModel, ids: Sequence[int], name: str, *, prompt_t
         for _ in range(repeats + 1):
             runs.append(_one_run(model, tokens[:prompt_tokens], tokens[prompt_tokens:]))
             task.advance(1)
-    prefill, decode = zip(*runs[1:], strict=True)
-    return Rates(prefill=_rate(prompt_tokens, prefill), decode=_rate(new_tokens, decode), prompt_tokens=prompt_tokens,
+    prefill, first_token, decode = zip(*runs[1:], strict=True)
+    return Rates(prefill=_rate(prompt_tokens, prefill), decode=_rate(new_tokens, decode),
+                 first_token=Spread.of(first_token), warm_up=runs[0][1] + runs[0][2], prompt_tokens=prompt_tokens,
                  new_tokens=new_tokens, repeats=repeats)
 
 
-def _one_run(model: LoadedModel, prompt: Sequence[int], following: Sequence[int]) -> tuple[float, float]:
-    """Seconds of the prefill and of the steps together; logits come to the CPU, so that a GPU has finished."""
+def _one_run(model: LoadedModel, prompt: Sequence[int], following: Sequence[int]) -> tuple[float, float, float]:
+    """Seconds of the prefill, of it and the choice of a token, and of the steps together.
+
+    Logits come to the CPU, so that a GPU has finished.
+    """
     session = model.session(len(prompt) + len(following))
     try:
         started = time.perf_counter()
-        session.prefill(prompt)
+        logits = session.prefill(prompt)
         prefilled = time.perf_counter()
+        logits.argmax().item()
+        chosen = time.perf_counter()
         for token in following:
             session.decode(token)
-        return prefilled - started, time.perf_counter() - prefilled
+        return prefilled - started, chosen - started, time.perf_counter() - chosen
     finally:
         session.close()
 

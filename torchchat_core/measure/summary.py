@@ -12,7 +12,7 @@ from torchchat_core import __version__
 from torchchat_core.amounts import size_text
 from torchchat_core.measure.chart import FRONT_SENTENCE
 from torchchat_core.measure.comparing import Comparison, Refused, Row, shortened
-from torchchat_core.measure.rates import Rate
+from torchchat_core.measure.tables import aligned, conditions_text, rate_text
 
 COLUMNS = ("recipe", "bytes", "ratio", "decode t/s", "prefill t/s", "perplexity", "change", "mean KL, nats",
            "same top-1", "front", "runs on")
@@ -29,13 +29,7 @@ def method_lines(comparison: Comparison) -> Iterator[str]:
         yield f"recipes that look at a text were given {comparison.calibration.path.name}, up to " \
               f"{comparison.calibration.tokens} tokens of it"
     yield f"speed: a prompt of {rates.prompt_tokens} tokens and {rates.new_tokens} more, median of {rates.repeats} " \
-          f"runs after one that warms up, with half of their range; {_threads()}, torch " \
-          f"{torch.__version__}, torchchat {__version__}"
-
-
-def _threads() -> str:
-    count = torch.get_num_threads()
-    return f"{count} thread{'' if count == 1 else 's'}"
+          f"runs after one that warms up, with half of their range; {conditions_text()}"
 
 
 def cells(row: Row, comparison: Comparison) -> list[tuple[str, float | str]]:
@@ -47,8 +41,8 @@ def cells(row: Row, comparison: Comparison) -> list[tuple[str, float | str]]:
         (row.name, row.name),
         (size_text(row.bytes), row.bytes),
         (f"{100 * share:.0f} %", share),
-        (_rate(row.rates.decode), row.rates.decode.median),
-        (_rate(row.rates.prefill), row.rates.prefill.median),
+        (rate_text(row.rates.decode), row.rates.decode.median),
+        (rate_text(row.rates.prefill), row.rates.prefill.median),
         (f"{perplexity:#.4g}" if perplexity < 1000 else f"{perplexity:.0f}", perplexity),
         ("" if row is whole else f"{100 * change:+.2f} %", change),
         ("" if row is whole else f"{divergence.mean_kl:.5f}", divergence.mean_kl),
@@ -56,11 +50,6 @@ def cells(row: Row, comparison: Comparison) -> list[tuple[str, float | str]]:
         (MARK if on_front else "", float(on_front)),
         (f"{row.executor}, {row.device}, {row.dtype}",) * 2,
     ]
-
-
-def _rate(rate: Rate) -> str:
-    spread = f"\u00b1{100 * rate.spread:.0f} %" if rate.spread < 1 else ">\u00b1100 %"
-    return f"{rate.median:.{0 if rate.median >= 100 else 1 if rate.median >= 10 else 2}f} {spread}"
 
 
 def table_lines(comparison: Comparison) -> Iterator[str]:
@@ -74,10 +63,7 @@ def table_lines(comparison: Comparison) -> Iterator[str]:
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     yield ""
     rows = [columns, *([shortened(row[0], NAME_WIDTH), *row[1:]] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        first, *others = zip(row, widths, strict=True)
-        yield "  ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)]).rstrip()
+    yield from aligned(rows)
     yield ""
     yield f"{MARK} {FRONT_SENTENCE}"
     yield from noise_lines(comparison)

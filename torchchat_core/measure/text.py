@@ -53,7 +53,7 @@ class Window:
     """A stretch of a text as a model sees it."""
 
     fed: tuple[int, ...]
-    expected: tuple[int, ...]  # after each of the tokens in `fed`, the one that follows
+    expected: tuple[int, ...]  # the tokens that follow the last of those in `fed`; what stands before is context
 
 
 def encoded(text: MeasuredText, tokenizer: Tokenizer) -> list[int]:
@@ -64,16 +64,36 @@ def encoded(text: MeasuredText, tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-def text_windows(ids: Sequence[int], bos_id: int | None, size: int = WINDOW) -> list[Window]:
-    """Windows of `size` tokens without overlap, in which every token of `ids` is predicted once.
+def window_size(asked: int | None, longest: int) -> int:
+    """Tokens of a window of a model that holds `longest` of them; None: `WINDOW`, or what the model holds.
 
-    With BOS, it stands before each window's own `size` - 1 tokens. Without, a window begins with the last token of
-    the one before, and the first token of all is not predicted. Raises `TorchchatError` for windows of fewer than 2.
+    Raises `TorchchatError` for a window that is impossible.
+    """
+    if asked is not None and not 2 <= asked <= longest:
+        raise TorchchatError(f"the window is {asked} tokens; the model takes 2 to {longest}")
+    return asked or min(WINDOW, longest)
+
+
+def text_windows(ids: Sequence[int], bos_id: int | None, size: int = WINDOW, stride: int | None = None
+                 ) -> list[Window]:
+    """Windows of `size` tokens, in which every token of `ids` is predicted once.
+
+    A window begins `stride` tokens after the one before it, and predicts what that one did not; None: `size` - 1, so
+    that they do not overlap. With BOS, it stands before each window's own `size` - 1 tokens. Without, the first token
+    of all is not predicted. Raises `TorchchatError` for windows of fewer than 2, or a stride that leaves tokens out.
     """
     if size < 2:
         raise TorchchatError(f"a window of {size} tokens predicts nothing", "2 is the least")
-    row = [ids[index : index + size - 1] for index in range(0, len(ids), size - 1)]
-    if bos_id is not None:
-        return [Window((bos_id, *chunk[:-1]), tuple(chunk)) for chunk in row]
-    overlapping = [ids[index : index + size] for index in range(0, len(ids) - 1, size - 1)]
-    return [Window(tuple(chunk[:-1]), tuple(chunk[1:])) for chunk in overlapping]
+    stride = size - 1 if stride is None else stride
+    if not 1 <= stride < size:
+        raise TorchchatError(f"the stride is {stride} tokens; with windows of {size} it goes from 1 to {size - 1}")
+    first = () if bos_id is None else (bos_id,)
+    room, predicted = size - len(first), 1 - len(first)  # tokens of a window's own; those that need no prediction
+    windows = []
+    for begin in range(0, len(ids), stride):
+        if predicted == len(ids):
+            break
+        end = min(begin + room, len(ids))
+        windows.append(Window((*first, *ids[begin : end - 1]), tuple(ids[predicted:end])))
+        predicted = end
+    return windows

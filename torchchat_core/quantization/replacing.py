@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchchat_core import progress
+from torchchat_core.models.transformer import Transformer
 from torchchat_core.quantization.layers import IntegerWeights, QuantizedEmbedding, QuantizedLinear, WeightFormat
 from torchchat_core.quantization.rounding import quantise
 from torchchat_core.specs import LayerReport, QuantReport
@@ -64,6 +65,13 @@ def _weight(layer: nn.Module) -> Tensor:
 def stored_bytes(module: nn.Module) -> int:
     """Bytes of the parameters and buffers; those that are shared within the module count once."""
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def token_bytes(model: Transformer) -> int:
+    """Bytes of the weights that are read for one token: all but the input embedding, of which it is one row."""
+    embedding, head = model.model.embed_tokens, model.lm_head
+    shared = any(one is other for one in embedding.parameters() for other in head.parameters())
+    return stored_bytes(model) - (0 if shared else stored_bytes(embedding))
 
 
 def no_whole_groups(columns: int, group_size: int | None) -> str | None:

@@ -1,0 +1,232 @@
+"""Tasks of lm-eval (EleutherAI's harness) on any runtime. Imported only where `torchchat eval` runs: it is large."""
+
+from __future__ import annotations
+
+import logging
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub.constants
+from lm_eval import simple_evaluate
+from lm_eval import utils as windows
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+
+from torchchat_core import __version__
+from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.generation_options import GenerationOptions, SamplingOptions
+from torchchat_core.measure.answering import Prompt, answers
+from torchchat_core.measure.likelihood import Request, likelihoods
+from torchchat_core.network import connection_fault, hub_endpoint
+from torchchat_core.pipeline import OpenedModel
+
+NEW_TOKENS = 256  # of an answer, where a task does not say
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names that tasks have for it
+LOADERS = ("datasets", "huggingface_hub", "httpx", "httpx2", "requests", "aiohttp")  # whose errors are about data
+TALKATIVE = ("lm_eval", "huggingface_hub", "datasets")  # loggers: what they warn of while they retry, the error says
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+
+
+class TorchchatLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types of its own for it
+    """lm-eval's view of an opened model.
+
+    A text begins with BOS where the tokenizer says so; a whole text that is scored (`loglikelihood_rolling`) follows
+    BOS, or the end token where there is none, and BOS itself is not scored.
+    """
+
+    def __init__(self, opened: OpenedModel) -> None:
+        super().__init__()
+        opened.executor.require("score")
+        self._opened = opened
+        self._tokenizer = opened.text_format.tokenizer
+
+    @property
+    def eot_token_id(self) -> int:
+        token = self._tokenizer.eos_id if self._tokenizer.eos_id is not None else self._tokenizer.bos_id
+        if token is None:
+            raise TorchchatError("the tokenizer has neither a token to begin a text with nor one to end it")
+        return token
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._tokenizer.bos_id if self._tokenizer.bos_id is not None else self.eot_token_id
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model sees at once."""
+        return self._opened.max_seq_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Part of the name under which lm-eval keeps requests."""
+        return self._opened.name
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_others: Any) -> list[int]:
+        """Token ids; with BOS unless `add_special_tokens` is False, or the tokenizer does not begin texts with it."""
+        ids = self._tokenizer.encode(string)
+        begins = add_special_tokens is not False and self._tokenizer.adds_bos and self._tokenizer.bos_id is not None
+        return [self.prefix_token_id, *ids] if begins else ids
+
+    def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **_others: Any
+                              ) -> list[tuple[float, bool]]:
+        wanted = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        found = likelihoods(self._opened.model, wanted, self.max_length, "log-likelihoods")
+        return [(each.log_probability, each.greedy) for each in found]
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:  # noqa: ARG002
+        """Log-probabilities of continuations, and whether greedy decoding would give them."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:  # noqa: ARG002
+        """Log-probabilities of whole texts: windows as long as the model takes, the last one with a full context."""
+        wanted, owners = [], []
+        for owner, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            for pair in windows.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
+                context, continuation = windows.make_disjoint_window(pair)
+                wanted.append(Request(tuple(context), tuple(continuation)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, each in zip(owners, likelihoods(self._opened.model, wanted, self.max_length, "perplexity"),
+                               strict=True):
+            totals[owner] += each.log_probability
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:  # noqa: ARG002
+        """Answers up to a stop string; of a prompt that is too long, the end is taken."""
+        prompts = []
+        for request in requests:
+            text, settings = request.args
+            options = generation_options(settings)
+            room = self.max_length - (options.max_new_tokens or NEW_TOKENS)
+            if room < 1:
+                raise TorchchatError(f"a task asks for {options.max_new_tokens} tokens; the model holds "
+                                     f"{self.max_length} with the prompt", "leave the task out")
+            prompts.append(Prompt(tuple(self.tok_encode(text)[-room:]), options))
+        return answers(self._opened, prompts, "answers")
+
+
+def generation_options(settings: Mapping[str, Any]) -> GenerationOptions:
+    """A task's settings as ours: greedy unless it says otherwise. Raises `TorchchatError` for unknown ones."""
+    known = {"until", "do_sample", *LENGTHS, *SAMPLING}
+    unknown = sorted(settings.keys() - known)
+    if unknown:
+        raise TorchchatError(f"a task generates with {unknown[0]!r}, which torchchat does not know; known are "
+                             f"{', '.join(sorted(known))}", did_you_mean(unknown[0], known))
+    until = settings.get("until") or []
+    chosen = {name: settings[name] for name in SAMPLING if settings.get(name) is not None}
+    if not settings.get("do_sample", chosen.get("temperature", 0) > 0):
+        chosen = {"temperature": 0.0}
+    length = next((settings[name] for name in LENGTHS if settings.get(name) is not None), NEW_TOKENS)
+    return GenerationOptions(sampling=SamplingOptions(**chosen), max_new_tokens=int(length),
+                             stop=tuple(each for each in ([until] if isinstance(until, str) else until) if each))
+
+
+# ---- tasks --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What is to be evaluated."""
+
+    tasks: tuple[str, ...]
+    limit: float | None = None  # documents of each task; below 1 a share of them
+    shots: int | None = None  # examples before each question; None: as the task says
+    include: Path | None = None  # folder of tasks of one's own
+
+    def manager(self) -> TaskManager:
+        """Knows all tasks. Raises `TorchchatError` for names of tasks that there are not."""
+        if self.include is not None and not self.include.is_dir():
+            raise TorchchatError(f"there is no folder {str(self.include)!r}",
+                                 "name the folder of the tasks' YAML files")
+        if self.include is not None:
+            own = TaskManager(include_path=str(self.include), include_defaults=False)
+            if set(self.tasks) <= set(own.all_tasks):  # reading all of lm-eval's own takes ten seconds
+                return own
+        manager = TaskManager(include_path=str(self.include) if self.include is not None else None)
+        for name in self.tasks:
+            if name not in manager.all_tasks:
+                raise TorchchatError(f"lm-eval has no task {name!r}", did_you_mean(name, manager.all_tasks)
+                                     or "lm-eval ls tasks lists them; --include-path takes a folder of your own")
+        return manager
+
+
+def evaluate(opened: OpenedModel, wish: Wish, manager: TaskManager, recipe: str | None = None) -> dict[str, Any]:
+    """lm-eval's results, with what they are of.
+
+    Raises `TorchchatError` where the data of a task cannot be had, and for tasks that the model cannot do.
+    """
+    try:
+        with quiet(TALKATIVE), offline_without_network():
+            found = simple_evaluate(model=TorchchatLM(opened), tasks=list(wish.tasks), num_fewshot=wish.shots,
+                                    limit=wish.limit, task_manager=manager, log_samples=False)
+    except TorchchatError:
+        raise
+    except Exception as error:
+        if not _is_about_data(error):
+            raise
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise TorchchatError(f"the data of {', '.join(wish.tasks)} cannot be had: {first:.200}",
+                             "connect to the network once, after which it is kept; or evaluate a task of your own with "
+                             "--include-path, or torchchat perplexity on a text") from error
+    if found is None:
+        raise TorchchatError("lm-eval gave no results")
+    ours = {"model": opened.name, "executor": opened.executor.name, "device": opened.model.device,
+            "dtype": opened.model.dtype, "recipe": recipe, "schemes": list(opened.schemes),
+            "max_seq_length": opened.max_seq_length, "versions": _versions()}
+    return {**found, "torchchat": ours}
+
+
+@contextmanager
+def quiet(names: Sequence[str]) -> Iterator[None]:
+    """Within it, these loggers tell errors alone."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def offline_without_network() -> Iterator[None]:
+    """Within it, where the hub cannot be reached, only kept data is looked for: trying again takes minutes."""
+    through_proxy = bool(urllib.request.getproxies())
+    if through_proxy or connection_fault(*hub_endpoint()) is None:
+        yield
+        return
+    places = [(datasets.config, "HF_HUB_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE")]
+    before = [getattr(module, name) for module, name in places]
+    for module, name in places:
+        setattr(module, name, True)
+    try:
+        yield
+    finally:
+        for (module, name), value in zip(places, before, strict=True):
+            setattr(module, name, value)
+
+
+def _is_about_data(error: BaseException) -> bool:
+    """Whether it, or what it came from, is a failure to read files or to reach the network."""
+    seen: BaseException | None = error
+    while seen is not None:
+        module = type(seen).__module__.partition(".")[0]
+        if isinstance(seen, OSError) or module in LOADERS:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"torchchat": __version__, **{name: version(name) for name in ("torch", "lm_eval")}}

@@ -1,0 +1,161 @@
+"""`torchchat verify`: whether two ways to run a model say the same.
+
+One model is loaded at a time: what the first one says waits on disk (see `divergence`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from torchchat_core import progress
+from torchchat_core.errors import TorchchatError
+from torchchat_core.measure.agreement import Agreement, AgreementSum, recorded
+from torchchat_core.measure.divergence import reference_file
+from torchchat_core.measure.limits import Limits, limits_for, objections
+from torchchat_core.measure.passages import Continuation, Exercise, Rows, exercises
+from torchchat_core.measure.text import MeasuredText, encoded, text_windows, window_size
+from torchchat_core.pipeline import ModelRequest, OpenedModel, open_model
+from torchchat_core.plugins import Registry
+
+GREEDY_TOKENS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One of the two, as it was opened."""
+
+    model: str
+    executor: str
+    device: str
+    dtype: str
+    schemes: tuple[str, ...]  # of its quantised layers
+
+    def __str__(self) -> str:
+        return ", ".join([self.model, self.executor, self.device, self.dtype, *self.schemes])
+
+    @classmethod
+    def of(cls, opened: OpenedModel) -> Side:
+        return cls(model=opened.name, executor=opened.executor.name, device=opened.model.device,
+                   dtype=opened.model.dtype, schemes=opened.schemes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """Two models on the same tokens, and whether that is good enough."""
+
+    first: Side
+    second: Side
+    text: MeasuredText
+    window: int  # tokens
+    same_tokens: bool  # whether both tokenizers make the same tokens of the text
+    agreement: Agreement
+    limits: Limits
+    candidates: tuple[str, str] | None  # texts of the tokens where greedy continuations part first
+
+    @property
+    def objections(self) -> tuple[str, ...]:
+        """Why they disagree, one sentence each; none where they agree."""
+        tokens = () if self.same_tokens else ("their tokenizers make different tokens of the text",)
+        return (*tokens, *objections(self.agreement, self.limits))
+
+    @property
+    def agrees(self) -> bool:
+        return not self.objections
+
+
+def verify(first: ModelRequest, second: ModelRequest, registry: Registry, text: MeasuredText, *,
+           window: int | None = None, greedy_tokens: int = GREEDY_TOKENS,
+           limits: Mapping[str, float | None] | None = None) -> Verification:
+    """Runs the same tokens through both. The first model's tokenizer makes them; `limits` replace those for the pair.
+
+    Raises `TorchchatError` where one of the two cannot be run, and for models of different vocabularies.
+    """
+    longest = sys.maxsize
+    while True:  # once more where the second model holds less than was recorded
+        with ExitStack() as stack:
+            recording = _recording(first, registry, text, window, greedy_tokens, longest, stack)
+            with open_model(second, registry) as opened:
+                _refuse_another(recording, opened)
+                if opened.max_seq_length < recording.needed and window is None:
+                    longest = opened.max_seq_length
+                    continue
+                return recording.verification(opened, dict(limits or {}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recording:
+    """The first model, and what it said."""
+
+    side: Side
+    text: MeasuredText
+    ids: tuple[int, ...]
+    window: int
+    exercise: tuple[Exercise, ...]
+    vocab_size: int
+    summed: AgreementSum
+
+    @property
+    def needed(self) -> int:
+        """Tokens that a session has to hold."""
+        return max(each.longest for each in self.exercise)
+
+    def verification(self, opened: OpenedModel, asked: Mapping[str, float | None]) -> Verification:
+        """What the second model says, beside the first."""
+        if opened.max_seq_length < self.needed:
+            raise TorchchatError(f"{opened.name} holds {opened.max_seq_length} tokens; with these windows "
+                                 f"{self.needed} are needed",
+                                 f"leave --window out, or make it smaller than {self.window}")
+        _run_through(opened, self.exercise, self.summed.observed(opened.model, self.exercise, _scores(opened)))
+        tokenizer, side, found = opened.text_format.tokenizer, Side.of(opened), self.summed.result
+        limits = limits_for((self.side.dtype, side.dtype), (self.side.schemes, side.schemes)).changed(**asked)
+        apart = found.first_difference
+        one, other = (tokenizer.decode([token]) for token in apart.tokens) if apart else ("", "")
+        return Verification(first=self.side, second=side, text=self.text, window=self.window, agreement=found,
+                            same_tokens=tuple(tokenizer.encode(self.text.content)) == self.ids, limits=limits,
+                            candidates=(one, other) if apart else None)
+
+
+def _recording(request: ModelRequest, registry: Registry, text: MeasuredText, window: int | None, greedy_tokens: int,
+               longest: int, stack: ExitStack) -> _Recording:
+    with open_model(request, registry) as opened:  # gone afterwards: its memory is needed for the second model
+        tokenizer, limit = opened.text_format.tokenizer, min(opened.max_seq_length, longest)
+        ids, size = encoded(text, tokenizer), window_size(window, limit)
+        exercise = tuple(exercises(text_windows(ids, tokenizer.bos_id, size), limit, greedy_tokens))
+        positions = sum(each.positions for each in exercise)
+        reference = stack.enter_context(reference_file(positions, opened.model.vocab_size))
+        _run_through(opened, exercise, recorded(opened.model, exercise, _scores(opened), reference))
+        continuations = {each.index: each for each in exercise if isinstance(each, Continuation)}
+        return _Recording(side=Side.of(opened), text=text, ids=tuple(ids), window=size, exercise=exercise,
+                          vocab_size=opened.model.vocab_size, summed=AgreementSum(reference, continuations))
+
+
+def _scores(opened: OpenedModel) -> bool:
+    return "score" in opened.executor.abilities
+
+
+def _run_through(opened: OpenedModel, exercise: Iterable[Exercise], rows: Iterable[Rows]) -> None:
+    """Takes all of the rows, which are kept or compared as they come."""
+    total = sum(each.positions for each in exercise)
+    with progress.task(f"{opened.name}, {opened.executor.name}", total=total) as task:
+        for each in rows:
+            task.advance(len(each.logits))
+
+
+def _refuse_another(recording: _Recording, opened: OpenedModel) -> None:
+    if opened.model.vocab_size != recording.vocab_size:
+        raise TorchchatError(f"{opened.name} has a vocabulary of {opened.model.vocab_size} tokens, "
+                             f"{recording.side.model} one of {recording.vocab_size}",
+                             "compare two ways to run the same model")
+
+
+def another(request: ModelRequest, model: str) -> ModelRequest:
+    """Another model under the same conditions: device, dtype and length are kept, files and recipe are its own.
+
+    An exported file keeps its own device and dtype: they count as settings, which it does not take.
+    """
+    kept = {name: getattr(request, name) for name in ("device", "dtype", "max_seq_length", "hf_token")}
+    return dataclasses.replace(ModelRequest(model=model), **kept, defaults=frozenset({"device", "dtype", "executor"}))
