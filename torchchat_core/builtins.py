@@ -103,6 +103,12 @@ def torchchat_commands() -> list[CommandInfo]:
             order=32,
         ),
         CommandInfo(
+            name="inspect",
+            summary="Show what an exported file is and holds.",
+            factory="torchchat_core.cli.inspect:inspect",
+            order=34,
+        ),
+        CommandInfo(
             name="remove",
             summary="Delete a downloaded model.",
             factory="torchchat_core.cli.remove:remove",

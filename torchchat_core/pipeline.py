@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, overload
 
 import torch
 
+from torchchat_core.artifacts import exported_file
 from torchchat_core.errors import TorchchatError, did_you_mean
 from torchchat_core.models.weights import TORCH_DTYPES, build_model
 from torchchat_core.plugins import Registry
@@ -34,6 +35,7 @@ from torchchat_core.specs import (
     is_layered,
 )
 from torchchat_core.support import choose_executor, require_export
+from torchchat_core.text_content import text_content
 from torchchat_core.text_format import TextFormat, read_text_format
 
 DEFAULT_MODEL = "embedded:guide"  # a folder called "embedded" is another model
@@ -58,6 +60,7 @@ class ModelRequest:
     calibration: CalibrationText | None = None  # for a recipe that is made with a text, and for no other
     keep_quantized: bool = False  # run the layers that the file holds quantised as they are
     max_seq_length: int | None = None
+    defaults: frozenset[str] = frozenset()  # names of the fields that nobody asked for now: they are settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +79,22 @@ class OpenedModel:
 
 @contextmanager
 def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedModel]:
-    """Fetches, opens, builds and loads the model; gives its memory back at the end.
+    """Fetches, opens, builds and loads the model; gives its memory back at the end. An exported file is loaded as
+    it is.
 
     Raises `TorchchatError` for whatever is missing, damaged, unknown or impossible on this machine.
     """
+    files = fetch_files(request, registry)
+    if exported_file(files) is not None:
+        from torchchat_core.opening_artifacts import open_exported
+
+        with open_exported(request, files, registry) as opened:
+            yield opened
+        return
     wished = parse_recipe(request.quantize, registry) if request.quantize is not None else None
     device = _chosen_device(request, wished)
-    files = fetch_files(request, registry)
     checkpoint = open_checkpoint(request, files, registry)
-    limit = _checked_limit(request.max_seq_length, checkpoint.config.max_context)
+    limit = checked_limit(request.max_seq_length, checkpoint.config.max_context)
     text_format = read_text_format(files, registry, checkpoint.config.vocab_size)
     dtype = choose_dtype(_wished_dtype(request, wished), device, checkpoint.dtype)
     recipe = _settled(wished, request, checkpoint, registry, device, dtype)
@@ -117,14 +127,33 @@ def export_model(request: ModelRequest, exporter: ExporterInfo, path: Path, opti
     asked = _wished_dtype(request, wished)
     dtype = choose_dtype(asked, device, checkpoint.dtype) if asked else stored_dtype(checkpoint.dtype)
     recipe = _settled(wished, request, checkpoint, registry, device, dtype)
-    require_export(exporter, device, dtype, _schemes(recipe, checkpoint), registry,
-                   is_layered(checkpoint))
+    schemes = _schemes(recipe, checkpoint)
+    require_export(exporter, device, dtype, schemes, registry, is_layered(checkpoint))
+    if request.max_seq_length is not None:
+        _check_export_limit(exporter, request.max_seq_length, checkpoint.config.max_context)
+    text = text_content(files, registry, checkpoint.config.vocab_size) if exporter.stands_alone else None
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
     if recipe is not None:
         recipe.apply(module, _calibration(request, files, checkpoint, registry))
-    exporter.make().export(ExportRequest(module=module, path=path, device=device, dtype=dtype, files=files,
-                                         options=options))
+    exporter.make().export(ExportRequest(
+        module=module, path=path, device=device, dtype=dtype, files=files, options=options,
+        name=Path(files.ref.text).name, text=text, recipe=_recipe_content(wished, checkpoint), schemes=schemes,
+        max_seq_length=request.max_seq_length))
     return files
+
+
+def _check_export_limit(exporter: ExporterInfo, limit: int, maximum: int) -> None:
+    if not exporter.stands_alone:
+        raise TorchchatError(f"--max-seq-length is {limit}, and the files of the exporter {exporter.name!r} do not "
+                             "limit the length of a sequence", "leave it out, and give it when the model is run")
+    checked_limit(limit, maximum)
+
+
+def _recipe_content(wished: RecipeText | None, checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """The recipe that the model was quantised with, now or when its folder was written."""
+    if wished is not None:
+        return wished.content if wished.sections else None
+    return getattr(checkpoint, "recipe", None)
 
 
 def quantise_model(request: ModelRequest, folder: Path, registry: Registry) -> tuple[ModelFiles, RecipeReport]:
@@ -244,6 +273,9 @@ def open_checkpoint(request: ModelRequest, files: ModelFiles, registry: Registry
 
 def open_files(files: ModelFiles, registry: Registry) -> Checkpoint:
     """The checkpoint in the files, by the source that knows their format."""
+    if exported_file(files) is not None:
+        raise TorchchatError(f"{files.weights[0].name} is an exported file: it can be run, and nothing can be made of "
+                             "it", "use the model that it was made of")
     source = registry.claim("formats", files.format)
     known = {"gguf": "tc-gguf"}.get(files.format)
     if source is None:
@@ -320,7 +352,7 @@ def _fastest_dtype(device: str) -> str:
     return "bf16" if torch.backends.mkldnn.is_available() else "fp32"
 
 
-def _checked_limit(asked: int | None, maximum: int) -> int:
+def checked_limit(asked: int | None, maximum: int) -> int:
     if asked is None:
         return maximum
     if not 1 <= asked <= maximum:

@@ -193,6 +193,7 @@ class ExporterInfo(Description):
 
     kind: ClassVar[str] = "exporter"
     writes: str = ""  # the format, which is also an executor's `reads`
+    stands_alone: bool = False  # whether its files are those of `artifacts`: with a manifest, tokenizer and template
     suffix: str = ""  # ".pte"
     devices: frozenset[str] = frozenset()  # of DEVICES
     dtypes: frozenset[str] = frozenset()  # of DTYPES
@@ -513,6 +514,23 @@ class Executor(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextContent:
+    """The text side of a model as an exported file holds it: `text_format` made of no other file."""
+
+    tokenizer: Mapping[str, bytes]  # files by name: that of the tokenizer, tokenizer_config.json where there is one
+    tokenizer_kind: str  # the `TokenizerInfo.name` of what reads it
+    bos_id: int | None
+    eos_id: int | None
+    adds_bos: bool
+    end_ids: tuple[int, ...]  # each of them ends an answer
+    chat_template: str | None = None  # Jinja source; None: no conversations
+    tool_template: str | None = None  # that for conversations with tools, where it is another one
+    bos_token: str | None = None  # as the templates have it
+    eos_token: str | None = None
+    sampling: Mapping[str, float | int] = field(default_factory=dict)  # what the model's makers recommend
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportRequest:
     """What an exporter is given."""
 
@@ -522,6 +540,11 @@ class ExportRequest:
     dtype: str  # one of DTYPES, which the module's weights already have
     files: ModelFiles | None = None  # what the module was made of, for tokenizer and chat template
     options: Any = None  # of the description's class
+    name: str = "model"  # what the user calls it
+    text: TextContent | None = None  # for exporters whose files stand alone
+    recipe: Mapping[str, Any] | None = None  # that the module was quantised with, as it was written
+    schemes: tuple[str, ...] = ()  # of its quantised layers
+    max_seq_length: int | None = None  # tokens that a sequence may have, where the user said so: at most the model's
 
 
 class Exporter(Protocol):

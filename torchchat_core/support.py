@@ -21,7 +21,7 @@ class Combination:
     """One way to run a model. `scheme` None: not quantised; `format` "module": not exported.
 
     With `stored`, the model's files hold the quantised layers, in core's own form: no quantizer is needed, and they
-    compute on every device in every dtype that the executor has.
+    compute on every device in every dtype that the executor has. An exported file that is there needs no exporter.
     """
 
     executor: str  # qualified name
@@ -50,10 +50,10 @@ def refusal(wanted: Combination, registry: Registry, platform: str = sys.platfor
     if wanted.dtype not in info.dtypes:
         return f"{named} does not compute in {wanted.dtype}; it computes in {_listed(info.dtypes)}"
     if wanted.scheme is None:
-        return _export_refusal(wanted, registry)
+        return None if wanted.stored else _export_refusal(wanted, registry)
     if wanted.scheme not in info.schemes and ANY_SCHEME not in info.schemes:
         return f"{named} does not run {wanted.scheme}; it runs {_listed(info.schemes) or 'no quantised layers'}"
-    return (None if wanted.stored else _quantizer_refusal(wanted, registry)) or _export_refusal(wanted, registry)
+    return None if wanted.stored else _quantizer_refusal(wanted, registry) or _export_refusal(wanted, registry)
 
 
 def _quantizer_refusal(wanted: Combination, registry: Registry) -> str | None:
@@ -128,6 +128,8 @@ def nearest(wanted: Combination, registry: Registry) -> Combination | None:
     if wanted.stored:  # its scheme needs no quantizer, and so is perhaps not among them
         others = [replace(each, scheme=scheme, stored=scheme is not None) for each in others if each.scheme is None
                   for scheme in (None, wanted.scheme)]
+    if wanted.stored and wanted.format != IN_MEMORY:  # an exported file is what it is
+        others = [replace(each, stored=True) for each in others if each.format == wanted.format]
     working = [each for each in others if refusal(each, registry) is None]
     return min(working, key=distance, default=None)
 
@@ -147,10 +149,10 @@ def require(wanted: Combination, registry: Registry) -> None:
 
 
 def choose_executor(name: str, device: str, dtype: str, schemes: Sequence[str], registry: Registry,
-                    stored: bool = False) -> ExecutorInfo:
-    """The executor of that name, for a model in memory with layers of all the schemes; for "auto", the first fitting.
+                    stored: bool = False, format: str = IN_MEMORY) -> ExecutorInfo:
+    """The executor of that name, for a model with layers of all the schemes; for "auto", the first fitting.
 
-    `stored` as in `Combination`.
+    `stored` and `format` as in `Combination`.
 
     The first by order, those with a name of their own before contested ones; one that cannot be imported is passed
     over.
@@ -161,7 +163,7 @@ def choose_executor(name: str, device: str, dtype: str, schemes: Sequence[str], 
     wanted_schemes: Sequence[str | None] = schemes or [None]
 
     def combinations(executor: str) -> list[Combination]:
-        return [Combination(executor=executor, device=device, dtype=dtype, scheme=scheme, stored=stored)
+        return [Combination(executor=executor, device=device, dtype=dtype, scheme=scheme, stored=stored, format=format)
                 for scheme in wanted_schemes]
 
     if name != "auto":
@@ -181,12 +183,12 @@ def choose_executor(name: str, device: str, dtype: str, schemes: Sequence[str], 
     if faults:
         raise faults[0]
     instead = nearest(combinations(name)[0], registry)
-    reasons = {reason for executor, info in registry.settled(ExecutorInfo) if IN_MEMORY in info.reads
+    reasons = {reason for executor, info in registry.settled(ExecutorInfo) if format in info.reads
                for wanted in combinations(executor) if (reason := refusal(wanted, registry)) is not None}
     if len(reasons) == 1:
         raise TorchchatError(reasons.pop(), f"what works is {instead}" if instead else "pip install tc-eager")
     quantised = f" with {' and '.join(schemes)}" if schemes else ""
-    raise TorchchatError(f"no installed executor runs models in memory on {device} in {dtype}{quantised}",
+    raise TorchchatError(f"no installed executor runs {_what(format)} on {device} in {dtype}{quantised}",
                          f"what works is {instead}" if instead else "pip install tc-eager")
 
 

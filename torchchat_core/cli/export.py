@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from torchchat_core.cli.flags import model_flags, model_request
+from torchchat_core.cli.flags import EXPORTED, model_flags, model_request
 from torchchat_core.errors import TorchchatError
 from torchchat_core.options import detail_of, from_text
 from torchchat_core.plugins import Registry, load_registry
@@ -16,7 +16,8 @@ from torchchat_core.small_files import expanded
 from torchchat_core.specs import ExporterInfo
 
 OUTPUT = "output"
-RUNNING_ONLY = ("executor", "keep_quantized", "max_seq_length")  # flags of `model_flags` that say how a model is run
+# Flags of `model_flags` that say how a model is run.
+RUNNING_ONLY = ("executor", "keep_quantized", *(flag[2:].replace("-", "_") for flag in EXPORTED))
 
 
 class ExportCommand(click.Command):

@@ -23,6 +23,11 @@ from torchchat_core.settings import KEYS, load_settings
 if TYPE_CHECKING:
     from torchchat_core.pipeline import ModelRequest
 
+# The long forms of the original tool for a model in one file.
+EXPORTED = {"--dso-path": "shared library (.so)", "--aoti-package-path": "AOTInductor package (.pt2)",
+            "--pte-path": "ExecuTorch program (.pte)"}
+PATHS = ("--checkpoint-path", "--gguf-path", *EXPORTED)
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 CLICK_TYPES: Mapping[type, click.ParamType[Any]] = {int: click.INT, float: click.FLOAT, str: click.STRING}
@@ -35,6 +40,8 @@ def model_flags(function: Function) -> Function:
         click.option("--checkpoint-path", metavar="FILE", help="The weights, a file or folder; MODEL then only names "
                                                                "them."),
         click.option("--gguf-path", metavar="FILE", help="The model's GGUF file; MODEL then only names it."),
+        *(click.option(flag, metavar="FILE", help=f"An exported {what}; MODEL then only names it.")
+          for flag, what in EXPORTED.items()),
         click.option("--params-path", metavar="FILE", help="The model's config.json or params.json."),
         click.option("--tokenizer-path", metavar="FILE", help="The model's tokenizer.json or tokenizer.model."),
         click.option("--adapter", metavar="DIR", help="A LoRA adapter (PEFT format) to merge into the model."),
@@ -63,15 +70,16 @@ def model_request(flags: Mapping[str, Any]) -> ModelRequest:
     from torchchat_core.pipeline import ModelRequest
 
     given = {field.name: flags[field.name] for field in fields(ModelRequest) if flags.get(field.name) is not None}
-    if flags.get("gguf_path") is not None:
-        if "checkpoint_path" in given:
-            raise click.UsageError("--checkpoint-path and --gguf-path exclude each other")
-        given["checkpoint_path"] = flags["gguf_path"]
+    paths = {flag: path for flag in PATHS if (path := flags.get(flag[2:].replace("-", "_"))) is not None}
+    if len(paths) > 1:
+        raise click.UsageError(f"{' and '.join(paths)} exclude each other")
+    for path in paths.values():
+        given["checkpoint_path"] = path
     settings = load_settings()
     chosen = {key: value for key in KEYS if (value := settings.get(key)) is not None}
     if "checkpoint_path" in given:
         chosen.pop("model", None)
-    return ModelRequest(**{**chosen, **given})
+    return ModelRequest(**{**chosen, **given}, defaults=frozenset(chosen.keys() - given.keys()))
 
 
 def sampling_flags(function: Function) -> Function:

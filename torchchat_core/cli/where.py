@@ -7,6 +7,7 @@ import shlex
 
 import click
 
+from torchchat_core.artifacts import exported_file, open_artifact
 from torchchat_core.cli.completion import complete_model
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
@@ -17,7 +18,8 @@ from torchchat_core.sources.reference import resolve
 
 @click.command()
 @click.argument("model", shell_complete=complete_model)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: path, format, weights, revision.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: path, format, weights, revision; "
+                                                      "of an exported file its manifest too.")
 @click.pass_obj
 def where(registry: Registry, /, model: str, as_json: bool) -> None:
     """Print the folder or file of a model on this machine.
@@ -30,6 +32,11 @@ def where(registry: Registry, /, model: str, as_json: bool) -> None:
         raise TorchchatError(f"{model!r} is not on this machine, or not all of it",
                              f"torchchat download {shlex.quote(model)}")
     path = kept_at(files)
-    click.echo(json.dumps({"model": model, "reference": reference_of(ref), "path": str(path), "format": files.format,
-                           "weights": [str(file) for file in files.weights], "revision": files.revision})
-               if as_json else path)
+    if not as_json:
+        click.echo(path)
+        return
+    found = {"model": model, "reference": reference_of(ref), "path": str(path), "format": files.format,
+             "weights": [str(file) for file in files.weights], "revision": files.revision}
+    exported = exported_file(files)
+    click.echo(json.dumps({**found, "manifest": open_artifact(exported).content} if exported else found,
+                          ensure_ascii=False))

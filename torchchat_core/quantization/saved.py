@@ -47,10 +47,11 @@ class SavedLayer:
 class QuantizedCheckpoint(StoredCheckpoint):
     """A `specs.LayeredCheckpoint`: some of its layers are stored as integers."""
 
-    def __init__(self, config: ModelConfig, tensors: Tensors, layers: Mapping[str, SavedLayer], dtype: torch.dtype
-                 ) -> None:
+    def __init__(self, config: ModelConfig, tensors: Tensors, layers: Mapping[str, SavedLayer], dtype: torch.dtype,
+                 recipe: Mapping[str, Any] | None = None) -> None:
         super().__init__(config, tensors)
         self.layers = layers
+        self.recipe = recipe  # that they were made by
         self._dtype = dtype
 
     @property
@@ -118,7 +119,9 @@ def open_quantised(files: ModelFiles, tensors: Tensors) -> QuantizedCheckpoint:
     if not isinstance(interleaved, bool) or dtype not in DTYPES:
         raise TorchchatError(f"{manifest} does not say how the model computes", DAMAGED)
     config = dataclasses.replace(config, rope_interleaved=interleaved)
-    return QuantizedCheckpoint(config, tensors, _layers(content.get("layers"), manifest), DTYPES[dtype])
+    recipe = content.get("recipe")
+    return QuantizedCheckpoint(config, tensors, _layers(content.get("layers"), manifest), DTYPES[dtype],
+                               recipe if isinstance(recipe, dict) else None)
 
 
 def _layers(content: Any, manifest: Path) -> dict[str, SavedLayer]:
