@@ -11,6 +11,7 @@ on which their products do not depend.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,10 +50,12 @@ class Writer:
     With `every`, logits [n, vocab] of every position, else [1, vocab] of the last one.
     """
 
-    def __init__(self, program: Program, name: str, model: Transformer, lengths: Lengths, every: bool) -> None:
+    def __init__(self, program: Program, name: str, model: Transformer, lengths: Lengths, every: bool,
+                 advance: Callable[[int], None]) -> None:
         self.program, self.model, self.config = program, model, model.config
         self.context, self.count, self.every = lengths.context, lengths.score if every else lengths.prefill, every
         self.method: Method = program.method(name)
+        self.advance = advance  # told of each subgraph
 
     def write(self) -> None:
         method, config = self.method, self.config
@@ -66,8 +69,10 @@ class Writer:
         for layer, (keys, values) in enumerate(caches):
             query, key, value, hidden = self.before_attention(layer, hidden, context, angles)
             context = self.attended(query, key, value, keys, values, start, count)
+            self.advance(1)
         assert context is not None
         method.outputs = [self.after_attention(hidden, context)]
+        self.advance(1)
 
     def cache(self, name: str) -> int:
         shape = (1, self.context, self.config.num_kv_heads, self.config.head_dim)
@@ -77,7 +82,7 @@ class Writer:
 
     def prologue(self, tokens: int, position: int) -> tuple[int, int, Angles]:
         """The number of tokens held, that of tokens given, and their angles."""
-        method, one, zero = self.method, self.method.number(1), self.method.number(0)
+        method, one = self.method, self.method.number(1)
         count, start, end = method.number(0), method.number(0), method.number(0)
         method.call("aten::sym_size", "int", [tokens, one, count])
         method.call("aten::_local_scalar_dense", "", [position, start])
@@ -88,7 +93,6 @@ class Writer:
             whole = method.constant(table.shape, ScalarType.FLOAT, constant(lambda table=table: table))  # type: ignore[misc]
             rows = method.tensor((1, self.count, 1, table.shape[3]))
             found.append(method.kernel("aten::slice_copy", "Tensor_out", [whole, one, start, end, one], rows))
-        del zero
         return start, count, Angles(*found)
 
     def embedded(self, tokens: int) -> int:
