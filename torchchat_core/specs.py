@@ -196,7 +196,7 @@ class ExportPreset:
     summary: str  # one line
     quantize: str | None = None  # a recipe, as --quantize takes it
     max_seq_length: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the exporter
+    options: Mapping[str, str] = field(default_factory=dict)  # of the exporter, as they are typed
 
     def __post_init__(self) -> None:
         length = 1 if self.max_seq_length is None else self.max_seq_length

@@ -1,4 +1,4 @@
-"""ExecuTorch: models as .pte files for phones and desktops. Imported on every start of torchchat: nothing heavy here."""
+"""ExecuTorch: models as .pte files for phones and desktops. Imported on every start: nothing heavy here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchchat_core.specs import DTYPES, ExecutorInfo, ExporterInfo, ExportPrese
 __version__ = "0.1.0"
 
 SCHEMES = frozenset({"linear:a8w4dq", "linear:a8w8dq", "linear:int8", "embedding:int4", "embedding:int8"})
-# Linear layers in four bits and activations in eight, as XNNPACK multiplies fastest; rows of the embedding are looked up.
+# Four-bit weights and eight-bit activations are what XNNPACK multiplies fastest.
 MOBILE = '{"embedding:int4": {"groupsize": 32}, "linear:a8w4dq": {"groupsize": 32}}'
 
 

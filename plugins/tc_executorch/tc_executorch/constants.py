@@ -30,7 +30,8 @@ class Constant(Cord):  # type: ignore[misc]
 
     def content(self) -> memoryview:
         """The bytes, in the memory of the tensor where it has them already."""
-        return memoryview(self.make().detach().contiguous().view(-1).view(torch.uint8).numpy())
+        numbers: Any = self.make().detach().contiguous().view(-1).view(torch.uint8).numpy()
+        return memoryview(numbers)
 
     def digest(self) -> str:
         """sha256 of the bytes, in hexadecimal."""

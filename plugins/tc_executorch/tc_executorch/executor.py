@@ -44,7 +44,8 @@ class Method:
         self.steps = step_length(method.method_meta(), name, vocab_size)
         self.owner: ExecutorchSession | None = None
         self._method = method
-        self.caches = [method.get_attribute(f"{part}.{layer}") for layer in range(layers) for part in ("keys", "values")]
+        names = [f"{part}.{layer}" for layer in range(layers) for part in ("keys", "values")]
+        self.caches: list[Tensor] = [method.get_attribute(name) for name in names]  # its own memory, not copies
 
     def run(self, tokens: Sequence[int], position: int) -> Tensor:
         """Logits [1, vocab] or, of the method "score", [n, vocab] of one step."""
@@ -207,7 +208,8 @@ class ExecutorchSession:
     def _leave(self) -> None:
         if self._method is not None:
             self._held = [cache[:, : self.length].clone() for cache in self._method.caches] if self.length else []
-            self._method.owner = self._method = None
+            self._method.owner = None
+            self._method = None
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,11 +93,11 @@ def _refusal(layer: QuantizedLayer) -> str | None:
 
 
 def _program(model: Transformer, context: int, options: ExecutorchOptions, text: TextContent | None) -> Cord:
-    with progress.task("loading ExecuTorch"):
+    with progress.task("loading ExecuTorch"), _silence():
         from tc_executorch.methods import Lengths, Writer
         from tc_executorch.program import Program
 
-        program = Program()
+    program = Program()
     vocab = model.config.vocab_size
     scored = max(1, min(context, 128, SCORED_BYTES // 4 // vocab))
     lengths = Lengths(context, min(options.prefill_length, context), scored)
@@ -103,6 +106,19 @@ def _program(model: Transformer, context: int, options: ExecutorchOptions, text:
             Writer(program, name, model, lengths, every, advance=task.advance).write()
         program.constant_methods(metadata(model.config, lengths.context, lengths.prefill, text))
     return program.serialised()
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without the warnings of packages that are imported along and have no part in the export."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def metadata(config: ModelConfig, context: int, prefill: int, text: TextContent | None) -> dict[str, Any]:
