@@ -70,8 +70,8 @@ class Subgraph:
         """float32, of whatever dtype the tensor is."""
         return self._define(tensor.shape, data=self._put(constant(tensor.float)))
 
-    def _define(self, shape: Sequence[int], kind: schema.XNNDatatype = Type.xnn_datatype_fp32, data: int = 0, external: int = INVALID,
-                flags: int = 0, quantised: Any = None) -> Value:
+    def _define(self, shape: Sequence[int], kind: schema.XNNDatatype = Type.xnn_datatype_fp32, data: int = 0,
+                external: int = INVALID, flags: int = 0, quantised: Any = None) -> Value:
         value = Value(len(self.values), tuple(int(size) for size in shape))
         tensor = schema.XNNTensorValue(datatype=kind, num_dims=len(value.shape), dims=list(value.shape),
                                        constant_buffer_idx=data, external_id=external, flags=flags, id_out=value.id)

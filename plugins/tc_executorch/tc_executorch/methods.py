@@ -295,7 +295,10 @@ def multiplied(graph: Subgraph, layer: nn.Module, x: Value, rounded: Value, rows
     chosen = slice(None) if rows is None else rows
     if isinstance(layer, QuantizedLinear):
         bias = None if layer.bias is None else layer.bias[chosen]
-        return graph.linear(rounded if rounds(layer) else x, graph.integers(layer, rows), bias, into)
+        if rounds(layer) or bias is None:
+            return graph.linear(rounded if rounds(layer) else x, graph.integers(layer, rows), bias, into)
+        product = graph.linear(x, graph.integers(layer, rows), None)
+        return graph.add(product, graph.constant(bias), into)  # the kernel would multiply the bias with the scales
     if not isinstance(layer, nn.Linear):
         raise TorchchatError(f"an ExecuTorch file cannot hold a layer of the kind {type(layer).__name__}")
     bias = None if layer.bias is None else layer.bias[chosen]
