@@ -80,7 +80,7 @@ class ExecutorchModel:
         self.lock = threading.RLock()
         self._path, self._layers = path, manifest.config.num_layers
         self._methods: dict[str, Method] = {}
-        self._program: Any = self._opened()
+        self._closed = False
         self.method(FORWARD)
 
     def session(self, limit: int | None = None) -> ExecutorchSession:
@@ -93,20 +93,10 @@ class ExecutorchModel:
 
     def method(self, name: str) -> Method:
         """The method, loaded when it is first used. Raises `TorchchatError` where the model was closed."""
-        if self._program is None:
+        if self._closed:
             raise TorchchatError("the model was closed")
         if name not in self._methods:
-            with messages() as lines:
-                try:
-                    loaded = Method(self._program.load_method(name), name, self.vocab_size, self._layers)
-                except RuntimeError as error:
-                    failure: Exception | None = error
-                else:
-                    failure = None
-                    self._methods[name] = loaded
-            if failure is not None:
-                raise TorchchatError(f"ExecuTorch cannot load {self._path.name}: {_reason(lines, failure)}",
-                                     f"{AGAIN}, with the ExecuTorch that is installed") from failure
+            self._methods[name] = self._loaded(name)
         return self._methods[name]
 
     def close(self) -> None:
@@ -115,18 +105,20 @@ class ExecutorchModel:
                 if method.owner is not None:
                     method.owner.forget()
             self._methods.clear()
-            self._program = None
+            self._closed = True
 
-    def _opened(self) -> Any:
+    def _loaded(self, name: str) -> Method:
+        """Of a program of its own: the methods of one share their memory, KV caches among it."""
         library = bindings()
         with messages() as lines:
             try:
-                return library._load_program(str(self._path),
-                                             program_verification=library.Verification.InternalConsistency)
+                program = library._load_program(str(self._path),
+                                                program_verification=library.Verification.InternalConsistency)
+                return Method(program.load_method(name), name, self.vocab_size, self._layers)
             except RuntimeError as error:
                 failure = error
-        raise TorchchatError(f"{self._path.name} is no program that ExecuTorch can load: {_reason(lines, failure)}",
-                             AGAIN) from failure
+        raise TorchchatError(f"ExecuTorch cannot load {self._path.name}: {_reason(lines, failure)}",
+                             f"{AGAIN}, with the ExecuTorch that is installed") from failure
 
 
 class ExecutorchSession:

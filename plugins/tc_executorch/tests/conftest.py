@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,27 +12,64 @@ import pytest
 from torchchat_core.cli.main import main
 
 TESTDATA = Path(__file__).resolve().parents[4] / "shared" / "testdata"
-MODELS = {"stories260K": "hf/stories260K", "TinyStories-656K": "hf/TinyStories-656K"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A float32 .pte file, far from a checkpoint that is no longer there."""
+
+    model: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of the command line left."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run(*arguments: object) -> int:
+    """The command line in this process; its exit status."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def torchchat(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    def call(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        code = run(*arguments)
+        return Outcome(code, *capfd.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="session")
-def golden() -> Callable[[str], list[tuple[str, list[int], list[int]]]]:
-    """Of one of `MODELS`: prompts, their ids, and the ids of prompt and greedy answer."""
-    def read(name: str) -> list[tuple[str, list[int], list[int]]]:
-        content = json.loads((TESTDATA / "golden" / name / "greedy_ids.json").read_text())
-        return [(each["prompt"], each["prompt_ids"], each["ids"]) for each in content["prompts"]]
-
-    return read
-
-
-@pytest.fixture(scope="session", params=list(MODELS))
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """The name of a model, and its float32 .pte file in a folder of its own."""
+def testdata() -> Path:
     if not TESTDATA.is_dir():
         pytest.skip("the test data beside the repository (../shared/testdata) is absent")
-    path = tmp_path_factory.mktemp("exported") / f"{request.param}.pte"
-    arguments = ["export", str(TESTDATA / MODELS[request.param]), "--output-pte-path", str(path), "-d", "fp32"]
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code in (0, None)
-    return request.param, path
+    return TESTDATA
+
+
+@pytest.fixture(scope="session")
+def checkpoint(testdata: Path) -> Callable[[str], Path]:
+    """The folder of a real model."""
+    return lambda name: testdata / "hf" / name
+
+
+@pytest.fixture(scope="session", params=["stories260K", "TinyStories-656K"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory,
+             checkpoint: Callable[[str], Path]) -> Exported:
+    folder = tmp_path_factory.mktemp("made")
+    copied = shutil.copytree(checkpoint(request.param), folder / request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setenv("TORCHCHAT_CONFIG", str(folder / "no-config.toml"))
+        assert run("export", copied, "--output-pte-path", folder / "model.pte", "-d", "fp32") == 0
+    moved = (folder / "model.pte").rename(tmp_path_factory.mktemp("moved") / "model.pte")
+    shutil.rmtree(folder)
+    return Exported(request.param, moved)
