@@ -43,12 +43,13 @@ class ExecutorchExporter:
         context = context_length(model.config, request.max_seq_length)
         check_layers(model)
         with torch.inference_mode():
-            program = _program(model, context, options, request.text)
+            program, memory = _program(model, context, options, request.text)
             with whole_file(request.path) as beside:
                 _write(program, beside)
                 manifest = new_manifest(request, "executorch", Target(device="cpu"), versions=_versions(),
                                         weight_bytes=stored_bytes(model), max_seq_length=context,
-                                        runtime={"prefill_length": min(options.prefill_length, context)})
+                                        runtime={"prefill_length": min(options.prefill_length, context),
+                                                 "memory_bytes": memory})
                 write_artifact(beside, dataclasses.replace(manifest, dtype="fp32"))
 
 
@@ -92,7 +93,9 @@ def _refusal(layer: QuantizedLayer) -> str | None:
     return None
 
 
-def _program(model: Transformer, context: int, options: ExecutorchOptions, text: TextContent | None) -> Cord:
+def _program(model: Transformer, context: int, options: ExecutorchOptions, text: TextContent | None
+             ) -> tuple[Cord, int]:
+    """The file to be, and the bytes that KV cache and activations take when it runs."""
     with progress.task("loading ExecuTorch"), _silence():
         from tc_executorch.methods import Lengths, Writer
         from tc_executorch.program import Program
@@ -105,7 +108,7 @@ def _program(model: Transformer, context: int, options: ExecutorchOptions, text:
         for name, every in (("forward", False), ("score", True)):
             Writer(program, name, model, lengths, every, advance=task.advance).write()
         program.constant_methods(metadata(model.config, lengths.context, lengths.prefill, text))
-    return program.serialised()
+    return program.serialised(), program.methods[0].memory.size
 
 
 @contextmanager
