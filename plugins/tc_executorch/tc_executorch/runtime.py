@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,15 +51,20 @@ def _library(folder: str, name: str) -> Path:
 
 @contextmanager
 def messages() -> Iterator[list[str]]:
-    """What ExecuTorch writes to standard error inside the block, by lines, in place of showing it."""
+    """What ExecuTorch writes to standard error inside the block, by lines, in place of showing it.
+
+    Some of it comes by way of Python's own stream, some past it.
+    """
     lines: list[str] = []
+    said = io.StringIO()
     with tempfile.TemporaryFile() as file:
         before = os.dup(2)
         try:
             os.dup2(file.fileno(), 2)
-            yield lines
+            with redirect_stderr(said):
+                yield lines
         finally:
             os.dup2(before, 2)
             os.close(before)
             file.seek(0)
-            lines += file.read().decode(errors="replace").splitlines()
+            lines += [*file.read().decode(errors="replace").splitlines(), *said.getvalue().splitlines()]
