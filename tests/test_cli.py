@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 from pathlib import Path

@@ -40,12 +40,17 @@ class ExecutorchExecutor:
 class Method:
     """A loaded method of a program: its own KV cache, and the session that it belongs to now."""
 
-    def __init__(self, method: Any, name: str, vocab_size: int, layers: int) -> None:
-        self.steps = step_length(method.method_meta(), name, vocab_size)
+    def __init__(self, method: Any, name: str, manifest: Manifest) -> None:
+        config = manifest.config
+        self.steps = step_length(method.method_meta(), name, config.vocab_size)
         self.owner: ExecutorchSession | None = None
         self._method = method
-        names = [f"{part}.{layer}" for layer in range(layers) for part in ("keys", "values")]
-        self.caches: list[Tensor] = [method.get_attribute(name) for name in names]  # its own memory, not copies
+        parts = [f"{part}.{layer}" for layer in range(config.num_layers) for part in ("keys", "values")]
+        self.caches: list[Tensor] = [method.get_attribute(part) for part in parts]  # its own memory, not copies
+        wanted = (1, manifest.max_seq_length, config.num_kv_heads, config.head_dim)
+        if any(tuple(cache.shape) != wanted or cache.dtype != torch.float32 for cache in self.caches):
+            raise TorchchatError(f"the KV cache of the method {name!r} is not float32 {list(wanted)}, as the manifest "
+                                 "says", AGAIN)
 
     def run(self, tokens: Sequence[int], position: int) -> Tensor:
         """Logits [1, vocab] or, of the method "score", [n, vocab] of one step."""
@@ -78,7 +83,7 @@ class ExecutorchModel:
         self.max_context = manifest.max_seq_length
         self.device, self.dtype = manifest.target.device, manifest.dtype
         self.lock = threading.RLock()
-        self._path, self._layers = path, manifest.config.num_layers
+        self._path, self._manifest = path, manifest
         self._methods: dict[str, Method] = {}
         self._closed = False
         self.method(FORWARD)
@@ -114,7 +119,7 @@ class ExecutorchModel:
             try:
                 program = library._load_program(str(self._path),
                                                 program_verification=library.Verification.InternalConsistency)
-                return Method(program.load_method(name), name, self.vocab_size, self._layers)
+                return Method(program.load_method(name), name, self._manifest)
             except RuntimeError as error:
                 failure = error
         raise TorchchatError(f"ExecuTorch cannot load {self._path.name}: {_reason(lines, failure)}",
