@@ -185,7 +185,8 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_an_executor_the_command_that_installs_one_is_told(torchchat: Any) -> None:
-    done = torchchat("-p", "no:eager", "-p", "no:compile", "generate", "embedded", "--prompt", "x")
+    without = [flag for name in ("eager", "compile", "executorch", "aoti") for flag in ("-p", f"no:{name}")]
+    done = torchchat(*without, "generate", "embedded", "--prompt", "x")
     assert "no installed executor runs models in memory on" in done.err
     assert "try: pip install tc-eager" in done.err
 

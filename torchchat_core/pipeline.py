@@ -14,6 +14,7 @@ import torch
 
 from torchchat_core.artifacts import exported_file
 from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.exporting_once import exported_once
 from torchchat_core.fastest import remembered_executor
 from torchchat_core.models.weights import TORCH_DTYPES, build_model
 from torchchat_core.plugins import Registry
@@ -85,11 +86,13 @@ class OpenedModel:
 @contextmanager
 def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedModel]:
     """Fetches, opens, builds and loads the model; gives its memory back at the end. An exported file is loaded as
-    it is.
+    it is, and a model whose executor reads only such files is exported once.
 
     Raises `TorchchatError` for whatever is missing, damaged, unknown or impossible on this machine.
     """
     files = fetch_files(request, registry)
+    if exported_file(files) is None and (kept := exported_once(request, files, registry)) is not None:
+        request, files = kept
     if exported_file(files) is not None:
         from torchchat_core.opening_artifacts import open_exported
 

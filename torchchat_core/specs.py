@@ -97,7 +97,8 @@ def _field_types(kind: type) -> dict[str, tuple[type, ...]]:
 def _holds_texts(value: object) -> bool:
     if isinstance(value, Mapping):
         return all(isinstance(part, str) for pair in value.items() for part in pair)
-    return not isinstance(value, frozenset | tuple) or all(isinstance(part, str | CatalogueEntry) for part in value)
+    return not isinstance(value, frozenset | tuple) or all(isinstance(part, str | CatalogueEntry | ExportPreset)
+                                                          for part in value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +189,22 @@ class ExecutorInfo(Description):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportPreset:
+    """Choices of `torchchat export` under one name. What the user says himself goes before them."""
+
+    name: str  # "android"
+    summary: str  # one line
+    quantize: str | None = None  # a recipe, as --quantize takes it
+    max_seq_length: int | None = None
+    options: Mapping[str, str] = field(default_factory=dict)  # of the exporter, as they are typed
+
+    def __post_init__(self) -> None:
+        length = 1 if self.max_seq_length is None else self.max_seq_length
+        if not NAME.fullmatch(self.name) or not isinstance(length, int) or length < 1:
+            raise TorchchatError(f"the preset {self.name!r:.60} holds a value of the wrong kind")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExporterInfo(Description):
     """Writes a model to a file that an executor loads later."""
 
@@ -199,6 +216,7 @@ class ExporterInfo(Description):
     dtypes: frozenset[str] = frozenset()  # of DTYPES
     schemes: frozenset[str] = frozenset()  # quantisation schemes that it exports
     flag: str = ""  # of `torchchat export`, such as "--output-pte-path"; -o with the suffix works in any case
+    presets: tuple[ExportPreset, ...] = ()  # for `torchchat export --preset`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from torchchat_core.cli.flags import EXPORTED, model_flags, model_request
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, did_you_mean
 from torchchat_core.options import detail_of, from_text
 from torchchat_core.plugins import Registry, load_registry
 from torchchat_core.small_files import expanded
@@ -27,13 +27,23 @@ class ExportCommand(click.Command):
         own = [parameter for parameter in super().get_params(context) if parameter.name not in RUNNING_ONLY]
         registry = context.obj or load_registry()
         exporters = registry.infos(ExporterInfo)
-        return [*own[:-1], *_path_flags(exporters), *_option_flags(exporters), own[-1]]  # --help last
+        return [*own[:-1], *_path_flags(exporters), *_preset_flag(exporters), *_option_flags(exporters), own[-1]]
 
 
 def _path_flags(exporters: list[ExporterInfo]) -> list[click.Parameter]:
     """One flag for each exporter that declares one."""
     return [click.Option([info.flag, _path_name(info)], metavar="FILE", help=f"Where to write {info.summary}.")
             for info in exporters if info.flag]
+
+
+def _preset_flag(exporters: list[ExporterInfo]) -> list[click.Parameter]:
+    """--preset, where an exporter has presets."""
+    presets = {preset.name: preset.summary for info in exporters for preset in info.presets}
+    if not presets:
+        return []
+    listed = "; ".join(f"{name}: {summary}" for name, summary in presets.items())
+    return [click.Option(["--preset"], metavar="NAME", help="Choices of recipe and options under one name, which other "
+                                                            f"flags go before [{listed}].")]
 
 
 def _option_flags(exporters: list[ExporterInfo]) -> list[click.Parameter]:
@@ -64,6 +74,7 @@ def export(registry: Registry, /, **flags: Any) -> None:
     one is whole.
     """
     exporter, path = _target(flags, registry.infos(ExporterInfo))
+    flags = _with_preset(exporter, flags)
     options = _options(exporter, flags, registry)
     from torchchat_core.cli.progress_bars import shown_progress
     from torchchat_core.pipeline import export_model
@@ -97,6 +108,21 @@ def _target(flags: dict[str, Any], exporters: list[ExporterInfo]) -> tuple[Expor
         raise TorchchatError(f"the file {path.name!r} has {what}; endings that the installed exporters write are "
                              f"{listed}", "give the file one of these endings")
     return fitting[0], path
+
+
+def _with_preset(exporter: ExporterInfo, flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags, with what the preset says where the user says nothing. Raises `TorchchatError` for an unknown one."""
+    wanted = flags.pop("preset", None)
+    if wanted is None:
+        return flags
+    preset = next((each for each in exporter.presets if each.name == wanted), None)
+    if preset is None:
+        names = [each.name for each in exporter.presets]
+        known = f"it has {', '.join(names)}" if names else "it has none"
+        raise TorchchatError(f"the exporter {exporter.name!r} has no preset {wanted!r}; {known}",
+                             did_you_mean(wanted, names))
+    chosen = {"quantize": preset.quantize, "max_seq_length": preset.max_seq_length, **preset.options}
+    return {**flags, **{name: value for name, value in chosen.items() if flags.get(name) is None}}
 
 
 def _path_name(info: ExporterInfo) -> str:

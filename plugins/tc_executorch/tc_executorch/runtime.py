@@ -1,0 +1,70 @@
+"""The libraries of the executorch wheel, without the Python packages around them, whose import takes seconds."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchchat_core.errors import TorchchatError
+
+REINSTALL = "pip install --force-reinstall tc-executorch"
+OPERATORS = (("extension/llm/custom_ops", "custom_ops_aot_lib"), ("kernels/quantized", "quantized_ops_aot_lib"))
+
+
+@cache
+def bindings() -> Any:
+    """ExecuTorch's Python bindings, with the operators that our programs call.
+
+    Raises `TorchchatError` where the wheel is not there, or was built for another PyTorch.
+    """
+    try:
+        library = importlib.import_module("executorch.extension.pybindings._portable_lib")
+        for folder, name in OPERATORS:
+            torch.ops.load_library(str(_library(folder, name)))
+    except (ImportError, OSError, StopIteration) as error:
+        raise TorchchatError(f"ExecuTorch's libraries cannot be loaded with PyTorch {torch.__version__}: {error}",
+                             REINSTALL) from error
+    with messages():  # of a first look at the processor
+        threads = torch.get_num_threads()
+        if library._threadpool_get_thread_count() != threads:
+            library._unsafe_reset_threadpool(threads)  # nothing runs yet
+    return library
+
+
+def _library(folder: str, name: str) -> Path:
+    spec = importlib.util.find_spec("executorch.extension.pybindings._portable_lib")
+    if spec is None or spec.origin is None:
+        raise ImportError("the package executorch is not installed")
+    root = Path(spec.origin).parents[2]
+    return next(path for path in (root / folder).iterdir() if name in path.name)
+
+
+@contextmanager
+def messages() -> Iterator[list[str]]:
+    """What ExecuTorch writes to standard error inside the block, by lines, in place of showing it.
+
+    Some of it comes by way of Python's own stream, some past it.
+    """
+    lines: list[str] = []
+    said = io.StringIO()
+    with tempfile.TemporaryFile() as file:
+        before = os.dup(2)
+        try:
+            os.dup2(file.fileno(), 2)
+            with redirect_stderr(said):
+                yield lines
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            lines += [*file.read().decode(errors="replace").splitlines(), *said.getvalue().splitlines()]
