@@ -7,7 +7,8 @@ folder, unless --peer names a Python that has it. Both formats are written once,
 the sides as any model is. Each side is a process of its own with the same number of threads; they are measured one
 after the other, round by round, and the ratio is the median of the rounds' ratios. Rates are tokens per second: of
 decoding 64 tokens after a prompt of 16, and of a prefill of 128. Beside them stands how fast the weights are read, and
-how fast this machine reads its memory, measured in the same rounds.
+how fast this machine reads its memory, measured in the same rounds. The executors `executorch` and `aoti` run files
+that are exported once, the first with the integers that ExecuTorch takes; how long that took is printed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -38,16 +40,21 @@ from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import build_model
 from torchchat_core.pipeline import ModelRequest, fetch_files, open_checkpoint
 from torchchat_core.plugins import load_registry
-from torchchat_core.quantization.recipe import parse_recipe
+from torchchat_core.quantization.recipe import RecipeReport, parse_recipe
 from torchchat_core.quantization.writing import write_quantised
 from torchchat_core.small_files import cache_folder
-from torchchat_core.specs import LoadRequest, ModelFiles
+from torchchat_core.specs import ExecutorInfo, ExporterInfo, ExportRequest, LoadRequest, ModelFiles
 
 KINDS = {  # what is compared: our recipe, their type
     "int4": ({"linear:int4": {"groupsize": 32}}, "Q4_0"),
     "int8": ({"linear:int8": {}}, "Q8_0"),
     "bf16": (None, "BF16"),
 }
+EXPORTED = {  # exporter, suffix, and the recipes that are other ones there; None: not for this kind
+    "aoti": ("aoti-package", ".pt2", {}),
+    "executorch": ("executorch", ".pte", {"int4": {"linear:a8w4dq": {"groupsize": 32}}, "int8": {"linear:a8w8dq": {}},
+                                          "bf16": None}),
+}  # type: dict[str, tuple[str, str, dict[str, Any]]]
 NEW_TOKENS = 64
 PAUSE = 0.3  # seconds between two sides, in which the threads of the first one stop waiting for work
 
@@ -56,7 +63,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, action="append", help="may be repeated; stories110M, Llama-3.2-1B")
     parser.add_argument("--kind", choices=KINDS, action="append", help="may be repeated; all of them")
-    parser.add_argument("--executor", choices=EXECUTORS, action="append", help="may be repeated; both")
+    parser.add_argument("--executor", choices=[*EXECUTORS, *EXPORTED], action="append",
+                        help="may be repeated; eager and compile")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer", metavar="PYTHON", help="a Python that has llama-cpp-python")
@@ -93,11 +101,12 @@ def installed_peer() -> str:
 def compare(shape: str, kind: str, executors: list[str], peer: str, threads: int, rounds: int) -> dict[str, Any]:
     """The rates of all sides, round by round after one that is not counted, and what they come to."""
     here = Path(__file__)
-    path, ours = written_gguf(shape, KINDS[kind][1]), written_folder(shape, kind)
+    path = written_gguf(shape, KINDS[kind][1])
+    ours = {executor: written(executor, shape, kind) for executor in executors}
     with ExitStack() as stack:
         commands = {"llama.cpp": [peer, str(here.with_name("llama_cpp_server.py")), str(path), str(threads)]}
-        commands |= {executor: [sys.executable, str(here), "--threads", str(threads), "--serve", executor, str(ours)]
-                     for executor in executors}
+        commands |= {executor: [sys.executable, str(here), "--threads", str(threads), "--serve", executor, str(file)]
+                     for executor, file in ours.items() if file is not None}
         sides = {name: stack.enter_context(side(command)) for name, command in commands.items()}
         for process in sides.values():
             read(process, until="ready")
@@ -170,20 +179,51 @@ def read(process: subprocess.Popen[str], until: str | None = None) -> str:
 # ---- our side -----------------------------------------------------------------------------------------------------
 
 
-def written_folder(shape: str, kind: str) -> Path:
-    """What our side opens: the file with bfloat16 matrices, or a folder quantised from it, made where it is missing."""
+def written(executor: str, shape: str, kind: str) -> Path | None:
+    """What our side opens, made where it is missing: the file with bfloat16 matrices, a folder quantised from it, or a
+    file exported from it; None where the executor has nothing of that kind."""
     unquantised = written_gguf(shape, KINDS["bf16"][1])
-    recipe = KINDS[kind][0]
-    if recipe is None:
-        return unquantised
-    folder = unquantised.with_name(f"{shape}-{kind}-{torch.__version__}")
+    exporter, suffix, others = EXPORTED.get(executor, ("", "", {}))
+    recipe = others.get(kind, KINDS[kind][0])
+    if not exporter:
+        return unquantised if recipe is None else written_folder(unquantised, kind, recipe)
+    path = unquantised.with_name(f"{shape}-{kind}-{executor}-{torch.__version__}{suffix}")
+    if kind in others and recipe is None:
+        return None
+    if not path.exists():
+        export(unquantised, exporter, recipe, path)
+    return path
+
+
+def written_folder(unquantised: Path, kind: str, recipe: dict[str, Any]) -> Path:
+    folder = unquantised.with_name(unquantised.stem + f"-{kind}")
     if not folder.exists():
-        registry = load_registry()
-        files, module = opened(unquantised)
-        report = parse_recipe(json.dumps(recipe), registry).settle(registry, "cpu", "bf16").apply(module)
+        files, module, report = quantised(unquantised, recipe)
         without_vocabulary = dataclasses.replace(files, tokenizer=())
-        write_quantised(module, recipe, report, without_vocabulary, registry, folder, "bf16")
+        if report is None:
+            raise RuntimeError(f"nothing was quantised by {recipe}")
+        write_quantised(module, recipe, report, without_vocabulary, load_registry(), folder, "bf16")
     return folder
+
+
+def export(unquantised: Path, exporter: str, recipe: dict[str, Any] | None, path: Path) -> None:
+    """Says how long the exporter took, and the most memory that this process had until then."""
+    files, module, _ = quantised(unquantised, recipe)
+    info: ExporterInfo = load_registry().find(ExporterInfo, exporter)
+    started = time.perf_counter()
+    info.make().export(ExportRequest(module=module, path=path, device="cpu", dtype="bf16", files=files, recipe=recipe,
+                                     schemes=tuple(recipe or ())))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"{path.name}: exported in {time.perf_counter() - started:.1f} s, {path.stat().st_size / 1e9:.2f} GB; peak "
+          f"{peak / 1e9:.2f} GB, bfloat16 {unquantised.stat().st_size / 1e9:.2f} GB", file=sys.stderr)
+
+
+def quantised(unquantised: Path, recipe: dict[str, Any] | None) -> tuple[ModelFiles, Transformer, RecipeReport | None]:
+    registry = load_registry()
+    files, module = opened(unquantised)
+    if recipe is None:
+        return files, module, None
+    return files, module, parse_recipe(json.dumps(recipe), registry).settle(registry, "cpu", "bf16").apply(module)
 
 
 def opened(path: Path) -> tuple[ModelFiles, Transformer]:
@@ -195,7 +235,10 @@ def opened(path: Path) -> tuple[ModelFiles, Transformer]:
 
 def serve(executor: str, path: str) -> None:
     """Answers as llama_cpp_server.py does."""
-    model = EXECUTORS[executor]().load(LoadRequest(device="cpu", dtype="bf16", module=opened(Path(path))[1]))
+    info: ExecutorInfo = load_registry().find(ExecutorInfo, executor)
+    artifact = Path(path) if executor in EXPORTED else None
+    module = None if artifact is not None else opened(Path(path))[1]
+    model = info.make().load(LoadRequest(device="cpu", dtype="bf16", module=module, artifact=artifact))
     print("ready", flush=True)
     for line in sys.stdin:
         what, tokens, *count = json.loads(line)
