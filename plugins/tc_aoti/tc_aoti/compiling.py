@@ -23,8 +23,10 @@ from torchchat_core.small_files import cache_folder
 # Code for every x86 processor with AVX2, so that a file runs on other machines too; the kernels choose when they run.
 INSTRUCTIONS = "AVX2" if this_machine().machine == "x86_64" else None
 MARCH: dict[str, Any] = {"cpp.march": "x86-64-v3", "cpp.simdlen": 256} if INSTRUCTIONS else {}
+# What calls our operators is not what takes the time, and optimising it takes most of the compiler's.
+QUICK: dict[str, Any] = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp.vec_isa_ok": True}
 # One thread for what is fused: it is a few microseconds of work for one token, and our operators have their threads.
-OPTIONS: dict[str, Any] = {"cpp.threads": 1, "aot_inductor.package": True, **MARCH}
+OPTIONS: dict[str, Any] = {"cpp.threads": 1, "aot_inductor.package": True, **MARCH, **QUICK}
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Compiled:
     operators: dict[str, str]  # name -> schema, of the operators of ours that it calls
 
     @property
-    def files(self) -> list[str]:
+    def files(self) -> list[Any]:
         """All of them, as AOTInductor's packages hold them."""
         return [str(path) for path in (self.library, self.calls, *self.metadata) if path is not None]
 

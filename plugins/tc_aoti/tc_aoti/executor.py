@@ -6,7 +6,6 @@ import mmap
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,8 +40,9 @@ class AotiExecutor:
         with tempfile.TemporaryDirectory(prefix="torchchat-") as folder:  # libraries are loaded by path
             _load_kernels(artifact, runtime, Path(folder))
             weights = _mapped(artifact, runtime)
-            programs = {name: LoadedProgram(artifact, runtime.inner("programs").inner(name), weights, Path(folder) / name)
-                        for name in ("any", "decode") if name in runtime.mapping("programs")}
+            described = runtime.inner("programs")
+            programs = {name: LoadedProgram(artifact, described.inner(name), weights, Path(folder) / name)
+                        for name in ("any", "decode") if name in described.content}
         if "any" not in programs:
             raise TorchchatError(f"{artifact.path.name} has no program for several tokens", "export it again")
         return AotiModel(artifact, programs["any"], programs.get("decode"),

@@ -72,10 +72,10 @@ class PackageExporter(AotiExporter):
     kind = PACKAGE
 
     def write(self, path: Path, program: Compiled) -> str:
-        from torch._inductor.package import package_aoti
+        from torch._inductor.package.package import package_aoti
 
         buffer = io.BytesIO()
-        package_aoti(buffer, program.files)
+        package_aoti(buffer, list(program.files))
         path.write_bytes(buffer.getbuffer())
         found = [name for name in Archive(path).entries if name.endswith(".so")]
         if len(found) != 1 or not found[0].startswith(ROOT):
@@ -123,7 +123,8 @@ def _weights(tensors: Mapping[str, Tensor], task: progress.Task) -> Iterator[Con
 
 def _pieces(tensor: Tensor, task: progress.Task) -> Iterator[memoryview]:
     """The bytes of a tensor in the order of its elements, little-endian as the machines are that this writes for."""
-    data = memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    numbers: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    data = memoryview(numbers)
     for start in range(0, len(data), PIECE):
         piece = data[start : start + PIECE]
         yield piece

@@ -30,7 +30,7 @@ EXAMPLE_TOKENS, EXAMPLE_ROWS, EXAMPLE_CAPACITY = 3, 2, 256
 
 
 class Program(nn.Module, ABC):
-    """One program. `weights` are its inputs behind the cache, in this order, by the names that they have in the file."""
+    """One program. `weights` are its inputs behind the cache, in this order, by their names in the file."""
 
     name: str
     tokens: int | None  # that it takes at a time; None: any number
