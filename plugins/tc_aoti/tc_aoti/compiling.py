@@ -35,13 +35,13 @@ class Compiled:
 
     library: Path
     calls: Path | None  # the description of its calls to operators that are not PyTorch's
-    metadata: tuple[Path, ...]
+    metadata: Path
     operators: dict[str, str]  # name -> schema, of the operators of ours that it calls
 
     @property
     def files(self) -> list[Any]:
         """All of them, as AOTInductor's packages hold them."""
-        return [str(path) for path in (self.library, self.calls, *self.metadata) if path is not None]
+        return [str(path) for path in (self.library, self.calls, self.metadata) if path is not None]
 
 
 def compile_program(program: Program) -> Compiled:
@@ -62,7 +62,7 @@ def compile_program(program: Program) -> Compiled:
         raise TorchchatError(f"PyTorch cannot compile the model: {type(error).__name__}: {first:.200}",
                              "a C++ compiler is needed; --debug shows where it failed") from error
     return Compiled(folder / "program.so", calls if (calls := folder / "program.json").exists() else None,
-                    tuple(sorted(folder.glob("*_metadata.json"))), _operators(exported))
+                    folder / "program_metadata.json", _operators(exported))
 
 
 def _trace(program: Program) -> ExportedProgram:
@@ -124,9 +124,9 @@ def _keep(files: list[Path], to: Path) -> None:
     for file in files:
         if file.suffix == ".so":
             shutil.copyfile(file, to / "program.so")
-        elif file.name.endswith("_metadata.json"):
-            shutil.copyfile(file, to / f"program.{file.name.split('.')[-2]}.json")
-        elif file.suffix == ".json":
+        elif file.name.endswith("wrapper_metadata.json"):  # which PyTorch's loader looks for by the library's name
+            shutil.copyfile(file, to / "program_metadata.json")
+        elif file.suffix == ".json" and not file.name.endswith("_metadata.json"):
             shutil.copyfile(file, to / "program.json")
     if not (to / "program.so").exists():
         raise TorchchatError("PyTorch's compiler wrote no library")
