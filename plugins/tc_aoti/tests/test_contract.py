@@ -27,5 +27,12 @@ class OfSomeDtypes(ExporterContract):
 @compiles
 class TestLibrary(OfSomeDtypes):
     name = "aoti-dso"
-    variants = ("llama",)
+    variants = ("sliding-layers",)
     dtypes = frozenset({"fp32"})
+
+
+@compiles
+class TestPackage(OfSomeDtypes):
+    name = "aoti-package"
+    variants = ("longrope",)
+    dtypes = frozenset({"bf16"})

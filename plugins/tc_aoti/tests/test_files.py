@@ -182,7 +182,7 @@ def test_a_compiler_that_breaks_is_told_and_leaves_nothing(tmp_path: Path, compi
         raise RuntimeError("the compiler broke\nand said more")
 
     monkeypatch.setattr(compiling, "_trace", fail)
-    with pytest.raises(TorchchatError, match=r"cannot compile the model: RuntimeError: the compiler broke$"):
+    with pytest.raises(TorchchatError, match=r"cannot compile the model: RuntimeError: the compiler broke \("):
         LibraryExporter().export(request(tmp_path / "m.so"))
     assert not list(tmp_path.iterdir())
 
@@ -200,7 +200,7 @@ def test_exporting_leaves_the_module_as_it_was(tmp_path: Path, compiler: None) -
     assert [(name, type(layer)) for name, layer in asked.module.named_modules()] == before
 
 
-def test_files_hold_no_path_of_the_machine_that_made_them(stories: Path) -> None:
+def test_the_manifest_names_no_path_of_the_machine_that_made_the_file(stories: Path) -> None:
     artifact = open_artifact(stories / "m.so")
     assert str(Path.home()) not in json.dumps(artifact.content)
     assert os.sep not in artifact.manifest.model
