@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "docs" / "plugins" / "examples"
 DISTRIBUTIONS = {"torchchat_core": ROOT, "tc_eager": ROOT / "plugins" / "tc_eager",
                  "tc_compile": ROOT / "plugins" / "tc_compile", "tc_gguf": ROOT / "plugins" / "tc_gguf",
+                 "tc_aoti": ROOT / "plugins" / "tc_aoti",
                  "tc_quant_int4": ROOT / "plugins" / "tc_quant_int4",
                  "tc_quant_int8": ROOT / "plugins" / "tc_quant_int8",
                  "tc_float8": EXAMPLES / "tc_float8", "tc_zip": EXAMPLES / "tc_zip"}

@@ -55,6 +55,25 @@ def load(building: bool = True) -> str | None:
         return _outcome[0]
 
 
+def load_from(library: Path) -> str | None:
+    """Makes the operators of a compiled library available, which came with an exported file: nothing is compiled.
+
+    Where others are loaded already, or were built here, those are kept: a process can have one library alone. None, or
+    why there are none.
+    """
+    reason = load(building=False)
+    if reason is None or reason.startswith(SWITCH):
+        return reason
+    with _lock:
+        try:
+            torch.ops.load_library(str(library))
+            _register_fakes()
+        except (OSError, RuntimeError) as error:
+            return str(error).partition("\n")[0]
+        _outcome[:] = [None]
+        return None
+
+
 def available(building: bool = True) -> bool:
     """Whether the operators are there, as `load` has it."""
     return load(building) is None
@@ -69,6 +88,10 @@ def _load(path: Path) -> None:
         path.unlink(missing_ok=True)
         build(path)
         torch.ops.load_library(str(path))
+    _register_fakes()
+
+
+def _register_fakes() -> None:
     torch.library.register_fake("torchchat::pack_quantized", _fake_pack)
     torch.library.register_fake("torchchat::unpack_quantized", _fake_unpack)
     torch.library.register_fake("torchchat::quantized_linear", _fake_linear)
@@ -79,6 +102,13 @@ def _load(path: Path) -> None:
     torch.library.register_fake("torchchat::dense_linears", _fake_dense_linears)
     torch.library.register_fake("torchchat::rms_norm", lambda x, *_: torch.empty_like(x))
     torch.library.register_fake("torchchat::cached_attention", _fake_cached_attention)
+    torch.library.register_fake("torchchat::decode_token", _fake_decode_token)
+
+
+def _fake_decode_token(hidden: Tensor, cosine: Tensor, sine: Tensor, tensors: list[Tensor],  # noqa: ARG001
+                       numbers: list[int], scalars: list[float], keys: list[Tensor],  # noqa: ARG001
+                       values: list[Tensor], place: Tensor) -> Tensor:  # noqa: ARG001
+    return hidden.new_empty((1, numbers[-6]), dtype=torch.float32)  # the head's outputs
 
 
 def packed_bytes(outputs: int, columns: int, bits: int, group_size: int, asymmetric: bool) -> int:

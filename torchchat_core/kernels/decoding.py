@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -59,6 +60,44 @@ class TokenDecoder:
                                       layer.group_size, layer.asymmetric)
         elif isinstance(layer, DenseLinear):
             self._decoder.add_product(layer.weight, layer.bias, layer.out_features, layer.in_features, 0, 0, False)
+
+
+@dataclass(frozen=True)
+class DecoderParts:
+    """A decoder as the operator `torchchat::decode_token` takes it: for graphs."""
+
+    tensors: list[Tensor]  # norms and biases in float32, which the decoder computes in
+    numbers: list[int]
+    scalars: list[float]
+
+
+def decoder_parts(module: Transformer) -> DecoderParts:
+    """The lists for `decode_token`, of a module of which `decodes` is true. Weights are shared, not copied."""
+    config, layers = module.config, _layers(module)
+    parts = DecoderParts([], [config.num_heads, config.num_kv_heads, config.head_dim, int(config.rope_interleaved),
+                              len(layers), int(config.qk_norm)],
+                         [config.norm_eps, config.attention_scale, config.residual_multiplier, config.logits_divisor])
+    for index, layer in enumerate(layers):
+        parts.numbers.append(config.layer_window(index) or 0)
+        for product in _products(layer):
+            _put_product(parts, product)
+        norms = (layer.input_layernorm, layer.post_attention_layernorm, layer.self_attn.q_norm, layer.self_attn.k_norm)
+        parts.tensors.extend(norm.weight.detach().float() for norm in norms if norm is not None)
+    _put_product(parts, module.lm_head)
+    parts.tensors.append(module.model.norm.weight.detach().float())
+    return parts
+
+
+def _put_product(parts: DecoderParts, layer: nn.Module) -> None:
+    if isinstance(layer, PanelLinear):
+        weight, form = layer.packed, [layer.bits, layer.group_size, int(layer.asymmetric)]
+    else:
+        layer = cast(DenseLinear, layer)
+        weight, form = layer.weight.detach(), [0, 0, 0]
+    parts.numbers.extend([layer.out_features, layer.in_features, *form, int(layer.bias is not None)])
+    parts.tensors.append(weight)
+    if layer.bias is not None:
+        parts.tensors.append(layer.bias.detach().float())
 
 
 class RotaryTable:
