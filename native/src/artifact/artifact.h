@@ -1,0 +1,65 @@
+// A file that `torchchat export` wrote: its manifest, and where its entries lie. docs/artifacts.md specifies it.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <set>
+#include <string>
+#include <string_view>
+
+#include "artifact/mapped_file.h"
+#include "artifact/zip.h"
+#include "tokenizers/tokenizer.h"
+
+namespace torchchat {
+
+// What the manifest says, checked.
+struct Manifest {
+    std::string kind;  // "aoti-package", "aoti-dso", "executorch"
+    std::string model, dtype;
+    std::int64_t max_seq_length = 0;  // tokens that a sequence may have
+    std::int64_t vocab_size = 0;
+    std::string device;                          // that it was made for
+    std::optional<std::string> system, machine;  // of the target; unset: any
+    std::optional<std::string> program;          // entry of the runtime's code; unset: the file's first bytes
+    std::uint64_t program_bytes = 0;
+    std::map<std::string, std::string, std::less<>> digests;  // entry below "torchchat/", or "program" -> SHA-256
+    std::optional<Token> bos_id;
+    bool adds_bos = false;
+    std::set<Token> end_ids;
+    SamplingOptions sampling;    // as the model's makers recommend
+    nlohmann::json chat_pieces;  // null: the model has no chat template
+    nlohmann::json runtime, config;
+};
+
+class Artifact {
+  public:
+    // Opens the file and compares every digest. Throws `Error` for a file that something else made, that is damaged,
+    // was changed, is of a later format, or was made for another kind of machine.
+    explicit Artifact(const std::string& path);
+
+    const Manifest& manifest() const { return manifest_; }
+    const std::string& path() const { return file_.path(); }
+    // The content of an entry below "torchchat/", or "program". Throws where there is none.
+    std::string_view content(std::string_view name) const;
+    // Its offset in the file.
+    std::uint64_t offset(std::string_view name) const;
+    // The tokenizer's files by their own names.
+    TokenizerFiles tokenizer_files() const;
+
+  private:
+    void find_manifest();
+    void check_digests() const;
+
+    MappedFile file_;
+    std::map<std::string, ZipEntry, std::less<>> entries_;
+    std::string root_;  // folder that the entries of "torchchat/" are in, with its slash, or nothing
+    Manifest manifest_;
+};
+
+// The manifest that `text` is. Throws `Error` where it is malformed.
+Manifest parsed_manifest(std::string_view text);
+
+}  // namespace torchchat

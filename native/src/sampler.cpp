@@ -1,0 +1,188 @@
+#include "sampler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <random>
+
+#include "error.h"
+
+namespace torchchat {
+namespace {
+
+constexpr double out = -std::numeric_limits<double>::infinity();  // of a token that cannot be drawn
+constexpr double default_temperature = 0.8;
+
+// Likelier first; of equal ones, lower ids first.
+struct Likelier {
+    std::span<const double> logits;
+    bool operator()(std::size_t a, std::size_t b) const {
+        return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
+    }
+};
+
+std::size_t largest(std::span<const double> logits) {
+    std::size_t best = 0;
+    for (std::size_t token = 0; token < logits.size(); ++token) {
+        if (std::isnan(logits[token])) return token;
+        if (logits[token] > logits[best]) best = token;
+    }
+    return best;
+}
+
+// All but the k largest logits become -inf; of equal ones, lower ids stay.
+void keep_top_k(std::vector<double>& logits, std::size_t k) {
+    if (k >= logits.size()) return;
+    std::vector<double> ordered = logits;
+    std::nth_element(ordered.begin(), ordered.begin() + static_cast<std::ptrdiff_t>(k - 1), ordered.end(),
+                     std::greater<>());
+    const double least = ordered[k - 1];
+    auto equal_ones =
+        static_cast<std::ptrdiff_t>(k) - std::ranges::count_if(logits, [least](double logit) { return logit > least; });
+    for (double& logit : logits) {
+        if (logit > least || (logit == least && equal_ones-- > 0)) continue;
+        logit = out;
+    }
+}
+
+// Keeps the shortest run of likeliest tokens whose probabilities reach p (Holtzman et al., arXiv:1904.09751).
+// Tokens are taken off a heap, so that only those that stay are sorted.
+void keep_top_p(std::vector<double>& logits, double p) {
+    const double highest = *std::ranges::max_element(logits);
+    double total = 0;
+    std::vector<std::size_t> waiting;
+    for (std::size_t token = 0; token < logits.size(); ++token) {
+        if (logits[token] == out) continue;
+        total += std::exp(logits[token] - highest);
+        waiting.push_back(token);
+    }
+    const auto later = [better = Likelier{logits}](std::size_t a, std::size_t b) { return better(b, a); };
+    std::ranges::make_heap(waiting, later);
+    double before = 0;
+    while (!waiting.empty() && before < p) {
+        std::ranges::pop_heap(waiting, later);
+        before += std::exp(logits[waiting.back()] - highest) / total;
+        waiting.pop_back();
+    }
+    for (const std::size_t token : waiting) logits[token] = out;
+}
+
+// Keeps tokens with at least p times the highest probability (Nguyen et al., arXiv:2407.01082).
+void keep_min_p(std::vector<double>& logits, double p) {
+    const double highest = *std::ranges::max_element(logits);
+    for (double& logit : logits) {
+        if (std::exp(logit - highest) < p) logit = out;
+    }
+}
+
+// The first token, by rising id, at which the sum of probabilities passes `uniform` in [0, 1).
+Token draw(const std::vector<double>& logits, double uniform) {
+    const double highest = *std::ranges::max_element(logits);
+    std::vector<double> cumulative(logits.size());
+    double sum = 0;
+    for (std::size_t token = 0; token < logits.size(); ++token) {
+        if (logits[token] != out) sum += std::exp(logits[token] - highest);
+        cumulative[token] = sum;
+    }
+    const auto chosen = std::ranges::upper_bound(cumulative, uniform * sum);
+    if (chosen != cumulative.end()) return static_cast<Token>(chosen - cumulative.begin());
+    const auto last = std::find_if(logits.rbegin(), logits.rend(), [](double logit) { return logit != out; });
+    return static_cast<Token>(logits.rend() - last - 1);  // uniform * sum was rounded up to the sum
+}
+
+template <typename Number>
+void check_range(const std::optional<Number>& value, const char* name, double least, double most, bool above = false) {
+    if (!value) return;
+    const auto number = static_cast<double>(*value);
+    if ((above ? number > least : number >= least) && number <= most) return;  // NaN is neither
+    throw Error(std::string(name) + " is " + std::to_string(number) + "; it has to be " + (above ? "above " : "from ") +
+                std::to_string(least) + (above ? " and at most " : " to ") + std::to_string(most));
+}
+
+}  // namespace
+
+void check_sampling(const SamplingOptions& options) {
+    check_range(options.temperature, "temperature", 0, 100);
+    check_range(options.top_k, "top_k", 0, 1e15);
+    check_range(options.top_p, "top_p", 0, 1, true);
+    check_range(options.min_p, "min_p", 0, 1);
+    check_range(options.repetition_penalty, "repetition_penalty", 0, 100, true);
+}
+
+SamplingOptions merged(const SamplingOptions& chosen, const SamplingOptions& recommended) {
+    const auto first = [](const auto& a, const auto& b) { return a ? a : b; };
+    return {first(chosen.temperature, recommended.temperature),
+            first(chosen.top_k, recommended.top_k),
+            first(chosen.top_p, recommended.top_p),
+            first(chosen.min_p, recommended.min_p),
+            first(chosen.repetition_penalty, recommended.repetition_penalty),
+            first(chosen.seed, recommended.seed)};
+}
+
+double philox_uniform(std::uint64_t seed, std::uint64_t stream, std::uint64_t step) {
+    const auto low = [](std::uint64_t value) { return static_cast<std::uint32_t>(value); };
+    const auto high = [](std::uint64_t value) { return static_cast<std::uint32_t>(value >> 32); };
+    std::uint32_t a = low(step), b = high(step), c = low(stream), d = high(stream);
+    std::uint32_t key0 = low(seed), key1 = high(seed);
+    for (int round = 0; round < 10; ++round) {
+        const std::uint64_t first = std::uint64_t{0xD2511F53} * a, second = std::uint64_t{0xCD9E8D57} * c;
+        a = high(second) ^ b ^ key0;
+        b = low(second);
+        c = high(first) ^ d ^ key1;
+        d = low(first);
+        key0 += 0x9E3779B9;
+        key1 += 0xBB67AE85;
+    }
+    return static_cast<double>((std::uint64_t{b} << 32 | a) >> 11) * 0x1p-53;
+}
+
+Sampler::Sampler(const SamplingOptions& options, std::span<const Token> prompt, std::uint64_t stream)
+    : options_(options), seed_(0), stream_(stream) {
+    check_sampling(options);
+    if (options.seed) {
+        seed_ = *options.seed;
+    } else {
+        std::random_device device;
+        seed_ = std::uint64_t{device()} << 32 | device();
+    }
+    if (options.repetition_penalty.value_or(1) != 1) seen_.insert(prompt.begin(), prompt.end());
+}
+
+Token Sampler::choose(std::span<const float> logits) {
+    if (logits.empty()) throw Error("the model returned no logits", "export the model again");
+    logits_.assign(logits.begin(), logits.end());
+    penalise_repetition();
+    const Token token = pick();
+    if (options_.repetition_penalty.value_or(1) != 1) seen_.insert(token);
+    ++step_;
+    return token;
+}
+
+// Divides positive logits of seen tokens by the penalty, multiplies negative ones (CTRL, arXiv:1909.05858).
+void Sampler::penalise_repetition() {
+    const double penalty = options_.repetition_penalty.value_or(1);
+    if (penalty == 1) return;
+    for (const Token token : seen_) {
+        if (token < 0 || static_cast<std::size_t>(token) >= logits_.size()) continue;
+        double& logit = logits_[static_cast<std::size_t>(token)];
+        logit = logit > 0 ? logit / penalty : logit * penalty;
+    }
+}
+
+Token Sampler::pick() {
+    const std::size_t best = largest(logits_);
+    const double highest = logits_[best];
+    if (!std::isfinite(highest)) {
+        throw Error("the model returned " + std::to_string(highest) + " as its highest logit",
+                    "its weights are damaged, or its dtype overflows: export it with --dtype fp32 or bf16");
+    }
+    const double temperature = options_.temperature.value_or(default_temperature);
+    if (temperature == 0) return static_cast<Token>(best);
+    for (double& logit : logits_) logit = (logit - highest) / temperature;  // which no temperature can overflow
+    if (options_.top_k.value_or(0) > 0) keep_top_k(logits_, static_cast<std::size_t>(*options_.top_k));
+    if (options_.top_p.value_or(1) < 1) keep_top_p(logits_, *options_.top_p);
+    if (options_.min_p.value_or(0) > 0) keep_min_p(logits_, *options_.min_p);
+    return draw(logits_, philox_uniform(seed_, stream_, step_));
+}
+
+}  // namespace torchchat
