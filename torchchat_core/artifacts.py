@@ -160,6 +160,7 @@ def manifest_to_json(manifest: Manifest, digests: Mapping[str, str], program: st
         "tokenizer": None if text is None else {
             "kind": text.tokenizer_kind, "files": [TOKENIZER + name for name in _clean_names(text.tokenizer)]},
         **({} if text is None else {name: getattr(text, name) for name in TEXT_FIELDS}),
+        "chat_pieces": None if text is None else _chat_pieces(text),
         "target": asdict(manifest.target), "versions": dict(manifest.versions),
         "program": {"entry": program, "bytes": program_bytes}, "digests": dict(digests),
         "runtime": dict(manifest.runtime),
@@ -168,6 +169,16 @@ def manifest_to_json(manifest: Manifest, digests: Mapping[str, str], program: st
 
 TEXT_FIELDS = ("chat_template", "tool_template", "bos_token", "eos_token", "bos_id", "eos_id", "adds_bos", "end_ids",
                "sampling")
+
+
+def _chat_pieces(text: TextContent) -> dict[str, Any] | None:
+    """The template for runtimes that have no Python."""
+    if text.chat_template is None:
+        return None
+    from torchchat_core.chat_pieces import chat_pieces
+    from torchchat_core.chat_template import ChatTemplate
+
+    return chat_pieces(ChatTemplate(text.chat_template, bos_token=text.bos_token, eos_token=text.eos_token))
 
 
 def _clean_names(files: Mapping[str, bytes]) -> dict[str, bytes]:

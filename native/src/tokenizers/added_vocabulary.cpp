@@ -51,6 +51,7 @@ AddedToken read_token(const nlohmann::json& entry) {
     }
     const bool special = flag(entry, "special", false);
     return {content->get<std::string>(),
+            {},
             0,
             flag(entry, "single_word", false),
             flag(entry, "lstrip", false),
@@ -75,11 +76,8 @@ AddedVocabulary::AddedVocabulary(const nlohmann::json* declared, const BpeModel&
         added.token = in_model ? *in_model : next;
         next = std::max(next, added.token + 1);
         known.emplace(added.content, added.token);
-        if (added.normalized) {
-            normalised.emplace(normalizer_ ? normalizer_(well_formed(added.content)) : added.content, added.token);
-        } else {
-            raw.emplace(added.content, added.token);
-        }
+        added.piece = added.normalized && normalizer_ ? normalizer_(well_formed(added.content)) : added.content;
+        (added.normalized ? normalised : raw).emplace(added.piece, added.token);
         by_id_[added.token] = tokens_.size();
         tokens_.push_back(std::move(added));
     }

@@ -15,6 +15,7 @@ namespace torchchat {
 
 struct AddedToken {
     std::string content;
+    std::string piece;  // what its id stands for: the content, normalised where it is found in normalised text
     Token token;
     bool single_word, takes_left, takes_right, normalized, special;
 };

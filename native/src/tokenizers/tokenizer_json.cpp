@@ -62,7 +62,8 @@ class JsonTokenizer final : public Tokenizer {
           pre_tokenizer_(read_pre_tokenizer(member(content, "pre_tokenizer"))),
           reader_(read_decoder(member(content, "decoder"), contents(added_))) {
         for (const auto& [piece, token] : model_.vocabulary()) pieces_[token] = piece;
-        for (const AddedToken& token : added_.tokens()) pieces_[token.token] = token.content;
+        for (const AddedToken& token : added_.tokens()) pieces_[token.token] = token.piece;
+        for (const AddedToken& token : added_.tokens()) contents_[token.token] = token.content;
         for (const auto& [token, piece] : pieces_) vocab_size = std::max(vocab_size, token + 1);
         const auto name = [&](std::string_view key) {
             const auto found = token_name(settings, key);
@@ -98,7 +99,7 @@ class JsonTokenizer final : public Tokenizer {
         check(token);
         const auto piece = pieces_.find(token);
         if (piece == pieces_.end()) return std::string(replacement);
-        return is_control(token) ? piece->second : reader_.bytes(piece->second);
+        return is_control(token) ? contents_.at(token) : reader_.bytes(piece->second);
     }
 
   private:
@@ -133,7 +134,7 @@ class JsonTokenizer final : public Tokenizer {
     AddedVocabulary added_;
     PreTokenizer pre_tokenizer_;
     PieceReader reader_;
-    std::unordered_map<Token, std::string> pieces_;
+    std::unordered_map<Token, std::string> pieces_, contents_;  // of all tokens, of added ones
 };
 
 }  // namespace
