@@ -31,7 +31,7 @@ struct Manifest {
     std::set<Token> end_ids;
     SamplingOptions sampling;    // as the model's makers recommend
     nlohmann::json chat_pieces;  // null: the model has no chat template
-    nlohmann::json runtime, config;
+    nlohmann::json runtime, config, target;
 };
 
 class Artifact {

@@ -113,6 +113,7 @@ Manifest parsed_manifest(std::string_view text) {
     read_digests(content, manifest);
     manifest.runtime = object_of(content, "runtime");
     manifest.config = object_of(content, "config");
+    manifest.target = target;
     const nlohmann::json* tokenizer = member(content, "tokenizer");
     if (tokenizer == nullptr || tokenizer->is_null()) {
         throw Error("the file holds no tokenizer", "export the model again, with a tokenizer");

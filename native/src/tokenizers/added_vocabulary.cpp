@@ -77,7 +77,7 @@ AddedVocabulary::AddedVocabulary(const nlohmann::json* declared, const BpeModel&
         next = std::max(next, added.token + 1);
         known.emplace(added.content, added.token);
         added.piece = added.normalized && normalizer_ ? normalizer_(well_formed(added.content)) : added.content;
-        (added.normalized ? normalised : raw).emplace(added.piece, added.token);
+        (added.normalized ? normalised : raw).insert_or_assign(added.piece, added.token);
         by_id_[added.token] = tokens_.size();
         tokens_.push_back(std::move(added));
     }
