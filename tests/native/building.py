@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 NATIVE = Path(__file__).resolve().parents[2] / "native"
@@ -26,6 +28,20 @@ def missing() -> str | None:
     if absent:
         return f"the C++ runner was not built: no {', '.join(absent)}; try: apt-get install {PACKAGES}"
     return None
+
+
+def runtimes() -> dict[str, str]:
+    """Settings that build with libtorch and ExecuTorch out of this Python's packages."""
+    settings = {"Python3_EXECUTABLE": sys.executable, "TORCH_ROOT": str(_package("torch"))}
+    if _package("executorch") is not None:
+        settings |= {"TORCHCHAT_EXECUTORCH": "ON", "TORCHCHAT_EXECUTORCH_WHEEL": "ON",
+                     "EXECUTORCH_ROOT": str(_package("executorch"))}
+    return settings
+
+
+def _package(name: str) -> Path | None:
+    found = importlib.util.find_spec(name)
+    return Path(next(iter(found.submodule_search_locations))) if found and found.submodule_search_locations else None
 
 
 def build(folder: Path, **options: str) -> Path:

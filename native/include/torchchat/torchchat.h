@@ -33,18 +33,18 @@ class Error : public std::runtime_error {
 
 // How tokens are chosen: docs/sampling.md. What is not set is as the model's makers recommend, else as said here.
 struct SamplingOptions {
-    std::optional<double> temperature;         // 0.8; 0 always takes the likeliest token
-    std::optional<std::int64_t> top_k;         // 0: all tokens
-    std::optional<double> top_p;               // 1: all
-    std::optional<double> min_p;               // 0: all
-    std::optional<double> repetition_penalty;  // 1: off
-    std::optional<std::uint64_t> seed;         // without one, chance decides
+    std::optional<double> temperature = {};         // 0.8; 0 always takes the likeliest token
+    std::optional<std::int64_t> top_k = {};         // 0: all tokens
+    std::optional<double> top_p = {};               // 1: all
+    std::optional<double> min_p = {};               // 0: all
+    std::optional<double> repetition_penalty = {};  // 1: off
+    std::optional<std::uint64_t> seed = {};         // without one, chance decides
 };
 
 struct Options {
-    SamplingOptions sampling;
-    std::optional<std::int64_t> max_new_tokens;  // unset: until the model ends it or the context is full
-    std::vector<std::string> stop;               // texts that end the answer, and are no part of it
+    SamplingOptions sampling = {};
+    std::optional<std::int64_t> max_new_tokens = {};  // unset: until the model ends it or the context is full
+    std::vector<std::string> stop = {};               // texts that end the answer, and are no part of it
 };
 
 // Counts, seconds and tokens per second of one answer.

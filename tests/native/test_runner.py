@@ -1,0 +1,150 @@
+"""`torchchat-run` answers as torchchat does, with the same file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KINDS = ("pt2", "pte")
+SEEDS = range(200)
+
+
+def run(program: Path, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run([program, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=300,
+                          check=False, errors="surrogateescape")
+
+
+def answer(program: Path, *arguments: object) -> dict[str, Any]:
+    done = run(program, *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_golden_text_of_the_260k_model(kind: str, runner: Path, stories260k: Callable[[str], Path],
+                                           testdata: Path) -> None:
+    done = run(runner, stories260k(kind), "--prompt", "", "--temperature", "0", "--max-new-tokens", "199")
+    assert (done.returncode, done.stdout) == (0, (testdata / "golden/stories260K/runc_t0_n200.txt").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_golden_ids_of_tinystories(kind: str, runner: Path, tinystories: Callable[[str], Path],
+                                       testdata: Path) -> None:
+    golden = json.loads((testdata / "golden/TinyStories-656K/greedy_ids.json").read_text("utf-8"))
+    for case in golden["prompts"]:
+        prompt, ids = case["prompt"], case["ids"]
+        wanted = ids[len(case["prompt_ids"]):]
+        found = answer(runner, tinystories(kind), "--prompt", prompt, "--temperature", "0", "--max-new-tokens",
+                       len(wanted))
+        assert found["token_ids"] == [token for token in wanted if token != 2]  # which ends it
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ids_of_two_hundred_seeds_are_those_of_python(kind: str, native: Path, stories260k: Callable[[str], Path],
+                                                          torchchat: Callable[..., Any]) -> None:
+    """One process for all of them: `--num-samples` keeps them apart by stream, as the seeds do here by number."""
+    file = stories260k(kind)
+    expected = []
+    from torchchat_core.generation import FinishedEvent, TokenSequence, generate
+    from torchchat_core.generation_options import GenerationOptions, SamplingOptions
+    from torchchat_core.pipeline import ModelRequest, open_model
+    from torchchat_core.plugins import load_registry
+
+    with open_model(ModelRequest(model=str(file)), load_registry()) as opened:
+        sequence = TokenSequence(opened.model.session())
+        for seed in SEEDS:
+            options = GenerationOptions(sampling=SamplingOptions(seed=seed, temperature=0.9, top_p=0.95),
+                                        max_new_tokens=24)
+            events = list(generate(sequence, [1, 403, 407], opened.text_format, options))
+            expected.append(next(list(event.token_ids) for event in events if isinstance(event, FinishedEvent)))
+    done = run(native / "torchchat-seeds", file, len(SEEDS), 24)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line) for line in done.stdout.splitlines()] == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_conversation_is_that_of_python(kind: str, runner: Path, embedded: Callable[[str], Path],
+                                          torchchat: Callable[..., Any]) -> None:
+    file = embedded(kind)
+    messages = "What is a plugin?\nHow do I quantise?\n<|end|> is a text\n"
+    flags = ("--system", "Be brief.", "--temperature", "0", "--max-new-tokens", "30")
+    found = run(runner, file, "--chat", *flags, stdin=messages)
+    expected = torchchat("chat", file, *flags, stdin=messages.encode())
+    assert (found.returncode, found.stdout.strip()) == (0, expected.out.strip())
+
+
+def test_one_prompt_is_answered_by_the_template(runner: Path, embedded: Callable[[str], Path],
+                                                torchchat: Callable[..., Any]) -> None:
+    file = embedded("pte")
+    flags = ("--prompt", "How do I export a model?", "--seed", "3", "--max-new-tokens", "40", "--json")
+    expected = json.loads(torchchat("generate", file, *flags).out)
+    found = json.loads(run(runner, file, *flags).stdout)
+    assert (found["text"], found["token_ids"]) == (expected["text"], expected["token_ids"])
+    assert found["stats"].keys() == expected["stats"].keys()
+    assert found["stats"]["prompt_tokens"] == expected["stats"]["prompt_tokens"]
+
+
+def test_the_cache_is_kept_from_turn_to_turn(native: Path, embedded: Callable[[str], Path]) -> None:
+    done = run(native / "torchchat-turns", embedded("pte"))
+    assert done.returncode == 0, done.stderr
+    prompts, prefilled = zip(*(map(int, line.split()) for line in done.stdout.splitlines()), strict=True)
+    assert prefilled[0] == prompts[0]
+    assert all(new < whole / 2 for new, whole in zip(prefilled[1:], prompts[1:], strict=True))
+
+
+def test_a_stop_string_ends_the_answer(runner: Path, stories260k: Callable[[str], Path]) -> None:
+    found = answer(runner, stories260k("pte"), "--prompt", "Once", "--temperature", "0", "--stop", "Lily", "--stop=zzz")
+    assert found["finish_reason"] == "stop"
+    assert "Lily" not in found["text"]
+    assert found["text"].endswith("named ")
+
+
+@pytest.mark.parametrize(("damage", "said"), [
+    (lambda data: data[: len(data) // 2], "its end is missing"),
+    (lambda data: b"", "is empty"),
+    (lambda data: b"GGUF" + bytes(10_000), "not written by torchchat"),
+    (lambda data: data.replace(b"vocab_size", b"vocab_sise"), "manifest"),
+    (lambda data: data.replace(b'"format_version": 1', b'"format_version": 9'), "version 9"),
+    (lambda data: data[:4000] + bytes([data[4000] ^ 1]) + data[4001:], "changed after it was written"),
+])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_is_damaged_ends_with_a_sentence(kind: str, damage: Callable[[bytes], bytes], said: str,
+                                                     runner: Path, stories260k: Callable[[str], Path],
+                                                     tmp_path: Path) -> None:
+    damaged = tmp_path / f"damaged.{kind}"
+    damaged.write_bytes(damage(stories260k(kind).read_bytes()))
+    done = run(runner, damaged, "--prompt", "x")
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (("--prompt", "x"), "no FILE"), (("a", "b"), "two files"), (("a", "--sead", "1"), "no option --sead"),
+    (("a", "--seed"), "needs a value"), (("a", "--seed", "one"), "needs a number"),
+    (("a", "--prompt", "x", "--chat"), "exclude"), (("a", "--threads", "0"), "1 or more"),
+])
+def test_wrong_usage_ends_with_status_2(arguments: tuple[str, ...], said: str, native: Path) -> None:
+    done = run(native / "torchchat-run", *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_options_out_of_range_are_refused(runner: Path, stories260k: Callable[[str], Path]) -> None:
+    for flag, value in (("--temperature", "-1"), ("--top-p", "0"), ("--max-new-tokens", "0"), ("--top-p", "nan")):
+        done = run(runner, stories260k("pte"), "--prompt", "x", flag, value)
+        assert done.returncode == 1
+        assert flag[2:].replace("-", "_") in done.stderr
+
+
+def test_a_missing_file_and_a_folder_are_refused(native: Path, tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.pte", tmp_path):
+        done = run(native / "torchchat-run", path, "--prompt", "x")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("error: ")
