@@ -7,7 +7,7 @@ DISTRIBUTIONS := . $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.
 PROJECTS := $(addsuffix /pyproject.toml,$(DISTRIBUTIONS))
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup chat test lint docs bench clean
+.PHONY: help setup chat test lint docs native bench clean
 
 help:
 	@echo "make chat    talk with the model that comes with torchchat"
@@ -15,6 +15,7 @@ help:
 	@echo "make test    run all tests"
 	@echo "make lint    ruff, mypy, and that the generated documents are not stale"
 	@echo "make docs    write the generated documents"
+	@echo "make native  build and test the C++ runner, build/native/torchchat-run"
 	@echo "make bench   speed beside transformers"
 	@echo "make clean   remove $(VENV) and build products"
 
@@ -41,6 +42,13 @@ lint: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python tools/generate_docs.py
+
+# Both runtimes come out of the Python packages; docs/native.md says how to build with others.
+native: $(STAMP)
+	cmake -S native -B build/native -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python -DTORCHCHAT_TESTS=ON \
+	    -DTORCHCHAT_EXECUTORCH=ON -DTORCHCHAT_EXECUTORCH_WHEEL=ON
+	cmake --build build/native --parallel
+	TORCHCHAT_NATIVE_BUILD=$(CURDIR)/build/native $(BIN)/python -m pytest tests/native
 
 bench: $(STAMP)
 	$(BIN)/python tools/compare_transformers.py

@@ -175,7 +175,7 @@ int converse(const Model& model, const Arguments& arguments) {
         try {
             const OnInterrupt interrupt(end_answer);
             const Answer answer = chat.ask(message, arguments.options, show, was_pressed);
-            show("\n");
+            show(terminal ? "\n" : "\n\n");
             show_statistics(answer);
             if (answer.finish_reason == "cancelled" && !terminal) return interrupted_status;
         } catch (const Error& error) {
