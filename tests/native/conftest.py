@@ -9,10 +9,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from building import build, missing, runtimes  # noqa: E402
-from probing import Probe  # noqa: E402
+from building import build, missing, runtimes
+from probing import Probe
 
-from torchchat_core.cli.main import main  # noqa: E402
+from torchchat_core.cli.main import main
 
 # Kept between runs, so that only what changed is compiled; TORCHCHAT_NATIVE_BUILD names another place.
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "native-tests"

@@ -15,7 +15,8 @@ from torchchat_core.errors import TorchchatError
 
 REAL = ["Qwen-Qwen2.5-7B-Instruct", "google-gemma-2-2b-it", "meta-llama-Llama-3.1-8B-Instruct",
         "meta-llama-Llama-3.2-3B-Instruct", "microsoft-Phi-3.5-mini-instruct", "mistralai-Mistral-Nemo-Instruct-2407"]
-TEXTS = ["Hello!", " padded\n", "line\n\nline", "\x1fodd\u2003", "1 + 1", "user", "<|im_end|>", "\u00e9\u4e16", "{{ 1 }}"]
+TEXTS = ["Hello!", " padded\n", "line\n\nline", "\x1fodd\u2003", "1 + 1", "user", "<|im_end|>", "\u00e9\u4e16",
+         "{{ 1 }}"]
 
 
 def template_of(source: str) -> ChatTemplate:
@@ -69,7 +70,8 @@ def test_prompts_of_built_in_templates_are_those_of_jinja(name: str, probe: Prob
     assert compare(template_of((BUILT_IN / name).read_text("utf-8")), probe) == 14
 
 
-THINKING = ("{% for m in messages %}{% set text = m.content.split('</think>')[-1] if m.role == 'assistant' else m.content %}"
+THINKING = ("{% for m in messages %}"
+            "{% set text = m.content.split('</think>')[-1] if m.role == 'assistant' else m.content %}"
             "<|{{ m.role }}|>{{ text }}{% endfor %}<|assistant|>")
 
 
@@ -88,7 +90,7 @@ def test_a_message_that_the_template_looks_into_is_refused(probe: Probe) -> None
     ("{{ messages[-1].content }}", "or leaves one out"),
     ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "another order"),
     ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "leaves a message out"),
-    ("{% for m in messages %}{{ m.content[:9] }}{% endfor %}", "leaves a message out"),
+    ("{% for m in messages %}{{ m.content[:9] }}{% endfor %}", "something else"),
     ("{% for m in messages %}{{ loop.index }} {{ m.content }}{% endfor %}", "something else"),
 ])
 def test_what_pieces_cannot_say_is_refused_with_the_reason(source: str, reason: str, probe: Probe) -> None:

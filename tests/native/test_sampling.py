@@ -32,7 +32,8 @@ def logits() -> torch.Tensor:
     {"temperature": 0.0, "repetition_penalty": 1.5}, {"temperature": 1e-9}, {"top_k": 1}, {"top_p": 1e-6},
     {"temperature": 100.0, "top_k": 150, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 0.8},
 ])
-def test_the_ids_of_two_hundred_seeds_are_those_of_python(options: dict[str, Any], tmp_path: Path, probe: Probe) -> None:
+def test_the_ids_of_two_hundred_seeds_are_those_of_python(options: dict[str, Any], tmp_path: Path,
+                                                                probe: Probe) -> None:
     rows = logits()
     (tmp_path / "logits").write_bytes(rows.numpy().tobytes())
     expected = []

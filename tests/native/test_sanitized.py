@@ -30,9 +30,9 @@ def sanitized() -> Path:
     if reason is not None:
         pytest.skip(reason)
     compiler = {"CMAKE_CXX_COMPILER": "clang++", "CMAKE_C_COMPILER": "clang"} if shutil.which("clang++") else {}
-    return build(Path(os.environ.get("TORCHCHAT_SANITIZED_BUILD") or FOLDER), TORCHCHAT_TESTS="ON", TORCHCHAT_FUZZ="ON",
-                 TORCHCHAT_AOTI="OFF", TORCHCHAT_SANITIZE="address,undefined", CMAKE_BUILD_TYPE="", CMAKE_CXX_FLAGS="-O1",
-                 **compiler)
+    return build(Path(os.environ.get("TORCHCHAT_SANITIZED_BUILD") or FOLDER), TORCHCHAT_TESTS="ON",
+                 TORCHCHAT_FUZZ="ON", TORCHCHAT_AOTI="OFF", TORCHCHAT_SANITIZE="address,undefined", CMAKE_BUILD_TYPE="",
+                 CMAKE_CXX_FLAGS="-O1", **compiler)
 
 
 @pytest.mark.parametrize("path", GOLDEN)
@@ -106,8 +106,8 @@ def test_no_input_of_the_fuzz_target_does_harm(sanitized: Path, testdata: Path, 
     seeds(testdata, tmp_path)
     target = sanitized / "torchchat-fuzz"
     if shutil.which("clang++"):
-        command = [str(target), str(tmp_path), f"-max_total_time={SECONDS}", f"-max_len={LONGEST}", "-rss_limit_mb=4096",
-                   "-timeout=60", f"-artifact_prefix={tmp_path}/"]
+        command = [str(target), str(tmp_path), f"-max_total_time={SECONDS}", f"-max_len={LONGEST}",
+                   "-rss_limit_mb=4096", "-timeout=60", f"-artifact_prefix={tmp_path}/"]
     else:
         chance = random.Random(13)
         beginnings = [path.read_bytes() for path in sorted(tmp_path.iterdir())]

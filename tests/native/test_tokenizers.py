@@ -21,10 +21,12 @@ GOLDEN = ["tokenizers/llama2/tokenizer.model", "tinyllamas/stories260K/tok512.mo
           "tokenizers/mistral-v3/tokenizer.model", "tokenizers/llama3/tokenizer.model",
           "hf/TinyStories-656K/tokenizer.json", "tokenizers/phi-2/tokenizer.json"]
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-PARTS = ["a", "The ", " the", "'s", "'LL", "42", "1234567", "\n", "\n\n", "\r\n", "\t", "   ", " " * 40, "\u00a0", "\u180e",
-         "\u2003", "\x85", "\x1c", "caf\u00e9", "e\u0301", "\u4e16\u754c", "\U0001f600", "\U0001f468\u200d\U0001f469", "\u0e2a\u0e27\u0e31",
-         "\u0627\u0644", "\u2581", "<s>", "</s>", "<|eot_id|>", "[INST]", "<unk>", "<0x0A>", "<|endoftext|>", "_", "-->", "...", "\x00",
-         "\ufffd", "\u017f", "\u0130", "\u00bd", "\u2167", "\uac00", "\U00020000", "http://x.y/?q=1&z", "def f(x):\n    return"]
+PARTS = ["a", "The ", " the", "'s", "'LL", "42", "1234567", "\n", "\n\n", "\r\n", "\t", "   ",
+         "                                        ", "\xa0", "\u180e", "\u2003", "\x85", "\x1c", "caf\xe9", "e\u0301",
+         "\u4e16\u754c", "\U0001f600", "\U0001f468\u200d\U0001f469", "\u0e2a\u0e27\u0e31", "\u0627\u0644", "\u2581",
+         "<s>", "</s>", "<|eot_id|>", "[INST]", "<unk>", "<0x0A>", "<|endoftext|>", "_", "-->", "...", "\x00",
+         "\ufffd", "\u017f", "\u0130", "\xbd", "\u2167", "\uac00", "\U00020000", "http://x.y/?q=1&z",
+         "def f(x):\n    return"]
 
 
 def files_of(path: Path) -> dict[str, str]:
@@ -119,14 +121,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "NFC and Qwen's split": {"normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
         split("Isolated", {"Regex": QWEN_SPLIT}), BYTE_LEVEL]}},
     "NFKC": {"normalizer": {"type": "NFKC"}},
-    "NFD, stripped": {"normalizer": {"type": "Sequence", "normalizers": [
+    "NFD, stripped": {"added_tokens": [], "normalizer": {"type": "Sequence", "normalizers": [
         {"type": "NFD"}, {"type": "Strip", "strip_left": True, "strip_right": True}]}},
-    "a replacement by an expression": {"normalizer": {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}},
+    "a replacement by an expression": {"added_tokens": [], "normalizer": {
+        "type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}},
     "digits apart": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
         {"type": "Digits", "individual_digits": True}, BYTE_LEVEL]}},
     "digits together, punctuation": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-        {"type": "Digits", "individual_digits": False}, {"type": "Punctuation", "behavior": "Contiguous"}, BYTE_LEVEL]}},
-    "removed": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split("Removed", {"String": " "}), BYTE_LEVEL]}},
+        {"type": "Digits", "individual_digits": False}, {"type": "Punctuation", "behavior": "Contiguous"},
+        BYTE_LEVEL]}},
+    "removed": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        split("Removed", {"String": " "}), BYTE_LEVEL]}},
     "merged with previous": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
         split("MergedWithPrevious", {"Regex": r"\s"}), BYTE_LEVEL]}},
     "merged with next": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
