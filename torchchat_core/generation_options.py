@@ -40,16 +40,29 @@ class SamplingOptions:
                                      "to 10000")
 
 
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer has to be like: of `kind` "json_schema" (a JSON text) or "lark" (a grammar of llguidance)."""
+
+    kind: str
+    source: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """How long an answer may be, what ends it, and how its tokens are chosen."""
+    """How long an answer may be, what ends it, what it has to be like, and how its tokens are chosen."""
 
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     max_new_tokens: int | None = None  # None: until the model ends it or the context is full
     stop: tuple[str, ...] = ()
+    grammar: Grammar | None = None
+    logprobs: int | None = None  # of each token, and of so many of the likeliest ones beside it; None: of none
+    shown: frozenset[int] = frozenset()  # control tokens whose names belong to the text, such as that of a tool call
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise TorchchatError(f"max_new_tokens is {self.max_new_tokens}; it has to be 1 or more")
         if any(not text for text in self.stop):
             raise TorchchatError("a stop string is empty; it would end every answer at once")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise TorchchatError(f"logprobs is {self.logprobs}; it has to be 0 or more")
