@@ -75,12 +75,13 @@ class Constraint:
         count = min(len(bits), logits.shape[0])
         permitted[:count] = torch.from_numpy(bits[:count].astype(bool))
         if not permitted.any():
-            raise TorchchatError("no token of the model's vocabulary can go on with what the answer has to be like")
+            raise _unsayable()
         return logits.masked_fill(~permitted, -torch.inf)
 
     def accept(self, token: int) -> None:
-        """Counts a token, which `apply` permitted, as said."""
-        self._matcher.consume_token(token)
+        """Counts a token as said. Raises `TorchchatError` for one that breaks the grammar."""
+        if not self._matcher.consume_token(token):
+            raise _unsayable()
 
     @property
     def complete(self) -> bool:
@@ -111,6 +112,11 @@ def _limits() -> Any:
 def _refused(grammar: Grammar, reason: str) -> TorchchatError:
     name = "JSON Schema" if grammar.kind == "json_schema" else "grammar"
     return TorchchatError(f"the {name} cannot be used: {_first_line(reason)}")
+
+
+def _unsayable() -> TorchchatError:
+    return TorchchatError("the model's vocabulary has no token for what the answer has to go on with",
+                          "choose another model: this one cannot write such a text at all")
 
 
 def _first_line(message: str) -> str:
@@ -151,12 +157,12 @@ class _Tokens:
         return ids if b"".join(self.tokens[token] for token in ids) == wanted else self._greedy(wanted)
 
     def _greedy(self, data: bytes) -> list[int]:
-        """The longest token that fits, again and again; bytes without a token are left out."""
-        ids, start = [], 0
-        while start < len(data):
+        """The longest token that fits, again and again, up to the first byte without a token."""
+        ids, start, size = [], 0, 1
+        while start < len(data) and size:
             sizes = range(min(self._longest, len(data) - start), 0, -1)
             size = next((size for size in sizes if data[start : start + size] in self._by_bytes), 0)
             if size:
                 ids.append(self._by_bytes[data[start : start + size]])
-            start += size or 1
+            start += size
         return ids

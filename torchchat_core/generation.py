@@ -20,7 +20,7 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.generation_options import GenerationOptions
 from torchchat_core.memory import peak_rss_bytes
 from torchchat_core.sampling import Sampler
-from torchchat_core.specs import BatchedModel, ScoringSession, Session
+from torchchat_core.specs import BatchedModel, ForkingSession, ScoringSession, Session
 from torchchat_core.text_format import TextFormat
 from torchchat_core.tokenizers.stream import TextStream
 
@@ -105,6 +105,12 @@ class TokenSequence:
         self.session.truncate(shared)
         del self._tokens[shared:]
         return shared
+
+    def fork(self, length: int) -> TokenSequence:
+        """Another sequence with the first `length` tokens, of an executor with ability `fork`."""
+        copied = TokenSequence(cast(ForkingSession, self.session).fork(length))
+        copied._tokens = self._tokens[:length]
+        return copied
 
     def prefill(self, tokens: Sequence[int]) -> Tensor:
         """Appends tokens; logits [vocab] at the last."""

@@ -1,0 +1,51 @@
+"""Errors as OpenAI's interface has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from torchchat_core.errors import TorchchatError
+
+KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error",
+         503: "server_error", 504: "timeout_error"}
+UNKNOWN_FIELD = "extra_forbidden"
+UNSUPPORTED = "none_required"  # of fields that are declared as null alone
+
+
+class ApiError(Exception):
+    """The answer to a request that cannot be met: an HTTP status, and what is wrong with which field (`param`)."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = KINDS.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def refused(error: TorchchatError, param: str | None = None) -> ApiError:
+    """A 400 for what core refuses."""
+    return ApiError(400, str(error), param)
+
+
+def malformed(error: ValidationError) -> ApiError:
+    """A 400 that names the first field that is wrong."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]
+                   if isinstance(part, int) or part.isidentifier()).lstrip(".")
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
+    if first["type"] == UNKNOWN_FIELD:
+        return ApiError(400, f"unknown field {path!r:.200}", path[:200], "unknown_parameter")
+    if first["type"] == UNSUPPORTED:
+        return ApiError(400, f"{path!r} is not supported by this server; leave it out", path, "unsupported_parameter")
+    if first["type"] == "missing":
+        return ApiError(400, f"the field {path!r} is missing", path, "missing_required_parameter")
+    return ApiError(400, f"{path or 'the body'}: {first['msg']}", path or None, "invalid_value")
