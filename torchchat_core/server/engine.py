@@ -141,14 +141,14 @@ class Engine:
                 self.width = self._limits.parallel or WIDTH["batch" in opened.executor.abilities]
                 batch = Batch(opened.model, opened.text_format, opened.executor, limit=opened.max_seq_length,
                               width=self.width, kept_tokens=self._limits.cache_tokens)
-                self._tell(lambda: self._ready.done() or self._ready.set_result(None))
+                self._tell(self._opened)
                 try:
                     self._work(batch, opened.model)
                 finally:
                     batch.close()
         except BaseException as error:
             failure = error
-            self._tell(lambda: self._ready.done() or self._ready.set_exception(failure))
+            self._tell(lambda: self._failed(failure))
 
     def _work(self, batch: Batch, model: LoadedModel) -> None:
         while self._wait(batch):
@@ -186,6 +186,14 @@ class Engine:
             self._loop.call_soon_threadsafe(function)
         except RuntimeError:
             self._closing = True
+
+    def _opened(self) -> None:
+        if not self._ready.done():
+            self._ready.set_result(None)
+
+    def _failed(self, error: BaseException) -> None:
+        if not self._ready.done():
+            self._ready.set_exception(error)
 
     def _deliver(self, outcomes: list[Outcome]) -> None:
         for job, event in outcomes:

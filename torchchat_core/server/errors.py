@@ -35,17 +35,30 @@ def refused(error: TorchchatError, param: str | None = None) -> ApiError:
     return ApiError(400, str(error), param)
 
 
-def malformed(error: ValidationError) -> ApiError:
-    """A 400 that names the first field that is wrong."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]
-                   if isinstance(part, int) or part.isidentifier()).lstrip(".")
+def malformed(error: ValidationError, body: object) -> ApiError:
+    """A 400 that names the field which is wrong: of several, the one that lies deepest in `body`."""
+    found = [(_path(each["loc"], body), each) for each in error.errors(include_url=False, include_context=False)]
+    places, first = max(found, key=lambda pair: len(pair[0]))  # the first one of equals
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in places).lstrip(".")[:200]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
     if first["type"] == UNKNOWN_FIELD:
-        return ApiError(400, f"unknown field {path!r:.200}", path[:200], "unknown_parameter")
+        return ApiError(400, f"unknown field {path!r}", path, "unknown_parameter")
     if first["type"] == UNSUPPORTED:
         return ApiError(400, f"{path!r} is not supported by this server; leave it out", path, "unsupported_parameter")
     if first["type"] == "missing":
         return ApiError(400, f"the field {path!r} is missing", path, "missing_required_parameter")
     return ApiError(400, f"{path or 'the body'}: {first['msg']}", path or None, "invalid_value")
+
+
+def _path(location: tuple[int | str, ...], body: object) -> list[int | str]:
+    """Where in the body it is: pydantic's location without the names of types that it tried."""
+    path: list[int | str] = []
+    for place, part in enumerate(location):
+        if isinstance(part, int) and isinstance(body, list) and part < len(body):
+            path.append(part)
+            body = body[part]
+        elif isinstance(body, dict) and (part in body or place == len(location) - 1):
+            path.append(part)
+            body = body.get(str(part))
+    return path
