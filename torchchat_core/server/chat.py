@@ -71,7 +71,7 @@ async def answer(exchange: Exchange, body: ChatRequest) -> Response:
     plan = await asyncio.to_thread(make_plan, exchange, body)
     jobs = [Job(prompt=plan.prompt, options=plan.options, stream=index, client=exchange.client(body.user))
             for index in range(body.n or 1)]
-    answers = exchange.submit(jobs)
+    answers = exchange.submit(jobs, body.stream)
     tokenizer = exchange.engine.opened.text_format.tokenizer
     choices = [Choice(index, tokenizer, plan.tools, bool(body.logprobs)) for index in range(len(jobs))]
     head = {"id": new_id("chatcmpl-"), "created": exchange.created, "model": body.model,

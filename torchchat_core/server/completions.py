@@ -50,7 +50,7 @@ async def answer(exchange: Exchange, body: CompletionRequest) -> Response:
                for row, prompt in enumerate(prompts) for index in range(count)]
     jobs = [Job(prompt=prompt, options=options, stream=index, client=exchange.client(body.user))
             for prompt in prompts for index in range(count)] if length else []
-    answers = exchange.submit(jobs)
+    answers = exchange.submit(jobs, body.stream)
     head = {"id": new_id("cmpl-"), "object": "text_completion", "created": exchange.created, "model": body.model,
             "system_fingerprint": exchange.service.fingerprint}
     prompt_tokens = sum(map(len, prompts))

@@ -26,20 +26,23 @@ WIDTH = {True: 64, False: 4}  # answers at once, with and without the ability `b
 class Answers:
     """What comes of the jobs of one request. It belongs to the event loop."""
 
-    def __init__(self, engine: Engine, jobs: Sequence[Job]) -> None:
+    def __init__(self, engine: Engine, jobs: Sequence[Job], whole: bool) -> None:
+        """`whole`: the reader waits for all of the answers, and need not be woken for each of their tokens."""
         self.jobs = list(jobs)
+        self._whole = whole
         self._engine = engine
         self._places = {id(job): place for place, job in enumerate(jobs)}
         self._arrived: list[tuple[int, Event | Failure]] = []
         self._wake = asyncio.Event()
         self._open = len(self.jobs)
+        self._broken = False
 
     async def read(self) -> list[tuple[int, Event]]:
         """All events since the last call, each with the place of its job; empty when all answers are complete.
 
         Raises `ApiError` where an answer failed.
         """
-        while not self._arrived and self._open:
+        while self._open and (self._whole or not self._arrived) and not self._broken:
             self._wake.clear()
             await self._wake.wait()
         arrived, self._arrived = self._arrived, []
@@ -53,8 +56,10 @@ class Answers:
     def put(self, job: Job, event: Event | Failure) -> None:
         if isinstance(event, FinishedEvent | Failure):
             self._open -= 1
+            self._broken = self._broken or isinstance(event, Failure)
         self._arrived.append((self._places[id(job)], event))
-        self._wake.set()
+        if not (self._whole and self._open) or self._broken:
+            self._wake.set()
 
     def cancel(self) -> None:
         """Frees the places of answers that nobody reads any more."""
@@ -88,12 +93,12 @@ class Engine:
         """Answers that are made or wait."""
         return len(self._answers)
 
-    def submit(self, jobs: Sequence[Job]) -> Answers:
-        """Has answers made. Raises `ApiError` 429 where too many wait."""
+    def submit(self, jobs: Sequence[Job], whole: bool = False) -> Answers:
+        """Has answers made, for a reader of their events or of `whole` ones. Raises `ApiError` 429 where too many wait."""
         if self.in_progress + len(jobs) > self.width + self._limits.max_queue:
             raise ApiError(429, f"{self.in_progress} answers are in progress or wait; try again later",
                            code="queue_full")
-        answers = Answers(self, jobs)
+        answers = Answers(self, jobs, whole)
         for job in jobs:
             job.deadline = time.monotonic() + self._limits.max_time
             self._answers[id(job)] = answers

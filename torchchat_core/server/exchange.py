@@ -61,8 +61,9 @@ class Exchange:
     async def close(self) -> None:
         await self._stack.aclose()
 
-    def submit(self, jobs: Sequence[Job]) -> Answers:
-        answers = self.engine.submit(jobs)
+    def submit(self, jobs: Sequence[Job], stream: bool | None) -> Answers:
+        """Has answers made, whose places become free at the end of the exchange at the latest."""
+        answers = self.engine.submit(jobs, whole=not stream)
         self._stack.callback(answers.cancel)
         return answers
 

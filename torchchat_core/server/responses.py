@@ -44,7 +44,7 @@ async def answer(exchange: Exchange, body: ResponsesRequest) -> Response:
     request = as_chat(body)
     plan = await asyncio.to_thread(_renamed, exchange, request)
     job = Job(prompt=plan.prompt, options=plan.options, client=exchange.client(body.user))
-    answers = exchange.submit([job])
+    answers = exchange.submit([job], body.stream)
     choice = Choice(0, exchange.engine.opened.text_format.tokenizer, plan.tools, with_logprobs=False)
     written = Written(exchange, body, choice, job)
     if body.stream:
