@@ -220,8 +220,9 @@ class Batch:
         finite, likeliest = torch.isfinite(best.values).tolist(), best.indices.tolist()
         outcomes: list[Outcome] = []
         for row, job in enumerate(jobs):
-            if finite[row] and _answer(job).takes_the_likeliest:
-                outcomes += self._went_on(job, list(_answer(job).take_token(likeliest[row])))
+            answer = _answer(job)
+            if finite[row] and answer.takes_the_likeliest:
+                outcomes += self._went_on(job, list(answer.take_token(likeliest[row])))
                 continue
             try:
                 outcomes += self._taken(job, logits[row])
@@ -241,4 +242,5 @@ class Batch:
 
 
 def _answer(job: Job) -> Answer:
-    return cast(Answer, job.answer)
+    """Of a job that was begun."""
+    return job.answer  # type: ignore[return-value]

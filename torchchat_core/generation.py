@@ -208,15 +208,13 @@ class Answer:
         self._constraint = constraint_for(options.grammar, text_format) if options.grammar is not None else None
         self._decoder = TextStream(text_format.tokenizer, at_start=at_start, shown=options.shown)
         self._stops = StopMatcher(options.stop)
+        # Whether the likeliest token is what `take` would choose, so that several answers can look for it at once.
+        self.takes_the_likeliest = (self._sampler.takes_the_likeliest and self._constraint is None
+                                    and options.logprobs is None)
         self._end_ids = text_format.end_ids
         self._room = limit - len(prompt)
         self._produced: list[int] = []
         self._pieces: list[str] = []
-
-    @property
-    def takes_the_likeliest(self) -> bool:
-        """Whether the likeliest token is what `take` would choose, so that several answers can look for it at once."""
-        return (self._sampler.takes_the_likeliest and self._constraint is None and self._options.logprobs is None)
 
     def take(self, logits: Tensor) -> Iterator[Event]:
         """Chooses the next token for logits [vocab]; where it is the last one, `reason` says why.
@@ -300,6 +298,8 @@ class StopMatcher:
 
     def push(self, text: str) -> str:
         """Takes text, gives what is certain of all that was taken."""
+        if not self._stops:
+            return text
         self._held += text
         first = min((at for stop in self._stops if (at := self._held.find(stop)) >= 0), default=-1)
         if first >= 0:

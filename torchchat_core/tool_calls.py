@@ -142,7 +142,9 @@ class ToolCallReader:
         arguments = value.get(self._form.arguments, value.get(other, {}))
         if isinstance(arguments, str):
             arguments = _parsed(arguments)
-        return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+        if not isinstance(arguments, dict):
+            return None
+        return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
 
 
 def forced_schema(form: ToolForm, functions: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:

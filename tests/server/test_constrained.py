@@ -14,7 +14,8 @@ from torchchat_core.tool_calls import GRANITE, HERMES, LLAMA3, MISTRAL, QWEN_XML
 
 SCHEMA = {
     "type": "object", "required": ["name", "age", "tags"], "additionalProperties": False,
-    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 120},
+    "properties": {"name": {"type": "string", "maxLength": 12},
+                   "age": {"type": "integer", "minimum": 0, "maximum": 120},
                    "tags": {"type": "array", "items": {"enum": ["red", "blue"]}, "maxItems": 3}},
 }
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": {
@@ -89,9 +90,10 @@ def test_a_response_has_a_demanded_call_as_an_item(client: TestClient) -> None:
 
 
 def test_tools_stand_in_the_prompt_and_results_go_back(client: TestClient) -> None:
+    called = {"name": "weather", "arguments": "{\"city\":\"Rome\"}"}
     messages = [{"role": "user", "content": "Hi"},
-                {"role": "assistant", "content": None, "tool_calls": [
-                    {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{\"city\":\"Rome\"}"}}]},
+                {"role": "assistant", "content": None,
+                 "tool_calls": [{"id": "c1", "type": "function", "function": called}]},
                 {"role": "tool", "tool_call_id": "c1", "content": "sunny"}]
     tokens = client.post("/tokenize", json={"messages": messages, "tools": TOOLS}).json()["tokens"]
     text = client.post("/detokenize", json={"tokens": tokens}).json()["prompt"]

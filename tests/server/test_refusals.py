@@ -135,6 +135,6 @@ def test_limits_are_kept(chat_model: Path, serve: Callable[..., Any]) -> None:
 
 def test_an_answer_that_takes_too_long_is_given_up(chat_model: Path, serve: Callable[..., Any]) -> None:
     with serve({"tiny": chat_model}, max_time=0.05) as client:
-        found = post(client, max_tokens=900, logit_bias={"1": -100})
+        found = post(client, max_tokens=900, logit_bias={"0": -100, "1": -100})
         assert (found.status_code, found.json()["error"]["code"]) == (504, "timeout")
         assert post(client, max_tokens=1).status_code == 200

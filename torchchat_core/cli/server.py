@@ -60,7 +60,8 @@ def server(registry: Registry, /, **flags: Any) -> int:
     if flags["api_key"] == "":
         raise TorchchatError("the API key is empty", "leave --api-key out, or give one")
     if flags["host"] not in LOCAL and flags["api_key"] is None:
-        click.echo(f"warning: whoever reaches {flags['host']} can use this server; --api-key K asks for a key", err=True)
+        click.echo(f"warning: whoever reaches {flags['host']} can use this server; --api-key K asks for a key",
+                   err=True)
     from torchchat_core.server.app import ServerOptions, make_app
     from torchchat_core.server.running import run
 

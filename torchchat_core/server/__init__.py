@@ -1,1 +1,1 @@
-"""The HTTP server: OpenAI's interface over whatever models and executors are installed. Extra `torchchat-core[server]`."""
+"""The HTTP server: OpenAI's interface over whatever models and executors are installed (extra `server`)."""

@@ -253,5 +253,6 @@ def _described(entry: Entry) -> dict[str, Any]:
     return found
 
 
-async def _openapi(_request: Request) -> Response:
-    return json_response(document({path: kind for path, (kind, _) in ENDPOINTS.items()}))
+async def _openapi(request: Request) -> Response:
+    service: Service = request.app.state.service
+    return json_response(document({path: kind for path, (kind, _) in ENDPOINTS.items()}, list(service.shelf.entries)))

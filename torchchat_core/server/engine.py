@@ -94,7 +94,10 @@ class Engine:
         return len(self._answers)
 
     def submit(self, jobs: Sequence[Job], whole: bool = False) -> Answers:
-        """Has answers made, for a reader of their events or of `whole` ones. Raises `ApiError` 429 where too many wait."""
+        """Has answers made, for a reader of their events or of `whole` ones.
+
+        Raises `ApiError` 429 where too many wait.
+        """
         if self.in_progress + len(jobs) > self.width + self._limits.max_queue:
             raise ApiError(429, f"{self.in_progress} answers are in progress or wait; try again later",
                            code="queue_full")

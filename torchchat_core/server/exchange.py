@@ -150,7 +150,7 @@ class EventStream(Response):
         super().__init__(None, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         writer = asyncio.create_task(self._write(send))
         watcher = asyncio.create_task(_gone(receive))
         try:

@@ -78,18 +78,18 @@ class Metrics:
         yield from _head("torchchat_requests_total", "counter", "HTTP requests by route and status")
         for (path, status), count in sorted(self._requests.items()):
             yield f'torchchat_requests_total{{path="{path}",status="{status}"}} {count}'
-        for name, help in HELP_OF_COUNTERS.items():
-            yield from _head(name, "counter", help)
+        for name, words in HELP_OF_COUNTERS.items():
+            yield from _head(name, "counter", words)
             yield f"{name} {self._counters[name]}"
-        for name, (help, value) in gauges.items():
-            yield from _head(name, "gauge", help)
+        for name, (words, value) in gauges.items():
+            yield from _head(name, "gauge", words)
             yield f"{name} {value:g}"
-        for name, help, histogram in (
+        for name, words, histogram in (
             ("torchchat_first_token_seconds", "from the request to the first token, waiting included",
              self._first_token),
             ("torchchat_request_seconds", "from a request's first byte to the last of its answer", self._duration),
         ):
-            yield from _head(name, "histogram", help)
+            yield from _head(name, "histogram", words)
             yield from histogram.lines(name)
 
 
@@ -103,6 +103,6 @@ HELP_OF_COUNTERS = {
 }
 
 
-def _head(name: str, kind: str, help: str) -> Iterator[str]:
-    yield f"# HELP {name} {help}"
+def _head(name: str, kind: str, words: str) -> Iterator[str]:
+    yield f"# HELP {name} {words}"
     yield f"# TYPE {name} {kind}"

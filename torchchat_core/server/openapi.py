@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
@@ -23,14 +23,18 @@ READING = {"/v1/models": "The models.", "/v1/models/{name}": "One model.", "/hea
            "/metrics": "Figures for Prometheus."}
 
 
-def document(endpoints: Mapping[str, type[Body]]) -> dict[str, Any]:
-    """OpenAPI 3.1. `endpoints`: path -> the body of its POST requests."""
+def document(endpoints: Mapping[str, type[Body]], models: Sequence[str]) -> dict[str, Any]:
+    """OpenAPI 3.1. `endpoints`: path -> the body of its POST requests; `models`: names that requests may give."""
     kinds = list(dict.fromkeys(endpoints.values()))
     references, definitions = models_json_schema([(kind, "validation") for kind in kinds], ref_template=REFERENCE)
     schemas = {**definitions.get("$defs", {}), "Error": ERROR}
+    for kind in kinds:
+        named = schemas[kind.__name__]["properties"]["model"]
+        schemas[kind.__name__]["properties"]["model"] = {**named, "enum": list(models)} if "type" in named else {
+            **named, "anyOf": [{"type": "string", "enum": list(models)}, {"type": "null"}]}
     paths: dict[str, Any] = {path: {"post": _operation(path, kind, references[kind, "validation"])}
                              for path, kind in endpoints.items()}
-    paths |= {path: {"get": _reading(path, summary)} for path, summary in READING.items()}
+    paths |= {path: {"get": _reading(path, summary, models)} for path, summary in READING.items()}
     return {"openapi": "3.1.0", "info": {"title": "torchchat", "version": __version__}, "paths": paths,
             "components": {"schemas": schemas,
                            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
@@ -46,13 +50,14 @@ def _operation(path: str, kind: type[Body], schema: Any) -> dict[str, Any]:
             "responses": {"200": {"description": "The answer.", "content": good}, **_errors(STATUSES)}}
 
 
-def _reading(path: str, summary: str) -> dict[str, Any]:
+def _reading(path: str, summary: str, models: Sequence[str]) -> dict[str, Any]:
     kind = "text/plain" if path == "/metrics" else "application/json"
     schema = {"type": "string"} if path == "/metrics" else {"type": "object"}
     found: dict[str, Any] = {"summary": summary, "responses": {
         "200": {"description": summary, "content": {kind: {"schema": schema}}}, **_errors({"401": STATUSES["401"]})}}
     if "{name}" in path:
-        found["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
+        found["parameters"] = [{"name": "name", "in": "path", "required": True,
+                                "schema": {"type": "string", "enum": list(models)}}]
         found["responses"] |= _errors({"404": STATUSES["404"]})
     return found
 

@@ -108,8 +108,8 @@ class Written:
             if self.choice.text or not self.choice.calls else []
         while len(self._call_ids) < len(self.choice.calls):
             self._call_ids.append(new_id("fc_"))
-        return [*found, *({"type": "function_call", "id": id, "call_id": call["id"], "status": "completed",
-                           **call["function"]} for id, call in zip(self._call_ids, self.choice.calls, strict=True))]
+        return [*found, *({"type": "function_call", "id": own, "call_id": call["id"], "status": "completed",
+                           **call["function"]} for own, call in zip(self._call_ids, self.choice.calls, strict=True))]
 
     def message(self, status: str) -> dict[str, Any]:
         content = [] if status == "in_progress" else [self.part(self.choice.text)]

@@ -15,6 +15,7 @@ MOST_CHOICES = 128
 Text = Annotated[str, Field(max_length=1 << 23)]
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 TokenId = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+TokenText = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 Seed = Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
@@ -39,7 +40,7 @@ class Sampling(Body):
     top_p: Probability | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[TokenText, Bias], Field(max_length=1024)] | None = None
     seed: Seed | None = None
     stop: Stop = None
     top_k: Annotated[int, Field(ge=0, le=LARGEST_COUNT)] | None = None
@@ -302,8 +303,11 @@ class ResponseJsonSchema(SchemaDescription):
     type: Literal["json_schema"]
 
 
+ResponseFormatOfText = Annotated[TextFormatChoice | JsonObjectChoice | ResponseJsonSchema, Field(discriminator="type")]
+
+
 class ResponseText(Body):
-    format: Annotated[TextFormatChoice | JsonObjectChoice | ResponseJsonSchema, Field(discriminator="type")] | None = None
+    format: ResponseFormatOfText | None = None
     verbosity: None = None
 
 

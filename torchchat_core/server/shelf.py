@@ -1,4 +1,4 @@
-"""The models that the server has by name: loaded when they are first asked for, unloaded when others need the memory."""
+"""The models that the server has by name: loaded when first asked for, unloaded when others need the memory."""
 
 from __future__ import annotations
 

@@ -345,8 +345,8 @@ class SessionContract(FewThreads):
         original: Any = running.model.session()
         original.prefill([1, 2, 3, 4, 5])
         copied = original.fork(3)
-        demand((copied.length, copied.limit) == (3, original.limit), f"a copy of 3 tokens holds {copied.length} and may "
-               f"hold {copied.limit}", "copy the first tokens alone, and the limit")
+        demand((copied.length, copied.limit) == (3, original.limit), f"a copy of 3 tokens holds {copied.length} and "
+               f"may hold {copied.limit}", "copy the first tokens alone, and the limit")
         self._still_holds(running, copied, [1, 2, 3], 9)
         self._still_holds(running, original, [1, 2, 3, 4, 5], 6)
         with refusal("a copy of more tokens than the session holds"):
@@ -360,7 +360,8 @@ class SessionContract(FewThreads):
         states = session.embed(tokens)
         head = running.reference.lm_head
         demand(states.shape == (5, running.reference.config.hidden_size) and states.dtype == torch.float32,
-               f"hidden states of five tokens are {_form(states)} {list(states.shape)}", "return [n, hidden] in float32")
+               f"hidden states of five tokens are {_form(states)} {list(states.shape)}",
+               "return [n, hidden] in float32")
         logits = head(states) / running.reference.config.logits_divisor
         running.compare(logits, running.expected(tokens, session), "the reference's head on hidden states",
                         "return what goes into the last linear layer")

@@ -99,7 +99,8 @@ class EagerModel:
         )
         return logits.float().cpu()
 
-    def hidden_states(self, tokens: Sequence[int], positions: Sequence[int], segment: Segment, extended: bool) -> Tensor:
+    def hidden_states(self, tokens: Sequence[int], positions: Sequence[int], segment: Segment, extended: bool
+                      ) -> Tensor:
         """Behind the last norm: [n, hidden], float32 on the CPU."""
         module = self.module
         self._check(tokens)
