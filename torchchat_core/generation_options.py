@@ -22,7 +22,7 @@ class SamplingOptions:
     min_p: float = option(0.0, "only tokens with at least this share of the likeliest one's probability; 0: all",
                           minimum=0.0, maximum=1.0)
     repetition_penalty: float = option(1.0, "above 1 makes every token that already occurred less likely; 1: off",
-                                       above=0.0, maximum=100.0)
+                                       minimum=0.01, maximum=100.0)
     presence_penalty: float = option(0.0, "taken off the logit of every token that the answer already has",
                                      minimum=-100.0, maximum=100.0)
     frequency_penalty: float = option(0.0, "taken off for each time that the answer already has the token",

@@ -27,6 +27,7 @@ def post(client: TestClient, **fields: Any) -> Any:
     ({"temperature": "1"}, "temperature"),
     ({"temperature": True}, "temperature"),
     ({"top_p": -0.1}, "top_p"),
+    ({"repetition_penalty": 5e-324}, "repetition_penalty"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 10**30}, "max_tokens"),
     ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),

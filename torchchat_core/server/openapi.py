@@ -44,7 +44,7 @@ def document(endpoints: Mapping[str, type[Body]], models: Sequence[str]) -> dict
 def _operation(path: str, kind: type[Body], schema: Any) -> dict[str, Any]:
     good: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     if "stream" in kind.model_fields:
-        good["text/event-stream"] = {"schema": {"type": "string"}}
+        good["text/event-stream"] = {"schema": {"type": "object"}}
     return {"operationId": kind.__name__, "summary": (kind.__doc__ or path).splitlines()[0],
             "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
             "responses": {"200": {"description": "The answer.", "content": good}, **_errors(STATUSES)}}

@@ -45,7 +45,7 @@ class Sampling(Body):
     stop: Stop = None
     top_k: Annotated[int, Field(ge=0, le=LARGEST_COUNT)] | None = None
     min_p: Probability | None = None
-    repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] | None = None
 
 
 class StreamOptions(Body):
