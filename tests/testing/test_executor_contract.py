@@ -263,7 +263,7 @@ class CopiesAll(Right):
     """A copy that goes beyond what was asked for."""
 
     class Session(EagerSession):
-        def fork(self, length: int) -> EagerSession:  # noqa: ARG002
+        def fork(self, length: int) -> EagerSession:
             return super().fork(self.length)
 
 
