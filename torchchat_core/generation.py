@@ -78,6 +78,7 @@ class FinishedEvent:
     text: str
     token_ids: tuple[int, ...]
     statistics: Statistics
+    end: TokenEvent | None = None  # the end token, where one was chosen; it is no part of the answer
 
 
 Event = TokenEvent | TextEvent | NoticeEvent | FinishedEvent
@@ -213,6 +214,7 @@ class Answer:
                                     and options.logprobs is None)
         self._end_ids = text_format.end_ids
         self._room = limit - len(prompt)
+        self._end: TokenEvent | None = None
         self._produced: list[int] = []
         self._pieces: list[str] = []
 
@@ -232,6 +234,7 @@ class Answer:
         self.token = token
         if token in self._end_ids:
             self.reason = "stop"
+            self._end = TokenEvent(token=token, logprobs=logprobs)
             return
         self._produced.append(token)
         yield TokenEvent(token=token, logprobs=logprobs)
@@ -249,7 +252,8 @@ class Answer:
             yield from self._certain(self._stops.push(self._decoder.finish()))
             yield from self._certain(self._stops.finish())
         yield FinishedEvent(reason=self.reason or "cancelled", text="".join(self._pieces),
-                            token_ids=tuple(self._produced), statistics=self.clock.statistics(len(self._produced)))
+                            token_ids=tuple(self._produced), statistics=self.clock.statistics(len(self._produced)),
+                            end=self._end)
 
     def _certain(self, text: str) -> Iterator[TextEvent]:
         if text:

@@ -107,6 +107,13 @@ def test_an_echoed_prompt_is_scored(openai: OpenAI) -> None:
     assert len(longer.logprobs.tokens) == 4
 
 
+def test_an_end_token_has_its_log_probability(openai: OpenAI) -> None:
+    found = openai.completions.create(model="tiny", prompt="abc", max_tokens=1, echo=True, logprobs=1, temperature=0,
+                                      logit_bias={"1": 100}).choices[0]
+    assert (found.finish_reason, found.text) == ("stop", "abc")
+    assert found.logprobs.tokens == ["a", "b", "c", "</s>"]
+
+
 def test_embeddings_have_length_one_in_both_encodings(openai: OpenAI, client: TestClient) -> None:
     found = openai.embeddings.create(model="tiny", input=["a cat", "a cat", "something else"])
     first, second, third = (item.embedding for item in found.data)

@@ -134,6 +134,8 @@ class Choice:
             self.text += event.text
         elif isinstance(event, FinishedEvent):
             self.end = event
+            if event.end is not None:  # evaluations count on as many entries as tokens were chosen
+                self._tokens.append((event.end.token, event.end.logprobs))
 
     @property
     def has_news(self) -> bool:
