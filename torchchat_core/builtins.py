@@ -85,6 +85,12 @@ def torchchat_commands() -> list[CommandInfo]:
             order=20,
         ),
         CommandInfo(
+            name="server",
+            summary="Serve models by OpenAI's HTTP interface.",
+            factory="torchchat_core.cli.server:server",
+            order=25,
+        ),
+        CommandInfo(
             name="download",
             summary="Download models, and print where they are.",
             factory="torchchat_core.cli.download:download",

@@ -80,7 +80,7 @@ class Conversation:
             yield NoticeEvent(text=f"the context of {self._sequence.limit} tokens is full: the oldest {dropped} "
                                    "messages were left out")
         if self._format.template is None:
-            options = _with_stop(options, TRANSCRIPT_STOP)
+            options = with_stop(options, TRANSCRIPT_STOP)
         answer: list[str] = []
         ids: Sequence[int] = ()
         finished = False
@@ -169,16 +169,19 @@ def checked_messages(found: object) -> list[Message]:
     return [{"role": message["role"], "content": message["content"]} for message in found]
 
 
-def render(text_format: TextFormat, messages: Sequence[Message]) -> tuple[str, Callable[[str], list[int]]]:
-    """The prompt's text, and the function that encodes it or an end of it.
+def render(text_format: TextFormat, messages: Sequence[Message], tools: Sequence[Message] | None = None,
+           **extra: Any) -> tuple[str, Callable[[str], list[int]]]:
+    """The prompt's text, and the function that encodes it or an end of it. `extra` names variables of the template.
 
-    Control tokens come from the template alone: such a text inside a message is encoded as ordinary text.
+    Control tokens come from the template alone: such a text inside a message or tool is encoded as ordinary text.
+    Raises `TorchchatError` as `ChatTemplate.render` does; `tools` and `extra` need a template.
     """
     tokenizer = text_format.tokenizer
     if text_format.template is None:
         return transcript(messages), lambda text: encode_plain(text, tokenizer)
     text = text_format.template.render([_disarmed(message, tokenizer) for message in messages],
-                                       add_generation_prompt=True)
+                                       tools=None if tools is None else [_disarmed(tool, tokenizer) for tool in tools],
+                                       add_generation_prompt=True, **_disarmed(extra, tokenizer))
     return text, lambda part: encode_disarmed(part, tokenizer)
 
 
@@ -256,5 +259,6 @@ def _armed(text: str, tokenizer: Tokenizer) -> str:
     return re.sub(f"{MARK}(.)", lambda found: names[ord(found[1]) - FIRST_NUMBER], text)
 
 
-def _with_stop(options: GenerationOptions, stop: str) -> GenerationOptions:
+def with_stop(options: GenerationOptions, stop: str) -> GenerationOptions:
+    """The options with one more stop string."""
     return replace(options, stop=(*options.stop, stop))

@@ -1,7 +1,8 @@
 """The one loop over tokens: a prompt goes in, events come out.
 
 Every frontend, and every measurement that generates, stands on `generate`; nothing else feeds a session token by
-token.
+token, but for `batching`, which takes the same steps for many answers at once. What an answer makes of its logits is
+`Answer`, for both of them.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor
 
+from torchchat_core.constraints import constraint_for
 from torchchat_core.errors import TorchchatError
 from torchchat_core.generation_options import GenerationOptions
 from torchchat_core.memory import peak_rss_bytes
 from torchchat_core.sampling import Sampler
-from torchchat_core.specs import ScoringSession, Session
+from torchchat_core.specs import BatchedModel, ForkingSession, ScoringSession, Session
 from torchchat_core.text_format import TextFormat
 from torchchat_core.tokenizers.stream import TextStream
 
@@ -38,10 +41,19 @@ class Statistics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities as the model gives them: before constraints, bias, penalties, temperature."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]  # token and logarithm, likeliest first
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenEvent:
     """A token was chosen."""
 
     token: int
+    logprobs: TokenLogprobs | None = None  # where the options ask for them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +78,7 @@ class FinishedEvent:
     text: str
     token_ids: tuple[int, ...]
     statistics: Statistics
+    end: TokenEvent | None = None  # the end token, where one was chosen; it is no part of the answer
 
 
 Event = TokenEvent | TextEvent | NoticeEvent | FinishedEvent
@@ -82,17 +95,23 @@ class TokenSequence:
     def limit(self) -> int:
         return self.session.limit
 
+    @property
+    def held(self) -> list[int]:
+        """Ids of the tokens in the cache."""
+        return self._tokens[: self.session.length]  # an interruption can leave one of the two behind
+
     def reuse(self, tokens: Sequence[int]) -> int:
         """Cuts the session to what it shares with `tokens`, their last one excepted; the length that remains."""
-        held = self._tokens[: self.session.length]  # an interruption can leave one of the two behind
-        shared = 0
-        for old, new in zip(held, tokens[:-1], strict=False):
-            if old != new:
-                break
-            shared += 1
+        shared = shared_length(self.held, tokens[:-1])
         self.session.truncate(shared)
         del self._tokens[shared:]
         return shared
+
+    def fork(self, length: int) -> TokenSequence:
+        """Another sequence with the first `length` tokens, of an executor with ability `fork`."""
+        copied = TokenSequence(cast(ForkingSession, self.session).fork(length))
+        copied._tokens = self._tokens[:length]
+        return copied
 
     def prefill(self, tokens: Sequence[int]) -> Tensor:
         """Appends tokens; logits [vocab] at the last."""
@@ -117,6 +136,28 @@ class TokenSequence:
         self._tokens.append(token)
 
 
+def decode_together(model: BatchedModel, sequences: Sequence[TokenSequence], tokens: Sequence[int]) -> Tensor:
+    """Appends one token to each of the sequences in one step; logits [sequences, vocab]."""
+    logits = model.decode_batch([sequence.session for sequence in sequences], tokens)
+    for sequence, token in zip(sequences, tokens, strict=True):
+        sequence.appended(token)
+    return logits
+
+
+def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences have in common from their start."""
+    low, high = 0, min(len(first), len(second))
+    if first[:high] == second[:high]:
+        return high
+    while low < high - 1:  # they agree up to `low`, and not up to `high`
+        middle = (low + high) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
 def generate(
     sequence: TokenSequence,
     prompt: Sequence[int],
@@ -135,7 +176,7 @@ def generate(
     Raises `TorchchatError` for an empty prompt, or one that leaves no room for an answer.
     """
     check_prompt(prompt, sequence.limit)
-    clock = _Clock(len(prompt))
+    clock = Clock(len(prompt))
     for event in _generate(sequence, prompt, text_format, options, at_start, stream, cancelled, clock):
         clock.pause()  # what the reader does with an event is not the model's time
         yield event
@@ -143,43 +184,89 @@ def generate(
 
 
 def _generate(sequence: TokenSequence, prompt: Sequence[int], text_format: TextFormat, options: GenerationOptions,
-              at_start: bool, stream: int, cancelled: Callable[[], bool], clock: _Clock) -> Iterator[Event]:
-    sampler = Sampler(options.sampling, prompt, stream)
-    decoder = TextStream(text_format.tokenizer, at_start=at_start)
-    stops = StopMatcher(options.stop)
-    produced: list[int] = []
-    pieces: list[str] = []
+              at_start: bool, stream: int, cancelled: Callable[[], bool], clock: Clock) -> Iterator[Event]:
+    answer = Answer(prompt, text_format, options, clock, limit=sequence.limit, at_start=at_start, stream=stream)
+    logits = _prefill(sequence, prompt, clock, cancelled)
+    while logits is not None:
+        yield from answer.take(logits)
+        if answer.reason is not None or cancelled():
+            break
+        logits = sequence.decode(answer.token)
+    yield from answer.finish()
 
-    def certain(text: str) -> Iterator[TextEvent]:
+
+class Answer:
+    """One answer as it comes: logits go in, events come out. Who has it computes the logits of what it chose."""
+
+    def __init__(self, prompt: Sequence[int], text_format: TextFormat, options: GenerationOptions, clock: Clock, *,
+                 limit: int, at_start: bool = False, stream: int = 0) -> None:
+        """`limit`: tokens of the sequence. Raises `TorchchatError` where the options ask for a grammar that is none."""
+        self.reason: str | None = None  # why it ended
+        self.token = -1  # chosen last
+        self.clock = clock
+        self._options = options
+        self._sampler = Sampler(options.sampling, prompt, stream)
+        self._constraint = constraint_for(options.grammar, text_format) if options.grammar is not None else None
+        self._decoder = TextStream(text_format.tokenizer, at_start=at_start, shown=options.shown)
+        self._stops = StopMatcher(options.stop)
+        # Whether the likeliest token is what `take` would choose, so that several answers can look for it at once.
+        self.takes_the_likeliest = (self._sampler.takes_the_likeliest and self._constraint is None
+                                    and options.logprobs is None)
+        self._end_ids = text_format.end_ids
+        self._room = limit - len(prompt)
+        self._end: TokenEvent | None = None
+        self._produced: list[int] = []
+        self._pieces: list[str] = []
+
+    def take(self, logits: Tensor) -> Iterator[Event]:
+        """Chooses the next token for logits [vocab]; where it is the last one, `reason` says why.
+
+        Raises `TorchchatError` where the logits leave nothing to choose from.
+        """
+        permitted = logits if self._constraint is None else self._constraint.apply(logits)
+        token = self._sampler.choose(permitted)
+        wanted = self._options.logprobs
+        yield from self.take_token(token, None if wanted is None else token_logprobs(logits, token, wanted))
+
+    def take_token(self, token: int, logprobs: TokenLogprobs | None = None) -> Iterator[Event]:
+        """Goes on with a token that was chosen."""
+        self.clock.count_token()
+        self.token = token
+        if token in self._end_ids:
+            self.reason = "stop"
+            self._end = TokenEvent(token=token, logprobs=logprobs)
+            return
+        self._produced.append(token)
+        yield TokenEvent(token=token, logprobs=logprobs)
+        yield from self._certain(self._stops.push(self._decoder.push(token)))
+        if self._constraint is not None:
+            self._constraint.accept(token)
+        if self._stops.found or (self._constraint is not None and self._constraint.complete):
+            self.reason = "stop"
+        elif len(self._produced) == self._options.max_new_tokens or len(self._produced) >= self._room:
+            self.reason = "length"
+
+    def finish(self) -> Iterator[Event]:
+        """What was held back, and the last event. An answer that has not ended was cancelled."""
+        if not self._stops.found:
+            yield from self._certain(self._stops.push(self._decoder.finish()))
+            yield from self._certain(self._stops.finish())
+        yield FinishedEvent(reason=self.reason or "cancelled", text="".join(self._pieces),
+                            token_ids=tuple(self._produced), statistics=self.clock.statistics(len(self._produced)),
+                            end=self._end)
+
+    def _certain(self, text: str) -> Iterator[TextEvent]:
         if text:
-            pieces.append(text)
+            self._pieces.append(text)
             yield TextEvent(text=text)
 
-    logits = _prefill(sequence, prompt, clock, cancelled)
-    reason = "cancelled"
-    while logits is not None:
-        token = sampler.choose(logits)
-        clock.count_token()
-        if token in text_format.end_ids:
-            reason = "stop"
-            break
-        produced.append(token)
-        yield TokenEvent(token=token)
-        yield from certain(stops.push(decoder.push(token)))
-        if stops.found:
-            reason = "stop"
-            break
-        if len(produced) == options.max_new_tokens or len(prompt) + len(produced) >= sequence.limit:
-            reason = "length"
-            break
-        if cancelled():
-            break
-        logits = sequence.decode(token)
-    if not stops.found:
-        yield from certain(stops.push(decoder.finish()))
-        yield from certain(stops.finish())
-    yield FinishedEvent(reason=reason, text="".join(pieces), token_ids=tuple(produced),
-                        statistics=clock.statistics(len(produced)))
+
+def token_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
+    """Of a token and of the `count` likeliest ones, from logits [vocab]."""
+    found = torch.log_softmax(logits.double(), 0)
+    top = torch.topk(found, min(count, found.shape[0]))
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return TokenLogprobs(chosen=float(found[token]), top=tuple(pairs))
 
 
 def check_prompt(prompt: Sequence[int], limit: int) -> None:
@@ -192,7 +279,7 @@ def check_prompt(prompt: Sequence[int], limit: int) -> None:
                              "shorten it, or allow more with --max-seq-length where the model can")
 
 
-def _prefill(sequence: TokenSequence, prompt: Sequence[int], clock: _Clock,
+def _prefill(sequence: TokenSequence, prompt: Sequence[int], clock: Clock,
              cancelled: Callable[[], bool]) -> Tensor | None:
     """Logits at the prompt's last token, or None where it was cancelled before."""
     logits = None
@@ -215,6 +302,8 @@ class StopMatcher:
 
     def push(self, text: str) -> str:
         """Takes text, gives what is certain of all that was taken."""
+        if not self._stops:
+            return text
         self._held += text
         first = min((at for stop in self._stops if (at := self._held.find(stop)) >= 0), default=-1)
         if first >= 0:
@@ -237,7 +326,7 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
-class _Clock:
+class Clock:
     """When things happened in one call of `generate`."""
 
     def __init__(self, prompt_tokens: int) -> None:

@@ -22,7 +22,7 @@ class SamplingOptions:
     min_p: float = option(0.0, "only tokens with at least this share of the likeliest one's probability; 0: all",
                           minimum=0.0, maximum=1.0)
     repetition_penalty: float = option(1.0, "above 1 makes every token that already occurred less likely; 1: off",
-                                       above=0.0, maximum=100.0)
+                                       minimum=0.01, maximum=100.0)
     presence_penalty: float = option(0.0, "taken off the logit of every token that the answer already has",
                                      minimum=-100.0, maximum=100.0)
     frequency_penalty: float = option(0.0, "taken off for each time that the answer already has the token",
@@ -40,16 +40,29 @@ class SamplingOptions:
                                      "to 10000")
 
 
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer has to be like: of `kind` "json_schema" (a JSON text) or "lark" (a grammar of llguidance)."""
+
+    kind: str
+    source: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """How long an answer may be, what ends it, and how its tokens are chosen."""
+    """How long an answer may be, what ends it, what it has to be like, and how its tokens are chosen."""
 
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     max_new_tokens: int | None = None  # None: until the model ends it or the context is full
     stop: tuple[str, ...] = ()
+    grammar: Grammar | None = None
+    logprobs: int | None = None  # of each token, and of so many of the likeliest ones beside it; None: of none
+    shown: frozenset[int] = frozenset()  # control tokens whose names belong to the text, such as that of a tool call
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise TorchchatError(f"max_new_tokens is {self.max_new_tokens}; it has to be 1 or more")
         if any(not text for text in self.stop):
             raise TorchchatError("a stop string is empty; it would end every answer at once")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise TorchchatError(f"logprobs is {self.logprobs}; it has to be 0 or more")

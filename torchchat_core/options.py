@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -54,9 +55,15 @@ def detail_of(declared: Field[Any]) -> OptionDetail:
     return detail
 
 
+@functools.cache
+def _hints(owner: type) -> dict[str, Any]:
+    """The types of a class's fields: looking them up takes a millisecond, which a server does not have every time."""
+    return get_type_hints(owner)
+
+
 def value_type(owner: type, name: str) -> type:
     """The type of an option's values, `None` apart: int, float, bool, str, tuple or dict."""
-    hint = get_type_hints(owner)[name]
+    hint = _hints(owner)[name]
     members = [member for member in get_args(hint) if member is not type(None)]
     chosen: type = members[0] if type(None) in get_args(hint) else hint
     return get_origin(chosen) or chosen
@@ -72,7 +79,7 @@ def check_value(owner: type, declared: Field[Any], value: Any) -> None:
     """Checks one value against the declaration of its field in `owner`."""
     detail = detail_of(declared)
     wanted = value_type(owner, declared.name)
-    optional = type(None) in get_args(get_type_hints(owner)[declared.name])
+    optional = type(None) in get_args(_hints(owner)[declared.name])
     if value is None and optional:
         return
     accepted: tuple[type, ...] = (int, float) if wanted is float else (wanted,)
@@ -111,7 +118,7 @@ def from_text(owner: type, name: str, text: str) -> Any:
         names = [each.name for each in known]
         raise TorchchatError(f"there is no option {name!r}; known are {', '.join(names)}", did_you_mean(name, names))
     wanted = value_type(owner, declared.name)
-    if text == "none" and type(None) in get_args(get_type_hints(owner)[declared.name]):
+    if text == "none" and type(None) in get_args(_hints(owner)[declared.name]):
         return None
     try:
         value = _PARSERS[wanted](text)

@@ -33,6 +33,13 @@ class Sampler:
         self._counts: dict[int, int] = {}  # tokens of the answer
         self._step = 0
 
+    @property
+    def takes_the_likeliest(self) -> bool:
+        """Whether `choose` is no more than looking for the largest logit."""
+        options = self.options
+        return (options.temperature == 0.0 and not options.logit_bias and options.repetition_penalty == 1.0
+                and not options.presence_penalty and not options.frequency_penalty)
+
     def choose(self, logits: Tensor) -> int:
         """The next token for logits [vocab]; it is counted as part of the answer.
 

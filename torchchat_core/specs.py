@@ -32,6 +32,8 @@ ANY_SCHEME = "*"  # of an executor that runs whatever layers a quantizer makes
 ABILITIES = {
     "score": "logits at every position: perplexity, evaluation, speculation",
     "batch": "one decoding step for many sessions: the server",
+    "fork": "copies of sessions: prompts that begin alike, and several answers to one prompt",
+    "embed": "hidden states: embeddings",
     "fused_sampling": "sampling inside the graph",
 }
 
@@ -492,6 +494,20 @@ class ScoringSession(Session, Protocol):
 
     def score(self, tokens: Sequence[int]) -> Tensor:
         """Appends the tokens; logits [n, vocab], float32 on the CPU, at every position."""
+
+
+class ForkingSession(Session, Protocol):
+    """Of an executor with ability `fork`."""
+
+    def fork(self, length: int) -> Session:
+        """Another session with the same limit, which holds the first `length` tokens of this one."""
+
+
+class EmbeddingSession(Session, Protocol):
+    """Of an executor with ability `embed`."""
+
+    def embed(self, tokens: Sequence[int]) -> Tensor:
+        """Appends the tokens; hidden states [n, hidden] behind the last norm, float32 on the CPU."""
 
 
 class LoadedModel(Protocol):

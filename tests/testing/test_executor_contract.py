@@ -22,7 +22,7 @@ class Right:
 
     Session: type[EagerSession] = EagerSession
     Model: type[EagerModel] = EagerModel
-    abilities = frozenset({"score", "batch"})
+    abilities = frozenset({"score", "batch", "fork", "embed"})
     dtypes = frozenset({"fp32"})
 
     def load(self, request: LoadRequest) -> EagerModel:
@@ -259,8 +259,24 @@ class BatchByTurns(Right):
             return torch.stack([session.decode(token) for session, token in zip(sessions, tokens, strict=False)])
 
 
+class CopiesAll(Right):
+    """A copy that goes beyond what was asked for."""
+
+    class Session(EagerSession):
+        def fork(self, length: int) -> EagerSession:
+            return super().fork(self.length)
+
+
+class EmbedsLogits(Right):
+    """Not the hidden states, but twice them."""
+
+    class Session(EagerSession):
+        def embed(self, tokens: Sequence[int]) -> Tensor:
+            return super().embed(tokens) * 2
+
+
 class HidesAnAbility(Right):
-    abilities = frozenset({"score"})
+    abilities = frozenset({"score", "fork", "embed"})
 
 
 # ---- memory that stays ----------------------------------------------------------------------------------------------
@@ -307,6 +323,8 @@ TABLE = [
     (ScoresAndForgets, "test_score_gives_the_logits_of_every_position", "score behind what is held"),
     (OnePositionForAll, "test_a_batch_gives_each_session_what_it_gets_alone", "a step of three sessions"),
     (BatchByTurns, "test_an_impossible_batch_is_refused_and_changes_nothing", "a batch of two sessions and one token"),
+    (CopiesAll, "test_a_copy_goes_its_own_way", "a copy of 3 tokens holds 5"),
+    (EmbedsLogits, "test_hidden_states_lead_to_the_logits", "the reference's head on hidden states"),
     (HidesAnAbility, "test_undeclared_abilities_are_absent", "has decode_batch(), and does not declare 'batch'"),
     (SessionStaysOpen, "test_closing_a_session_frees_its_memory", "was used and closed 6 times"),
     (ModelStaysOpen, "test_closing_a_model_frees_its_memory", "was used and closed 6 times"),

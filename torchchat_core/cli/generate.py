@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,10 +15,11 @@ from torchchat_core.cli.flags import generation_options, model_flags, sampling_f
 from torchchat_core.cli.opening import opened_model
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
-from torchchat_core.small_files import expanded
+from torchchat_core.small_files import expanded, read_json
 
 if TYPE_CHECKING:
     from torchchat_core.generation import Event, FinishedEvent, TokenSequence
+    from torchchat_core.generation_options import Grammar
     from torchchat_core.pipeline import OpenedModel
     from torchchat_core.specs import Session
 
@@ -35,6 +36,7 @@ FIRST_WORDS = "Hello, my name is"  # where nobody gives a prompt
 @click.option("--max-new-tokens", type=int, default=200, show_default=True, metavar="N", help="Length of the answer.")
 @click.option("--num-samples", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="How many answers to the one prompt.")
+@click.option("--json-schema", metavar="FILE", help="Only texts that this JSON Schema describes; the answer is JSON.")
 @sampling_flags
 @click.option("--profile", metavar="FILE", help="Write a trace of torch.profiler to FILE (.json or .json.gz, for "
                                                 "chrome://tracing and Perfetto), and show where a token's time goes.")
@@ -49,9 +51,11 @@ def generate(registry: Registry, /, **flags: Any) -> int:
     from torchchat_core.cli.answers import answer_json
 
     prompt, trace = _prompt(flags), _trace_path(flags["profile"])
+    grammar = _grammar(flags["json_schema"])
     generation_options(flags, {})  # wrong values are told before a model is loaded
     with opened_model(flags, registry) as opened:
-        samples = _run(opened, _plan(opened, prompt, flags), flags["num_samples"], trace, quiet=flags["as_json"])
+        plan = _plan(opened, prompt, flags, grammar)
+        samples = _run(opened, plan, flags["num_samples"], trace, quiet=flags["as_json"])
     if flags["as_json"]:
         objects = [answer_json(sample) for sample in samples]
         click.echo(json.dumps(objects[0] if flags["num_samples"] == 1 else {"samples": objects}, ensure_ascii=False))
@@ -98,14 +102,23 @@ class Plan:
     answer: Callable[[TokenSequence, int, Callable[[], bool]], Iterator[Event]]  # of (sequence, stream, cancelled)
 
 
-def _plan(opened: OpenedModel, prompt: str, flags: dict[str, Any]) -> Plan:
+def _grammar(file: str | None) -> Grammar | None:
+    """Of the texts that a JSON Schema describes."""
+    if file is None:
+        return None
+    from torchchat_core.constraints import schema_grammar
+
+    return schema_grammar(read_json(expanded(file)))
+
+
+def _plan(opened: OpenedModel, prompt: str, flags: dict[str, Any], grammar: Grammar | None) -> Plan:
     """As a conversation of one turn where the model has a template, else as a text that is continued."""
     from torchchat_core.conversation import Conversation, encode_plain
     from torchchat_core.generation import check_prompt
     from torchchat_core.generation import generate as generate_tokens
 
     text_format = opened.text_format
-    options = generation_options(flags, text_format.defaults)
+    options = replace(generation_options(flags, text_format.defaults), grammar=grammar)
     if text_format.template is not None and not flags["raw"]:
         return Plan(opened.max_seq_length, "", lambda sequence, stream, cancelled: Conversation(
             sequence, text_format, flags["system"]).ask(prompt, options, stream=stream, cancelled=cancelled))

@@ -102,6 +102,7 @@ def _register_fakes() -> None:
     torch.library.register_fake("torchchat::dense_linears", _fake_dense_linears)
     torch.library.register_fake("torchchat::rms_norm", lambda x, *_: torch.empty_like(x))
     torch.library.register_fake("torchchat::cached_attention", _fake_cached_attention)
+    torch.library.register_fake("torchchat::batched_attention", lambda query, *_: query.flatten(1))
     torch.library.register_fake("torchchat::decode_token", _fake_decode_token)
 
 

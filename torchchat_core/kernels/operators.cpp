@@ -1,5 +1,5 @@
 // The kernels as operators of PyTorch: torchchat::quantized_linear(s), pack_quantized, unpack_quantized, unpack_ggml,
-// take_apart_ggml, dense_linear(s), rms_norm, cached_attention.
+// take_apart_ggml, dense_linear(s), rms_norm, cached_attention, batched_attention.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -320,6 +320,30 @@ void store_rows(const at::Tensor& from, at::Tensor& cache, int64_t held) {
                   size * sizeof(Scalar));
 }
 
+// One head of one token: `from` [size], `keys` and `values` [count, size] -> `to` [size].
+template <typename Scalar>
+class HeadAttention {
+ public:
+  HeadAttention(int64_t most, int64_t size, double scale)
+      : size_(size), scale_(static_cast<float>(scale)), weights_(most), wide_(size), blended_(size) {}
+
+  void operator()(const Scalar* from, const Scalar* keys, const Scalar* values, int64_t count, Scalar* to) {
+    for (int64_t i = 0; i < size_; ++i) wide_[i] = static_cast<float>(from[i]) * scale_;
+    score_(wide_.data(), keys, count, size_, weights_.data());
+    to_weights_(weights_.data(), count);
+    blend_(weights_.data(), values, count, size_, blended_.data());
+    for (int64_t i = 0; i < size_; ++i) to[i] = static_cast<Scalar>(blended_[i]);
+  }
+
+ private:
+  int64_t size_;
+  float scale_;
+  std::vector<float> weights_, wide_, blended_;
+  ScoreKeys<Scalar> score_ = choose_score_keys<Scalar>(instructions_in_use);
+  ScoresToWeights to_weights_ = choose_scores_to_weights(instructions_in_use);
+  BlendValues<Scalar> blend_ = choose_blend_values<Scalar>(instructions_in_use);
+};
+
 // Attention of a few tokens, head by head. `keys` and `values` [kv_heads, capacity, size] hold this step's already;
 // the token `row` sees those before `held + row + 1`, and of them the last `window`.
 template <typename Scalar>
@@ -331,24 +355,15 @@ at::Tensor attend_few(const at::Tensor& query, const at::Tensor& keys, const at:
   const Scalar *queries = query.const_data_ptr<Scalar>(), *all_keys = keys.const_data_ptr<Scalar>(),
                *all_values = values.const_data_ptr<Scalar>();
   Scalar* to = out.mutable_data_ptr<Scalar>();
-  const Instructions instructions = instructions_in_use;
-  const auto score = choose_score_keys<Scalar>(instructions);
-  const auto to_weights = choose_scores_to_weights(instructions);
-  const auto blend = choose_blend_values<Scalar>(instructions);
   const int64_t work = (held + count) * size * count;  // of one head
   at::parallel_for(0, heads, std::max<int64_t>(1, kWorkOfAThread / work), [&](int64_t begin, int64_t end) {
-    std::vector<float> weights(held + count), wide(size), blended(size);
+    HeadAttention<Scalar> attend(held + count, size, scale);
     for (int64_t head = begin; head < end; ++head)
       for (int64_t row = 0; row < count; ++row) {
-        const Scalar* from = queries + row * row_stride + head * head_stride;
-        for (int64_t i = 0; i < size; ++i) wide[i] = static_cast<float>(from[i]) * static_cast<float>(scale);
         const int64_t last = held + row + 1, first = window > 0 ? std::max<int64_t>(0, last - window) : 0;
         const int64_t place = (head / group * capacity + first) * size;
-        score(wide.data(), all_keys + place, last - first, size, weights.data());
-        to_weights(weights.data(), last - first);
-        blend(weights.data(), all_values + place, last - first, size, blended.data());
-        Scalar* target = to + (row * heads + head) * size;
-        for (int64_t i = 0; i < size; ++i) target[i] = static_cast<Scalar>(blended[i]);
+        attend(queries + row * row_stride + head * head_stride, all_keys + place, all_values + place, last - first,
+               to + (row * heads + head) * size);
       }
   });
   return out;
@@ -405,6 +420,72 @@ at::Tensor cached_attention(const at::Tensor& query, const at::Tensor& key, cons
   if (query.scalar_type() == at::kFloat) return attend(float());
   if (query.scalar_type() == at::kBFloat16) return attend(at::BFloat16());
   if (query.scalar_type() == at::kHalf) return attend(at::Half());
+  TORCH_CHECK(false, "the query is of ", query.scalar_type(), "; it has to be float32, bfloat16 or float16");
+}
+
+// One token of each of several sequences, as `batched_attention` has it.
+template <typename Scalar>
+at::Tensor attend_each(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::TensorList keys,
+                       at::TensorList values, at::IntArrayRef held, int64_t window, double scale) {
+  const int64_t count = query.size(0), heads = query.size(1), size = query.size(2), kv_heads = key.size(1);
+  const int64_t row_stride = query.stride(0), head_stride = query.stride(1);
+  int64_t longest = 0, all = 0;
+  for (int64_t row = 0; row < count; ++row) {
+    at::Tensor to_keys = keys[row], to_values = values[row];
+    store_rows<Scalar>(key.narrow(0, row, 1), to_keys, held[row]);
+    store_rows<Scalar>(value.narrow(0, row, 1), to_values, held[row]);
+    longest = std::max(longest, held[row] + 1);
+    all += held[row] + 1;
+  }
+  at::Tensor out = at::empty({count, heads * size}, query.options());
+  const Scalar* queries = query.const_data_ptr<Scalar>();
+  Scalar* to = out.mutable_data_ptr<Scalar>();
+  const int64_t work = std::max<int64_t>(1, all / count * size);  // of one head of one token, in the mean
+  at::parallel_for(0, count * heads, std::max<int64_t>(1, kWorkOfAThread / work), [&](int64_t begin, int64_t end) {
+    HeadAttention<Scalar> attend(longest, size, scale);
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t row = at / heads, head = at % heads, last = held[row] + 1;
+      const int64_t first = window > 0 ? std::max<int64_t>(0, last - window) : 0;
+      const int64_t place = (head * kv_heads / heads * keys[row].size(1) + first) * size;
+      attend(queries + row * row_stride + head * head_stride, keys[row].const_data_ptr<Scalar>() + place,
+             values[row].const_data_ptr<Scalar>() + place, last - first, to + at * size);
+    }
+  });
+  return out;
+}
+
+// `cached_attention` of one token of each of n sequences at once: query [n, heads, size], key and value [n, kv_heads,
+// size], a cache and the number of positions that it holds for each of them -> [n, heads * size].
+at::Tensor batched_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                             at::TensorList keys, at::TensorList values, at::IntArrayRef held, int64_t window,
+                             double scale) {
+  TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && key.sizes() == value.sizes(),
+              "query, key and value have three dimensions");
+  const int64_t count = query.size(0), heads = query.size(1), size = query.size(2), kv_heads = key.size(1);
+  TORCH_CHECK(count > 0 && kv_heads > 0 && size > 0 && heads % kv_heads == 0 && key.size(0) == count &&
+                  key.size(2) == size && window >= 0,
+              heads, " heads over ", kv_heads, " kv_heads for ", count, " tokens");
+  const auto many = static_cast<size_t>(count);
+  TORCH_CHECK(keys.size() == many && values.size() == many && held.size() == many, count,
+              " tokens need as many caches and lengths");
+  for (const at::Tensor* each : {&query, &key, &value})
+    TORCH_CHECK(each->scalar_type() == query.scalar_type() && each->device().is_cpu(),
+                "query, key and value have to be of one dtype, on the CPU");
+  for (size_t row = 0; row < many; ++row) {
+    for (const at::Tensor* each : {&keys[row], &values[row]})
+      TORCH_CHECK(each->dim() == 3 && each->size(0) == kv_heads && each->size(2) == size && each->is_contiguous() &&
+                      each->scalar_type() == query.scalar_type() && each->device().is_cpu(),
+                  "a cache has to be contiguous, [", kv_heads, ", capacity, ", size, "], of the query's dtype");
+    TORCH_CHECK(keys[row].sizes() == values[row].sizes() && held[row] >= 0 && held[row] < keys[row].size(1), held[row],
+                " positions and one more do not fit a cache of ", keys[row].size(1));
+  }
+  const at::Tensor queries = rows_of_heads(query), new_keys = rows_of_heads(key), new_values = rows_of_heads(value);
+  if (query.scalar_type() == at::kFloat)
+    return attend_each<float>(queries, new_keys, new_values, keys, values, held, window, scale);
+  if (query.scalar_type() == at::kBFloat16)
+    return attend_each<at::BFloat16>(queries, new_keys, new_values, keys, values, held, window, scale);
+  if (query.scalar_type() == at::kHalf)
+    return attend_each<at::Half>(queries, new_keys, new_values, keys, values, held, window, scale);
   TORCH_CHECK(false, "the query is of ", query.scalar_type(), "; it has to be float32, bfloat16 or float16");
 }
 
@@ -523,6 +604,8 @@ TORCH_LIBRARY(torchchat, library) {
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   library.def("cached_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor "
               "place, float scale) -> Tensor");
+  library.def("batched_attention(Tensor query, Tensor key, Tensor value, Tensor(a!)[] keys, Tensor(b!)[] values, int[] "
+              "held, int window, float scale) -> Tensor");
   library.def("use_instructions(str name) -> str", &torchchat::use_instructions);
 }
 
@@ -537,4 +620,5 @@ TORCH_LIBRARY_IMPL(torchchat, CPU, library) {
   library.impl("dense_linears", &torchchat::dense_linears);
   library.impl("rms_norm", &torchchat::rms_norm);
   library.impl("cached_attention", &torchchat::cached_attention);
+  library.impl("batched_attention", &torchchat::batched_attention);
 }

@@ -57,7 +57,25 @@ class CachedAttention:
 
 
 class KernelAttention(CachedAttention):
-    """The same by core's CPU kernel, which puts keys and values into the cache itself."""
+    """The same by core's CPU kernels, which put keys and values into the caches themselves.
+
+    One token of each of several sequences is one call: with many small ones, calls are what takes the time.
+    """
+
+    def __init__(self, config: ModelConfig, segments: Sequence[Segment]) -> None:
+        super().__init__(config, segments)
+        self._side_by_side = len(segments) > 1 and all(segment.count == 1 for segment in segments)
+        if self._side_by_side:
+            self._rooms = [segment.cache.all_rooms(1) for segment in segments]
+            self._held = [segment.cache.length for segment in segments]
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if not self._side_by_side:
+            return super().__call__(layer, query, key, value)
+        context: Tensor = torch.ops.torchchat.batched_attention(
+            query, key, value, [keys[layer] for keys, _ in self._rooms], [values[layer] for _, values in self._rooms],
+            self._held, self.config.layer_window(layer) or 0, self.config.attention_scale)
+        return context
 
     def _attend(self, layer: int, cache: KVCache, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys, values = cache.room(layer, query.shape[0])  # [kv_heads, capacity, head_dim]

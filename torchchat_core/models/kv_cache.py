@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -62,6 +64,19 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise TorchchatError(f"cannot cut a sequence of {self.length} tokens to {length}")
         self.length = length
+
+    def copy(self, length: int) -> KVCache:
+        """A cache of its own with the first `length` positions, and memory for them alone until it grows.
+
+        Raises `TorchchatError` where this one does not hold so many.
+        """
+        if not 0 <= length <= self.length:
+            raise TorchchatError(f"cannot copy {length} tokens of a sequence of {self.length}")
+        copied = copy.copy(self)
+        copied.length = length
+        copied._keys = [keys[:, :length].clone() for keys in self._keys]
+        copied._values = [values[:, :length].clone() for values in self._values]
+        return copied
 
     def release(self) -> None:
         """Gives the memory back and forgets everything."""

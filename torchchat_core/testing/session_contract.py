@@ -339,10 +339,39 @@ class SessionContract(FewThreads):
                 model.decode_batch(sessions, tokens)
         self._still_holds(running, other, [4, 5], 6)
 
+    def test_a_copy_goes_its_own_way(self, running: Running) -> None:
+        """Ability `fork`: several answers to one prompt, and prompts that begin alike."""
+        self._needs("fork")
+        original: Any = running.model.session()
+        original.prefill([1, 2, 3, 4, 5])
+        copied = original.fork(3)
+        demand((copied.length, copied.limit) == (3, original.limit), f"a copy of 3 tokens holds {copied.length} and "
+               f"may hold {copied.limit}", "copy the first tokens alone, and the limit")
+        self._still_holds(running, copied, [1, 2, 3], 9)
+        self._still_holds(running, original, [1, 2, 3, 4, 5], 6)
+        with refusal("a copy of more tokens than the session holds"):
+            original.fork(original.length + 1)
+
+    def test_hidden_states_lead_to_the_logits(self, running: Running) -> None:
+        """Ability `embed`: of each token, behind the last norm; the tokens are in the cache then as after prefill."""
+        self._needs("embed")
+        session: Any = running.model.session()
+        tokens = [3, 1, 4, 1, 5]
+        states = session.embed(tokens)
+        head = running.reference.lm_head
+        demand(states.shape == (5, running.reference.config.hidden_size) and states.dtype == torch.float32,
+               f"hidden states of five tokens are {_form(states)} {list(states.shape)}",
+               "return [n, hidden] in float32")
+        logits = head(states) / running.reference.config.logits_divisor
+        running.compare(logits, running.expected(tokens, session), "the reference's head on hidden states",
+                        "return what goes into the last linear layer")
+        self._still_holds(running, session, tokens, 6)
+
     def test_undeclared_abilities_are_absent(self, running: Running) -> None:
         """Core refuses what is not declared; something that half works would be found by those who look for it."""
-        info, owners = self.executor_info(), {"score": running.model.session(), "batch": running.model}
-        methods = {"score": "score", "batch": "decode_batch"}
+        info, session = self.executor_info(), running.model.session()
+        owners = {"score": session, "batch": running.model, "fork": session, "embed": session}
+        methods = {"score": "score", "batch": "decode_batch", "fork": "fork", "embed": "embed"}
         for ability in ABILITIES:
             if ability in info.abilities:
                 info.require(ability)

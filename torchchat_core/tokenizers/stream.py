@@ -20,9 +20,10 @@ class TextStream:
     neighbours' text: byte-level, byte fallback, Metaspace, WordPiece, none. `hugging_face` refuses other ones.
     """
 
-    def __init__(self, tokenizer: Tokenizer, at_start: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, at_start: bool, shown: frozenset[int] = frozenset()) -> None:
+        """`shown`: control tokens that add their names."""
         self._tokenizer = tokenizer
-        self._control_ids = frozenset(tokenizer.special_tokens.values())
+        self._control_ids = frozenset(tokenizer.special_tokens.values()) - shown
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._prefix_is_due = at_start and tokenizer.adds_prefix_space
 

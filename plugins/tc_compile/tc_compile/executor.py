@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class CompileExecutor:
-    """Implements `specs.Executor` with abilities `score` and `batch`.
+    """Implements `specs.Executor` with the abilities of tc-eager.
 
     On a GPU one token is a recorded graph, and a prompt runs as with tc-eager. Where layers cannot be compiled it says
     so in one line, a warning of the log, and runs them as tc-eager does.

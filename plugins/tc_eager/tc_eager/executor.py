@@ -29,7 +29,7 @@ class StepDecoder(Protocol):
 
 
 class EagerExecutor:
-    """Implements `specs.Executor` with abilities `score` and `batch`."""
+    """Implements `specs.Executor` with all abilities but `fused_sampling`."""
 
     def load(self, request: LoadRequest) -> EagerModel:
         prepare(request.module, TORCH_DTYPES[request.dtype])
@@ -87,13 +87,8 @@ class EagerModel:
     def forward(self, tokens: Sequence[int], positions: Sequence[int], segments: Sequence[Segment],
                 rows: list[int] | None, extended: bool) -> Tensor:
         """One pass of the transformer; logits [rows, vocab], float32 on the CPU."""
-        module = self._module
-        if module is None:
-            raise TorchchatError("the model was closed")
-        outside = [token for token in tokens if not 0 <= token < self.vocab_size]
-        if outside:
-            raise TorchchatError(f"token {outside[0]} is outside the model's vocabulary of {self.vocab_size}",
-                                 "the tokenizer belongs to another model")
+        module = self.module
+        self._check(tokens)
         decoder = self._decoder  # which another thread may take away
         if decoder is not None and len(tokens) == 1:
             return decoder.logits(tokens[0], segments[0].cache, extended)
@@ -103,6 +98,22 @@ class EagerModel:
             rows=None if rows is None else torch.tensor(rows, device=self.device), extended=extended,
         )
         return logits.float().cpu()
+
+    def hidden_states(self, tokens: Sequence[int], positions: Sequence[int], segment: Segment, extended: bool
+                      ) -> Tensor:
+        """Behind the last norm: [n, hidden], float32 on the CPU."""
+        module = self.module
+        self._check(tokens)
+        hidden: Tensor = module.model(
+            torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device),
+            self._attention(module.config, [segment]), extended)
+        return hidden.float().cpu()
+
+    def _check(self, tokens: Sequence[int]) -> None:
+        outside = [token for token in tokens if not 0 <= token < self.vocab_size]
+        if outside:
+            raise TorchchatError(f"token {outside[0]} is outside the model's vocabulary of {self.vocab_size}",
+                                 "the tokenizer belongs to another model")
 
     @property
     def module(self) -> Transformer:
@@ -115,13 +126,13 @@ class EagerModel:
 
 
 class EagerSession:
-    """Implements `specs.ScoringSession`."""
+    """Implements `specs.ScoringSession`, `specs.ForkingSession` and `specs.EmbeddingSession`."""
 
-    def __init__(self, model: EagerModel, limit: int) -> None:
+    def __init__(self, model: EagerModel, limit: int, cache: KVCache | None = None) -> None:
         module = model.module
         dtype = module.model.norm.weight.dtype  # the embedding may be quantised
         self.limit = limit
-        self.cache = KVCache(module.config, limit, dtype, torch.device(model.device))
+        self.cache = cache or KVCache(module.config, limit, dtype, torch.device(model.device))
         self.extended = module.model.rotary.extends(limit)
         self._model = model
         self._closed = False
@@ -138,6 +149,20 @@ class EagerSession:
 
     def score(self, tokens: Sequence[int]) -> Tensor:
         return self._append(tokens, None)
+
+    @torch.inference_mode()
+    def embed(self, tokens: Sequence[int]) -> Tensor:
+        self.check_room(len(tokens))
+        positions = range(self.length, self.length + len(tokens))
+        states = self._model.hidden_states(tokens, positions, Segment(self.cache, len(tokens)), self.extended)
+        self.cache.advance(len(tokens))
+        return states
+
+    @torch.inference_mode()
+    def fork(self, length: int) -> EagerSession:
+        if self._closed:
+            raise TorchchatError("the session was closed")
+        return EagerSession(self._model, self.limit, self.cache.copy(length))
 
     def truncate(self, length: int) -> None:
         self.cache.truncate(length)

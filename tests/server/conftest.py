@@ -1,0 +1,89 @@
+"""A server in this process: a tiny model with a chat template, and one of the real small models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from starlette.testclient import TestClient
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from torchchat_core.pipeline import ModelRequest
+from torchchat_core.plugins import load_registry
+from torchchat_core.server.app import ServerOptions, make_app
+from torchchat_core.server.limits import Limits
+from torchchat_core.testing.models import seeded, tiny_config
+
+CONTROL = ["<s>", "</s>", "<|turn|>"]
+TEMPLATE = (
+    "{{ bos_token }}{% if tools %}tools: {{ tools | tojson }} <tool_call>{% endif %}{% for m in messages %}<|turn|>"
+    "{{ m.role }}: {{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}</s>"
+    "{% endfor %}{% if add_generation_prompt %}<|turn|>assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model with random weights whose tokens are bytes, with a template in Hermes' form of tools."""
+    folder = tmp_path_factory.mktemp("tiny-chat")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {text: index for index, text in enumerate([*CONTROL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in CONTROL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = tiny_config(vocab_size=len(vocabulary), max_context=1024)
+    module = seeded(config)
+    save_file({name: tensor.clone().contiguous() for name, tensor in module.state_dict().items()},
+              folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim, "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta, "max_position_embeddings": 1024, "tie_word_embeddings": False,
+        "hidden_act": "silu", "torch_dtype": "float32", "bos_token_id": 0, "eos_token_id": 1}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}))
+    return folder
+
+
+@contextmanager
+def served(models: dict[str, Path | str], api_key: str | None = None, **limits: Any) -> Iterator[TestClient]:
+    """A client of a server in this process, on threads of which each computes alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    requests = {name: ModelRequest(model=str(path)) for name, path in models.items()}
+    app = make_app(ServerOptions(models=requests, limits=Limits(**limits), api_key=api_key), load_registry())
+    try:
+        with TestClient(app, raise_server_exceptions=False) as client:
+            yield client
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def serve() -> Callable[..., Any]:
+    """`with serve({"name": path}, **limits) as client`"""
+    return served
+
+
+@pytest.fixture(scope="package")
+def client(chat_model: Path) -> Iterator[TestClient]:
+    """The tiny model, as "tiny"."""
+    with served({"tiny": chat_model}) as found:
+        yield found
+
+
+@pytest.fixture(scope="package")
+def stories(testdata: Path) -> Iterator[TestClient]:
+    """A real small model, as "stories"."""
+    with served({"stories": testdata / "hf" / "stories260K"}) as found:
+        yield found

@@ -1,0 +1,159 @@
+"""Answers that have to be JSON, and calls of functions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from jsonschema import validate
+from starlette.testclient import TestClient
+
+from torchchat_core.tool_calls import GRANITE, HERMES, LLAMA3, MISTRAL, QWEN_XML, ToolCall, ToolCallReader, tool_form
+
+SCHEMA = {
+    "type": "object", "required": ["name", "age", "tags"], "additionalProperties": False,
+    "properties": {"name": {"type": "string", "maxLength": 12},
+                   "age": {"type": "integer", "minimum": 0, "maximum": 120},
+                   "tags": {"type": "array", "items": {"enum": ["red", "blue"]}, "maxItems": 3}},
+}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": {
+    "type": "object", "required": ["city"], "additionalProperties": False,
+    "properties": {"city": {"enum": ["Rome", "Oslo"]}}}}},
+    {"type": "function", "function": {"name": "time"}}]
+
+
+def chat(client: TestClient, **fields: Any) -> Any:
+    found = client.post("/v1/chat/completions", json={
+        "model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 300, **fields})
+    assert found.status_code == 200, found.text
+    return found.json()
+
+
+def test_every_answer_to_a_schema_is_valid(client: TestClient) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
+    found = chat(client, response_format=form, n=24, seed=1, temperature=1.5)
+    assert {choice["finish_reason"] for choice in found["choices"]} == {"stop"}
+    texts = [choice["message"]["content"] for choice in found["choices"]]
+    assert len(set(texts)) > 12
+    for text in texts:
+        validate(json.loads(text), SCHEMA)
+
+
+def test_a_json_object_is_one(client: TestClient) -> None:
+    found = chat(client, response_format={"type": "json_object"}, seed=3, logit_bias={"5": 50}, n=4)
+    for choice in found["choices"]:
+        if choice["finish_reason"] == "stop":
+            assert isinstance(json.loads(choice["message"]["content"]), dict)
+        else:
+            assert choice["message"]["content"].startswith("{")
+
+
+def test_what_a_schema_cannot_demand_is_refused(client: TestClient) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "array", "uniqueItems": True}}}
+    found = client.post("/v1/chat/completions", json={
+        "model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "response_format": form})
+    assert found.status_code == 400
+    assert found.json()["error"]["param"] == "response_format"
+    assert "uniqueItems" in found.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}], ids=str)
+def test_a_demanded_call_is_one_with_valid_arguments(client: TestClient, choice: Any) -> None:
+    tools = TOOLS[:1]
+    found = chat(client, tools=tools, tool_choice=choice)["choices"][0]
+    assert found["finish_reason"] == "tool_calls"
+    assert found["message"]["content"] is None
+    call = found["message"]["tool_calls"][0]
+    assert (call["type"], call["function"]["name"]) == ("function", "weather")
+    assert json.loads(call["function"]["arguments"])["city"] in ("Rome", "Oslo")
+
+
+def test_a_streamed_call_comes_whole(client: TestClient) -> None:
+    found = client.post("/v1/chat/completions", json={
+        "model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 300, "tools": TOOLS[:1],
+        "tool_choice": "required", "stream": True})
+    chunks = [json.loads(line[6:]) for line in found.text.split("\n") if line.startswith("data: {")]
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    calls = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
+    assert [(call["index"], call["function"]["name"]) for call in calls] == [(0, "weather")]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_a_response_has_a_demanded_call_as_an_item(client: TestClient) -> None:
+    tool = {"type": "function", **TOOLS[0]["function"]}
+    found = client.post("/v1/responses", json={"model": "tiny", "input": "Hi", "tools": [tool],
+                                               "tool_choice": "required"}).json()
+    assert [item["type"] for item in found["output"]] == ["function_call"]
+    assert found["output"][0]["name"] == "weather"
+
+
+def test_tools_stand_in_the_prompt_and_results_go_back(client: TestClient) -> None:
+    called = {"name": "weather", "arguments": "{\"city\":\"Rome\"}"}
+    messages = [{"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": None,
+                 "tool_calls": [{"id": "c1", "type": "function", "function": called}]},
+                {"role": "tool", "tool_call_id": "c1", "content": "sunny"}]
+    tokens = client.post("/tokenize", json={"messages": messages, "tools": TOOLS}).json()["tokens"]
+    text = client.post("/detokenize", json={"tokens": tokens}).json()["prompt"]
+    assert '"name": "weather"' in text
+    assert '{"city": "Rome"}' in text
+    assert text.endswith("tool: sunnyassistant: ")
+
+
+def test_a_model_without_tools_refuses_them(stories: TestClient) -> None:
+    found = stories.post("/v1/chat/completions", json={
+        "model": "stories", "messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS})
+    assert (found.status_code, found.json()["error"]["param"]) == (400, "tools")
+
+
+CALLS = [ToolCall("weather", '{"city": "Rome"}'), ToolCall("time", "{}")]
+
+
+@pytest.mark.parametrize(("form", "text", "content", "calls"), [
+    (HERMES, 'Wait.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>\n<tool_call>'
+             '{"name": "time", "arguments": {}}</tool_call>', "Wait.\n", CALLS),
+    (MISTRAL, '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Rome"}}, {"name": "time"}]', "", CALLS),
+    (MISTRAL, '[TOOL_CALLS]weather[ARGS]{"city": "Rome"}[TOOL_CALLS]time[ARGS]{}', "", CALLS),
+    (LLAMA3, '{"name": "weather", "parameters": {"city": "Rome"}}; {"name": "time", "parameters": {}}', "", CALLS),
+    (LLAMA3, '<|python_tag|>{"name": "weather", "parameters": {"city": "Rome"}}', "", CALLS[:1]),
+    (GRANITE, '<|tool_call|>[{"name": "weather", "arguments": {"city": "Rome"}}]', "", CALLS[:1]),
+    (QWEN_XML, "<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n</function>\n</tool_call>", "",
+     CALLS[:1]),
+    (HERMES, "a < b, and <tool is no call", "a < b, and <tool is no call", []),
+    (HERMES, '<tool_call>{"name": "weather", "argum', '<tool_call>{"name": "weather", "argum', []),
+    (HERMES, '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>',
+     '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>', []),
+    (LLAMA3, 'It is {"name": "weather"}', 'It is {"name": "weather"}', []),
+    (LLAMA3, '{"just": "JSON"}', '{"just": "JSON"}', []),
+], ids=lambda value: getattr(value, "name", None) or str(value)[:20])
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_calls_are_found_however_the_text_is_cut(form: Any, text: str, content: str, calls: list[ToolCall], size: int
+                                                 ) -> None:
+    reader = ToolCallReader(form, ["weather", "time"])
+    said = "".join(reader.push(text[start : start + size]) for start in range(0, len(text), size))
+    rest, found = reader.finish()
+    assert found == calls
+    assert said + rest == content
+
+
+@pytest.mark.parametrize(("file", "form"), [
+    ("Qwen-Qwen2.5-7B-Instruct", HERMES), ("meta-llama-Llama-3.1-8B-Instruct", LLAMA3),
+    ("meta-llama-Llama-3.2-3B-Instruct", LLAMA3), ("mistralai-Mistral-Nemo-Instruct-2407", MISTRAL),
+    ("google-gemma-2-2b-it", None), ("microsoft-Phi-3.5-mini-instruct", None),
+])
+def test_the_template_tells_the_form(testdata: Any, file: str, form: Any) -> None:
+    assert tool_form((testdata / "templates" / f"{file}.jinja").read_text()) is form
+
+
+def test_generate_takes_a_schema(torchchat: Callable[..., Any], chat_model: Any, tmp_path: Any) -> None:
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    found = torchchat("generate", chat_model, "--prompt", "Hi", "--json-schema", tmp_path / "schema.json", "--json",
+                      "--seed", "5")
+    assert found.code == 0, found.err
+    validate(json.loads(json.loads(found.out)["text"]), SCHEMA)
+    (tmp_path / "schema.json").write_text('{"type": "wrong"}')
+    found = torchchat("generate", chat_model, "--prompt", "Hi", "--json-schema", tmp_path / "schema.json")
+    assert found.code == 1
+    assert "the JSON Schema cannot be used" in found.err

@@ -1,0 +1,213 @@
+"""Many requests at once: the same answers, places that become free, several models."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.testclient import TestClient
+
+from torchchat_core.batching import Batch, Failure, Job
+from torchchat_core.generation import FinishedEvent
+from torchchat_core.generation_options import GenerationOptions, SamplingOptions
+from torchchat_core.pipeline import ModelRequest, open_model
+from torchchat_core.plugins import load_registry
+
+GREEDY = SamplingOptions(temperature=0.0)
+
+
+def complete(client: TestClient, prompt: str, tokens: int = 24, **fields: Any) -> str:
+    found = client.post("/v1/completions", json={"model": "stories", "prompt": prompt, "max_tokens": tokens,
+                                                 "temperature": 0, **fields})
+    assert found.status_code == 200, found.text
+    return str(found.json()["choices"][0]["text"])
+
+
+def test_64_clients_get_what_each_gets_alone(stories: TestClient) -> None:
+    prompts = [f"{start} {number}" for number in range(16) for start in ("Once", "Tom and", "The cat", "Mom said")]
+    alone = [complete(stories, prompt) for prompt in prompts]
+    with ThreadPoolExecutor(64) as pool:
+        together = list(pool.map(lambda prompt: complete(stories, prompt), prompts))
+    assert together == alone
+    assert len(set(alone)) > 32
+
+
+def batch_of(opened: Any, width: int = 8, kept_tokens: int = 1000, **abilities: Any) -> Batch:
+    return Batch(opened.model, opened.text_format, opened.executor, limit=256, width=width, kept_tokens=kept_tokens)
+
+
+def finish(batch: Batch, jobs: list[Job]) -> dict[int, Any]:
+    """The last event of each of the jobs, by its place."""
+    for job in jobs:
+        batch.add(job)
+    ends: dict[int, Any] = {}
+    while batch.active or batch.waiting:
+        for job, event in batch.step():
+            if isinstance(event, FinishedEvent | Failure):
+                ends[jobs.index(job)] = event
+    return ends
+
+
+def job(prompt: list[int], tokens: int = 8, **fields: Any) -> Job:
+    return Job(prompt=prompt, options=GenerationOptions(sampling=GREEDY, max_new_tokens=tokens), **fields)
+
+
+@pytest.fixture(scope="module")
+def opened(testdata: Path) -> Any:
+    with open_model(ModelRequest(model=str(testdata / "hf" / "stories260K")), load_registry()) as found:
+        yield found
+
+
+def test_a_batch_is_computed_in_one_step_for_all(opened: Any, one_thread: None) -> None:
+    batch = batch_of(opened)
+    ends = finish(batch, [job([1, 5 + index]) for index in range(8)])
+    assert all(end.reason == "length" for end in ends.values())
+    assert batch.steps == 7  # the first tokens come from the prompts
+    assert batch.decoded == 56
+
+
+def test_without_the_ability_answers_take_turns(opened: Any, one_thread: None) -> None:
+    import dataclasses
+
+    alone = dataclasses.replace(opened.executor, abilities=frozenset())
+    batch = Batch(opened.model, opened.text_format, alone, limit=256, width=4, kept_tokens=0)
+    together = batch_of(opened)
+    prompts = [[1, 5 + index] for index in range(6)]
+    first, second = finish(batch, [job(p) for p in prompts]), finish(together, [job(p) for p in prompts])
+    assert [first[i].token_ids for i in range(6)] == [second[i].token_ids for i in range(6)]
+
+
+def test_a_client_with_few_answers_goes_before_one_with_many(opened: Any, one_thread: None) -> None:
+    batch = batch_of(opened, width=2)
+    jobs = [job([1, 5], client="many") for _ in range(6)] + [job([1, 6], client="few")]
+    order = []
+    for each in jobs:
+        batch.add(each)
+    while batch.active or batch.waiting:
+        order += [each.client for each, event in batch.step() if isinstance(event, FinishedEvent)]
+    assert "few" in order[:3]
+
+
+def test_prompts_that_begin_alike_are_computed_once(opened: Any, one_thread: None) -> None:
+    batch = batch_of(opened)
+    shared = [1, *range(10, 60)]
+    jobs = [job([*shared, 100 + index]) for index in range(4)]
+    ends = finish(batch, jobs)
+    assert [each.reused for each in jobs] == [0, 51, 51, 51]
+    fresh = [finish(batch_of(opened), [job([*shared, 100 + index])])[0] for index in range(4)]
+    assert [ends[i].token_ids for i in range(4)] == [end.token_ids for end in fresh]
+
+
+def test_idle_sequences_keep_no_more_tokens_than_permitted(opened: Any, one_thread: None) -> None:
+    batch = batch_of(opened, kept_tokens=100)
+    for index in range(10):
+        finish(batch, [job([1, *range(20 * index, 20 * index + 40)], tokens=2)])
+    assert batch.pool.held_tokens <= 100
+
+
+def test_an_answer_that_nobody_wants_frees_its_place(opened: Any, one_thread: None) -> None:
+    batch = batch_of(opened, width=1)
+    left, other = job([1, 5], tokens=200), job([1, 6], tokens=3)
+    batch.add(left)
+    batch.add(other)
+    batch.step()
+    assert (batch.active, batch.waiting) == (1, 1)
+    left.cancelled = True
+    ended = [each for _ in range(4) for each, event in batch.step() if isinstance(event, FinishedEvent)]
+    assert ended == [other]
+
+
+def test_a_broken_step_ends_its_answers_and_no_others(opened: Any, one_thread: None) -> None:
+    batch = batch_of(opened)
+    ends = finish(batch, [job([1, 5]), job([1, 10**6])])
+    assert isinstance(ends[1], Failure)
+    assert ends[0].reason == "length"
+
+
+@pytest.fixture
+def process(chat_model: Path) -> Any:
+    """A server of its own process on a free port, and its address."""
+    started = subprocess.Popen([sys.executable, "-m", "torchchat_core", "server", str(chat_model), "--port", "0"],
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    line = started.stderr.readline()  # type: ignore[union-attr]
+    found = re.search(r"http://127\.0\.0\.1:\d+", line)
+    assert found, line
+    yield started, found[0], chat_model.name
+    started.kill()
+    started.wait()
+
+
+def test_clients_that_leave_free_their_places_and_sigterm_waits_for_the_rest(process: Any) -> None:
+    started, address, model = process
+    body = {"model": model, "prompt": "x", "max_tokens": 700, "logit_bias": {"1": -100, "0": -100}}
+
+    def figure(name: str) -> float:
+        lines = httpx.get(f"{address}/metrics").text.splitlines()
+        return float(next(line for line in lines if line.startswith(name + " ")).split()[1])
+
+    with httpx.stream("POST", f"{address}/v1/completions", json={**body, "stream": True}, timeout=60) as answer:
+        next(answer.iter_lines())  # and leaves
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{address}/v1/completions", json=body, timeout=0.02)
+    deadline = time.monotonic() + 10
+    while figure("torchchat_answers_in_progress") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert figure("torchchat_answers_in_progress") == 0
+
+    with httpx.stream("POST", f"{address}/v1/completions", json={**body, "stream": True}, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        started.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
+    assert started.wait(30) == 0
+
+
+def test_models_are_loaded_when_asked_for_and_make_room(testdata: Path, chat_model: Path, serve: Callable[..., Any]
+                                                        ) -> None:
+    models = {"a": testdata / "hf" / "stories260K", "b": testdata / "hf" / "TinyStories-656K", "c": chat_model}
+
+    def loaded(client: TestClient) -> set[str]:
+        return {entry["id"] for entry in client.get("/v1/models").json()["data"] if "max_model_len" in entry}
+
+    with serve(models, memory_limit=3) as client:
+        assert loaded(client) == {"a"}
+        for name, here in (("c", {"a", "c"}), ("b", {"b", "c"}), ("a", {"a"})):  # least recently used ones go first
+            found = client.post("/v1/completions", json={"model": name, "prompt": "x", "max_tokens": 2})
+            assert found.status_code == 200, found.text
+            assert loaded(client) == here
+    with serve(models, memory_limit=1) as client:
+        found = client.post("/v1/completions", json={"model": "b", "prompt": "x"})
+        assert found.status_code == 503
+        assert "--memory-limit" in found.json()["error"]["message"]
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_command(torchchat: Callable[..., Any], tmp_path: Path) -> None:
+    found = torchchat("server", tmp_path, "--port", "0")
+    assert found.code == 1
+    assert found.err.startswith("error: ")
+    assert "Traceback" not in found.err
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--model", "x=a", "--model", "x=b"], "two models are called 'x'"),
+    (["--max-queue", "-1"], "max_queue is -1"),
+    (["--api-key", ""], "the API key is empty"),
+])
+def test_wrong_options_are_told_before_anything_is_loaded(torchchat: Callable[..., Any], arguments: list[str],
+                                                          message: str) -> None:
+    found = torchchat("server", *arguments)
+    assert found.code == 1
+    assert message in found.err

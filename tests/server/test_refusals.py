@@ -1,0 +1,141 @@
+"""What is refused, with which status, and what the error names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+def post(client: TestClient, **fields: Any) -> Any:
+    return client.post("/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES, "max_tokens": 2, **fields})
+
+
+@pytest.mark.parametrize(("fields", "param"), [
+    ({"unheard_of": 1}, "unheard_of"),
+    ({"reasoning_effort": "low"}, "reasoning_effort"),
+    ({"audio": {"voice": "x"}}, "audio"),
+    ({"store": True}, "store"),
+    ({"metadata": {"a": "b"}}, "metadata"),
+    ({"functions": []}, "functions"),
+    ({"temperature": 2.1}, "temperature"),
+    ({"temperature": "1"}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"top_p": -0.1}, "top_p"),
+    ({"repetition_penalty": 5e-324}, "repetition_penalty"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 10**30}, "max_tokens"),
+    ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
+    ({"n": 0}, "n"),
+    ({"n": 1000}, "n"),
+    ({"seed": 2**64}, "seed"),
+    ({"stop": ""}, "stop"),
+    ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+    ({"logit_bias": {"99999": 1}}, "logit_bias"),
+    ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0]"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+     "messages[0].content[0].type"),
+    ({"messages": [{"role": "assistant"}]}, "messages"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": [{"type": "function", "function": {"name": "no good name"}}]}, "tools[0].function.name"),
+    ({"response_format": {"type": "xml"}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wrong"}}}},
+     "response_format"),
+    ({"chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs"),
+    ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+], ids=lambda value: str(value)[:50])
+def test_a_field_that_cannot_be_honoured_is_named(client: TestClient, fields: dict[str, Any], param: str) -> None:
+    found = post(client, **fields)
+    assert found.status_code == 400
+    error = found.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert error["message"]
+
+
+@pytest.mark.parametrize(("body", "message"), [
+    (b"{", "not JSON"), (b"", "not JSON"), (b"\xff\xfe", "not JSON"), (b"[" * 100_000, "not JSON"),
+    (b"[]", "the body"), (b"null", "the body"), (b'{"model": NaN}', "model"),
+], ids=lambda value: str(value)[:20])
+def test_a_body_that_is_no_object_is_refused(client: TestClient, body: bytes, message: str) -> None:
+    found = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert found.status_code == 400
+    assert message in found.json()["error"]["message"]
+
+
+def test_a_form_is_refused_before_it_is_read(client: TestClient) -> None:
+    found = client.post("/v1/completions", data={"model": "tiny"})
+    assert found.status_code == 415
+    assert "Content-Type: application/json" in found.json()["error"]["message"]
+
+
+def test_a_model_that_is_not_here_is_404(client: TestClient) -> None:
+    for found in (client.get("/v1/models/timy"), post(client, model="timy")):
+        assert found.status_code == 404
+        assert found.json()["error"]["code"] == "model_not_found"
+        assert "did you mean tiny?" in found.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("path", "method", "status"), [("/nowhere", "GET", 404), ("/v1/completions", "GET", 405),
+                                                        ("/health", "POST", 405)])
+def test_wrong_addresses_get_the_same_kind_of_body(client: TestClient, path: str, method: str, status: int) -> None:
+    found = client.request(method, path)
+    assert found.status_code == status
+    assert set(found.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_prompt_that_is_too_long_is_told_with_its_length(client: TestClient) -> None:
+    found = client.post("/v1/completions", json={"model": "tiny", "prompt": "x" * 2000})
+    assert found.status_code == 400
+    assert found.json()["error"]["code"] == "context_length_exceeded"
+    assert "2000 tokens; at most 1023" in found.json()["error"]["message"]
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(client: TestClient) -> None:
+    for path, body in (("/v1/completions", {"model": "tiny", "prompt": [1, 999999]}),
+                       ("/detokenize", {"tokens": [999999]})):
+        found = client.post(path, json=body)
+        assert found.status_code == 400
+        assert "999999" in found.json()["error"]["message"]
+
+
+def test_the_key_guards_all_but_health(chat_model: Path, serve: Callable[..., Any]) -> None:
+    with serve({"tiny": chat_model}, api_key="secret") as client:
+        assert client.get("/health").status_code == 200
+        for path in ("/v1/models", "/metrics", "/openapi.json", "/nowhere"):
+            found = client.get(path)
+            assert found.status_code == 401
+            assert found.json()["error"]["code"] == "invalid_api_key"
+        assert client.get("/v1/models", headers={"Authorization": "Bearer wrong"}).status_code == 401
+        assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+
+
+def test_limits_are_kept(chat_model: Path, serve: Callable[..., Any]) -> None:
+    with serve({"tiny": chat_model}, max_body_bytes=2000, max_prompt_tokens=100, max_output_tokens=5, max_queue=0,
+               parallel=1) as client:
+        found = client.post("/v1/completions", json={"model": "tiny", "prompt": "x" * 3000})
+        assert found.status_code == 413
+        found = client.post("/v1/completions", json={"model": "tiny", "prompt": "x" * 200})
+        assert (found.status_code, found.json()["error"]["param"]) == (400, "prompt")
+        found = post(client, max_tokens=6)
+        assert (found.status_code, found.json()["error"]["param"]) == (400, "max_tokens")
+        found = client.post("/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES})
+        assert found.json()["usage"]["completion_tokens"] <= 5
+        found = post(client, n=2)
+        assert (found.status_code, found.headers["retry-after"]) == (429, "1")
+
+
+def test_an_answer_that_takes_too_long_is_given_up(chat_model: Path, serve: Callable[..., Any]) -> None:
+    with serve({"tiny": chat_model}, max_time=0.05) as client:
+        found = post(client, max_tokens=900, logit_bias={"0": -100, "1": -100})
+        assert (found.status_code, found.json()["error"]["code"]) == (504, "timeout")
+        assert post(client, max_tokens=1).status_code == 200

@@ -1,0 +1,246 @@
+"""Many answers at once over one model: continuous batching.
+
+`Batch.step` computes a share of the prompts that wait, then one token for every answer in progress: in one step of
+the model where the executor has the ability `batch`, else one after the other. Answers come and go between steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.generation import (
+    PREFILL_CHUNK,
+    Answer,
+    Clock,
+    Event,
+    TokenSequence,
+    check_prompt,
+    decode_together,
+)
+from torchchat_core.generation_options import GenerationOptions
+from torchchat_core.sequence_pool import SequencePool
+from torchchat_core.specs import BatchedModel, ExecutorInfo, LoadedModel
+from torchchat_core.text_format import TextFormat
+
+
+@dataclass(eq=False, kw_only=True)
+class Job:
+    """One answer that is wanted. `cancelled` may be set by any thread; everything else belongs to the batch."""
+
+    prompt: Sequence[int]
+    options: GenerationOptions
+    at_start: bool = False  # as of `generation.generate`
+    stream: int = 0
+    client: str = ""  # whose it is: those with fewer answers in progress go first
+    deadline: float = float("inf")  # by time.monotonic()
+    cancelled: bool = False
+    answer: Answer | None = field(default=None, init=False)
+    sequence: TokenSequence | None = field(default=None, init=False)
+    reused: int = field(default=0, init=False)  # tokens of the prompt that were in a cache
+    done: int = field(default=0, init=False)  # tokens of the prompt that are in the sequence
+    clock: Clock | None = field(default=None, init=False)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The end of an answer that could not be made. `late`: because its time was over."""
+
+    error: TorchchatError
+    late: bool = False
+
+
+Outcome = tuple[Job, Event | Failure]
+
+
+class Batch:
+    """The answers in progress, and those that wait. Not thread-safe: `step` and `add` belong to one thread."""
+
+    def __init__(self, model: LoadedModel, text_format: TextFormat, executor: ExecutorInfo, *, limit: int, width: int,
+                 kept_tokens: int) -> None:
+        """`limit`: tokens of a sequence; `width`: answers at once; `kept_tokens`: as of `SequencePool`."""
+        self.width = width
+        self.steps = 0  # of decoding
+        self.decoded = 0  # tokens, in all steps together
+        self.pool = SequencePool(model, limit=limit, kept_tokens=kept_tokens, forks="fork" in executor.abilities)
+        self._model, self._text_format, self._limit = model, text_format, limit
+        self._batched = "batch" in executor.abilities
+        self._waiting: list[Job] = []
+        self._prefilling: Job | None = None
+        self._decoding: list[Job] = []
+
+    @property
+    def active(self) -> int:
+        """Answers in progress."""
+        return len(self._decoding) + (self._prefilling is not None)
+
+    @property
+    def waiting(self) -> int:
+        """Answers that wait for a place."""
+        return len(self._waiting)
+
+    def add(self, job: Job) -> None:
+        """Has an answer made. Raises `TorchchatError` for a prompt without tokens, or one that leaves no room."""
+        check_prompt(job.prompt, self._limit)
+        job.clock = Clock(len(job.prompt))
+        self._waiting.append(job)
+
+    def step(self) -> list[Outcome]:
+        """Computes one step; what came of it, in the order in which it came."""
+        outcomes = self._dismissed()
+        outcomes += self._prefill()
+        outcomes += self._decode()
+        return outcomes
+
+    def fail_all(self, error: TorchchatError) -> list[Outcome]:
+        """Ends every answer with an error: after a fault whose extent is unknown."""
+        return [self._failed(job, error) for job in self._jobs()]
+
+    def close(self) -> None:
+        """Gives the memory of all sequences back. Answers in progress are forgotten."""
+        self.pool.close()
+        self._waiting, self._prefilling, self._decoding = [], None, []
+
+    # ---- those that go ---------------------------------------------------------------------------------------------
+
+    def _dismissed(self) -> list[Outcome]:
+        """Lets go of answers that nobody wants any more, and of those whose time is over."""
+        now = time.monotonic()
+        gone = [job for job in self._jobs() if job.cancelled or job.deadline < now]
+        outcomes: list[Outcome] = []
+        for job in gone:
+            if job.cancelled:
+                self._release(job)
+            else:
+                outcomes.append(self._failed(job, TorchchatError("the time for the answer is over"), late=True))
+        return outcomes
+
+    def _jobs(self) -> list[Job]:
+        return [*self._waiting, *([self._prefilling] if self._prefilling else []), *self._decoding]
+
+    def _release(self, job: Job, broken: bool = False) -> None:
+        """Takes a job out, and its sequence back."""
+        self._waiting = [each for each in self._waiting if each is not job]
+        self._decoding = [each for each in self._decoding if each is not job]
+        if self._prefilling is job:
+            self._prefilling = None
+        if job.sequence is not None:
+            (self.pool.drop if broken else self.pool.give)(job.sequence)
+            job.sequence = None
+
+    def _failed(self, job: Job, error: TorchchatError, late: bool = False) -> Outcome:
+        self._release(job, broken=not late)
+        return job, Failure(error, late)
+
+    # ---- prompts ---------------------------------------------------------------------------------------------------
+
+    def _prefill(self) -> list[Outcome]:
+        """Computes about `PREFILL_CHUNK` tokens of prompts, so that answers in progress do not wait for long."""
+        outcomes: list[Outcome] = []
+        budget = PREFILL_CHUNK
+        while budget > 0:
+            job = self._prefilling or self._next()
+            if job is None:
+                break
+            self._prefilling = job
+            try:
+                if job.sequence is None:
+                    self._begin(job)
+                logits, computed = self._chunk(job, budget)
+                budget -= computed
+                if logits is not None:
+                    self._prefilling = None
+                    self._decoding.append(job)
+                    outcomes += self._taken(job, logits)
+            except TorchchatError as error:
+                outcomes.append(self._failed(job, error))
+        return outcomes
+
+    def _next(self) -> Job | None:
+        """Of those that wait, the first one of a client with the fewest answers in progress."""
+        if not self._waiting or self.active >= self.width:
+            return None
+        running = Counter(job.client for job in self._decoding)
+        chosen = min(self._waiting, key=lambda job: running[job.client])
+        self._waiting.remove(chosen)
+        return chosen
+
+    def _begin(self, job: Job) -> None:
+        job.clock = cast(Clock, job.clock)
+        job.answer = Answer(job.prompt, self._text_format, job.options, job.clock, limit=self._limit,
+                            at_start=job.at_start, stream=job.stream)
+        job.sequence = self.pool.take(job.prompt)
+        job.reused = job.done = job.clock.reused = job.sequence.reuse(job.prompt)
+
+    def _chunk(self, job: Job, budget: int) -> tuple[Tensor | None, int]:
+        """Logits where the prompt is complete now, and how many tokens were computed."""
+        chunk = job.prompt[job.done : job.done + budget]
+        logits = cast(TokenSequence, job.sequence).prefill(chunk)
+        job.done += len(chunk)
+        if job.done < len(job.prompt):
+            return None, len(chunk)
+        clock = cast(Clock, job.clock)
+        clock.prefilled = clock.now()
+        return logits, len(chunk)
+
+    # ---- answers ---------------------------------------------------------------------------------------------------
+
+    def _decode(self) -> list[Outcome]:
+        """One token for each answer in progress."""
+        jobs = list(self._decoding)
+        if not jobs:
+            return []
+        self.steps += 1
+        self.decoded += len(jobs)
+        if not self._batched or len(jobs) == 1:
+            return [outcome for job in jobs for outcome in self._decode_one(job)]
+        sequences = [cast(TokenSequence, job.sequence) for job in jobs]
+        try:
+            logits = decode_together(cast(BatchedModel, self._model), sequences, [_answer(job).token for job in jobs])
+        except TorchchatError as error:
+            return [self._failed(job, error) for job in jobs]
+        return self._chosen(jobs, logits)
+
+    def _decode_one(self, job: Job) -> list[Outcome]:
+        try:
+            return self._taken(job, cast(TokenSequence, job.sequence).decode(_answer(job).token))
+        except TorchchatError as error:
+            return [self._failed(job, error)]
+
+    def _chosen(self, jobs: list[Job], logits: Tensor) -> list[Outcome]:
+        """What each of the answers makes of its row of logits [jobs, vocab]: the simple ones all at once."""
+        best = logits.max(dim=1)
+        finite, likeliest = torch.isfinite(best.values).tolist(), best.indices.tolist()
+        outcomes: list[Outcome] = []
+        for row, job in enumerate(jobs):
+            answer = _answer(job)
+            if finite[row] and answer.takes_the_likeliest:
+                outcomes += self._went_on(job, list(answer.take_token(likeliest[row])))
+                continue
+            try:
+                outcomes += self._taken(job, logits[row])
+            except TorchchatError as error:
+                outcomes.append(self._failed(job, error))
+        return outcomes
+
+    def _taken(self, job: Job, logits: Tensor) -> list[Outcome]:
+        return self._went_on(job, list(_answer(job).take(logits)))
+
+    def _went_on(self, job: Job, events: list[Event]) -> list[Outcome]:
+        answer = _answer(job)
+        if answer.reason is not None:
+            events += answer.finish()
+            self._release(job)
+        return [(job, event) for event in events]
+
+
+def _answer(job: Job) -> Answer:
+    """Of a job that was begun."""
+    return job.answer  # type: ignore[return-value]

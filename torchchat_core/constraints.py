@@ -1,0 +1,168 @@
+"""Answers that have to be like a grammar: which tokens may come next. The grammars are llguidance's.
+
+A constraint works on the bytes of tokens, and so holds for every tokenizer and every executor.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.generation_options import Grammar
+from torchchat_core.specs import Tokenizer
+from torchchat_core.text_format import TextFormat
+
+# Between the parts of a JSON text: a space, or a new line and its indentation. A small model would go on and on where
+# any amount of white space is right.
+WHITE_SPACE = r"(\x20|\x0A[\x20]{0,32})"
+_vocabularies: WeakKeyDictionary[Tokenizer, dict[frozenset[int], Any]] = WeakKeyDictionary()
+
+
+def schema_grammar(schema: object) -> Grammar:
+    """The grammar of JSON texts that a JSON Schema (Draft 2020-12) describes.
+
+    Raises `TorchchatError` where it is none, or uses what cannot be enforced while a text is being written.
+    """
+    if not isinstance(schema, dict | bool):
+        raise TorchchatError(f"a JSON Schema is an object; this one is {json.dumps(schema)[:60]}")
+    grammar = Grammar("json_schema", json.dumps(schema))
+    check_grammar(grammar)
+    return grammar
+
+
+def check_grammar(grammar: Grammar) -> None:
+    """Raises `TorchchatError` for a grammar that is malformed, too large, or asks for what is not supported."""
+    from llguidance import LLMatcher
+
+    failed, messages = LLMatcher.validate_grammar_with_warnings(_compiled(grammar), limits=_limits())
+    if failed:
+        raise _refused(grammar, messages[0] if messages else "it is malformed")
+
+
+def constraint_for(grammar: Grammar, text_format: TextFormat) -> Constraint:
+    """A new constraint, at the start of an answer. Raises `TorchchatError` as `check_grammar` does."""
+    from llguidance import LLMatcher
+
+    vocabulary = _vocabulary(text_format.tokenizer, text_format.end_ids)
+    matcher = LLMatcher(vocabulary, _compiled(grammar), log_level=0, limits=_limits())
+    if matcher.is_error():
+        raise _refused(grammar, matcher.get_error())
+    return Constraint(matcher)
+
+
+class Constraint:
+    """What one answer may go on with."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """The logits [vocab], with -inf for every token that would break the grammar.
+
+        Raises `TorchchatError` where no token is left, or where the grammar takes too much work.
+        """
+        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+        if self._matcher.is_error():
+            raise TorchchatError(f"the grammar of the answer failed: {_first_line(self._matcher.get_error())}",
+                                 "make it simpler")
+        permitted = torch.zeros(logits.shape[0], dtype=torch.bool)
+        count = min(len(bits), logits.shape[0])
+        permitted[:count] = torch.from_numpy(bits[:count].astype(bool))
+        if not permitted.any():
+            raise _unsayable()
+        return logits.masked_fill(~permitted, -torch.inf)
+
+    def accept(self, token: int) -> None:
+        """Counts a token as said. Raises `TorchchatError` for one that breaks the grammar."""
+        if not self._matcher.consume_token(token):
+            raise _unsayable()
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing more can follow."""
+        return bool(self._matcher.is_stopped())
+
+
+def _compiled(grammar: Grammar) -> str:
+    from llguidance import LLMatcher
+
+    if grammar.kind == "json_schema":
+        try:
+            return LLMatcher.grammar_from_json_schema(grammar.source, overrides={"whitespace_pattern": WHITE_SPACE})
+        except ValueError as error:
+            raise _refused(grammar, str(error)) from None
+    if grammar.kind == "lark":
+        return LLMatcher.grammar_from_lark(grammar.source)
+    raise TorchchatError(f"unknown kind of grammar {grammar.kind!r}; known are json_schema and lark")
+
+
+def _limits() -> Any:
+    """Of the work that a stranger's grammar may make; llguidance's own, without details in its messages."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(verbose_errors=False)
+
+
+def _refused(grammar: Grammar, reason: str) -> TorchchatError:
+    name = "JSON Schema" if grammar.kind == "json_schema" else "grammar"
+    return TorchchatError(f"the {name} cannot be used: {_first_line(reason)}")
+
+
+def _unsayable() -> TorchchatError:
+    return TorchchatError("the model's vocabulary has no token for what the answer has to go on with",
+                          "choose another model: this one cannot write such a text at all")
+
+
+def _first_line(message: str) -> str:
+    return (message.strip().splitlines() or ["it failed"])[0][:300]
+
+
+def _vocabulary(tokenizer: Tokenizer, end_ids: frozenset[int]) -> Any:
+    """The tokens as llguidance takes them, made once for each tokenizer: of 128 thousand tokens in half a second."""
+    made = _vocabularies.setdefault(tokenizer, {})
+    if end_ids not in made:
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        made[end_ids] = LLTokenizer(TokenizerWrapper(_Tokens(tokenizer, end_ids)),
+                                    eos_token=sorted(end_ids) or [tokenizer.vocab_size])
+    return made[end_ids]
+
+
+class _Tokens:
+    """The attributes that llguidance's wrapper reads."""
+
+    def __init__(self, tokenizer: Tokenizer, end_ids: frozenset[int]) -> None:
+        control = set(tokenizer.special_tokens.values()) | end_ids
+        size = max([tokenizer.vocab_size, *(token + 1 for token in end_ids)])
+        self.tokens = [tokenizer.token_bytes(token) if token < tokenizer.vocab_size else b"<unknown>"
+                       for token in range(size)]
+        self.tokens.append(b"<end of text>")  # for tokenizers without an end
+        self.special_token_ids = sorted({*control, *range(tokenizer.vocab_size, size + 1)})
+        self.eos_token_id = min(end_ids, default=tokenizer.vocab_size)
+        self.bos_token_id = tokenizer.bos_id
+        self._tokenizer = tokenizer
+        self._by_bytes = {data: token for token, data in reversed(list(enumerate(self.tokens))) if token not in control}
+        self._longest = max(map(len, self._by_bytes), default=1)
+
+    def __call__(self, text: str) -> list[int]:
+        """Tokens of a text in the middle of another one, whose bytes are the text's: no space comes before it."""
+        wanted = text.encode()
+        ids = self._tokenizer.encode(text)
+        return ids if b"".join(self.tokens[token] for token in ids) == wanted else self._greedy(wanted)
+
+    def _greedy(self, data: bytes) -> list[int]:
+        """The longest token that fits, again and again, up to the first byte without a token."""
+        ids, start, size = [], 0, 1
+        while start < len(data) and size:
+            sizes = range(min(self._longest, len(data) - start), 0, -1)
+            size = next((size for size in sizes if data[start : start + size] in self._by_bytes), 0)
+            if size:
+                ids.append(self._by_bytes[data[start : start + size]])
+            start += size
+        return ids

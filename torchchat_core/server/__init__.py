@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's interface over whatever models and executors are installed (extra `server`)."""

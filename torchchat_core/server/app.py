@@ -1,0 +1,258 @@
+"""The application: its routes, what stands before all of them, and how errors leave it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from torchchat_core import __version__
+from torchchat_core.errors import TorchchatError
+from torchchat_core.pipeline import ModelRequest
+from torchchat_core.plugins import Registry
+from torchchat_core.server import chat, completions, embeddings, responses, texts
+from torchchat_core.server.errors import ApiError, malformed
+from torchchat_core.server.exchange import ClientGone, EventStream, Exchange, Service, json_response
+from torchchat_core.server.limits import Limits
+from torchchat_core.server.metrics import CONTENT_TYPE, Metrics
+from torchchat_core.server.openapi import document
+from torchchat_core.server.schemas import (
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    ResponsesRequest,
+    TokenizeRequest,
+)
+from torchchat_core.server.shelf import Entry, Shelf
+
+Checked = TypeVar("Checked", bound=Body)
+Answer = Callable[[Exchange, Any], Awaitable[Response]]
+OPEN_PATHS = ("/health",)  # that need no API key
+BODY_SECONDS = 60.0  # that a client has for sending its request
+MOST_DISCARDED = 1 << 28  # bytes of a body that is too large: read to its end, so that its sender hears why
+ENDPOINTS: Mapping[str, tuple[type[Body], Answer]] = {
+    "/v1/chat/completions": (ChatRequest, chat.answer),
+    "/v1/completions": (CompletionRequest, completions.answer),
+    "/v1/responses": (ResponsesRequest, responses.answer),
+    "/v1/embeddings": (EmbeddingRequest, embeddings.answer),
+    "/tokenize": (TokenizeRequest, texts.tokenize),
+    "/detokenize": (DetokenizeRequest, texts.detokenize),
+}
+log = logging.getLogger("torchchat.server")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """What the server is made of."""
+
+    models: Mapping[str, ModelRequest]  # by the names that requests use; the first one is loaded at the start
+    limits: Limits
+    api_key: str | None = None
+    origins: Sequence[str] = ()  # of web pages whose scripts may use the server
+
+
+def make_app(options: ServerOptions, registry: Registry) -> Starlette:
+    """An ASGI application. The first model is loaded when it starts, the others when they are first asked for.
+
+    Where the first one cannot be loaded, `app.state.failure` is the error, and requests for it get status 503.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        metrics = Metrics()
+        shelf = Shelf(options.models, registry, options.limits, metrics)
+        app.state.service = Service(shelf, options.limits, metrics, f"torchchat-{__version__}")
+        app.state.failure = None
+        try:
+            try:
+                async with shelf.use(next(iter(options.models))):
+                    pass
+            except ApiError as error:
+                cause = error.__cause__
+                app.state.failure = cause if isinstance(cause, TorchchatError) else TorchchatError(error.message)
+            yield
+        finally:
+            await shelf.close()
+
+    routes = [Route(path, _endpoint(kind, answer), methods=["POST"])
+              for path, (kind, answer) in ENDPOINTS.items()]
+    routes += [
+        Route("/health", _health), Route("/metrics", _metrics), Route("/openapi.json", _openapi),
+        Route("/v1/models", _models), Route("/v1/models/{name:path}", _model),
+    ]
+    middleware = [Middleware(Guard, api_key=options.api_key, paths=[route.path for route in routes])]
+    if options.origins:
+        middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(options.origins), allow_methods=["*"],
+                                        allow_headers=["*"]))
+    return Starlette(routes=routes, lifespan=lifespan, middleware=middleware,
+                     exception_handlers={ApiError: _told, HTTPException: _http_error})
+
+
+class Guard:
+    """Asks for the API key, counts requests, and turns what nobody expected into a 500 without its details."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None, paths: Sequence[str]) -> None:
+        self._app, self._api_key = app, api_key
+        self._paths = frozenset(paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status = time.monotonic(), 499  # a client that left, as others have it
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            if self._permits(scope):
+                await self._app(scope, receive, noted)
+            else:
+                error = ApiError(401, "the API key is missing or wrong: Authorization: Bearer KEY",
+                                 code="invalid_api_key")
+                await json_response(error.body, 401, {"www-authenticate": "Bearer"})(scope, receive, noted)
+        except (ClientGone, ClientDisconnect):
+            pass
+        except Exception:
+            log.exception("a request failed")
+            if status == 499:
+                error = ApiError(500, "the server failed; its log says more")
+                await json_response(error.body, 500)(scope, receive, noted)
+        finally:
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            scope["app"].state.service.metrics.observe_request(path, status, time.monotonic() - started)
+
+    def _permits(self, scope: Scope) -> bool:
+        if self._api_key is None or scope["path"] in OPEN_PATHS:
+            return True
+        given = Request(scope).headers.get("authorization", "")
+        return secrets.compare_digest(given.encode(), f"Bearer {self._api_key}".encode())
+
+
+def _endpoint(kind: type[Body], answer: Answer) -> Callable[[Request], Awaitable[Response]]:
+    async def handle(request: Request) -> Response:
+        service: Service = request.app.state.service
+        body = parsed(kind, await read_body(request, service.limits.max_body_bytes))
+        model = getattr(body, "model", None)
+        exchange = Exchange(service, request, next(iter(service.shelf.entries)) if model is None else model)
+        streams = False
+        try:
+            await exchange.watched(exchange.open())
+            response = await answer(exchange, body)
+            streams = isinstance(response, EventStream)
+            return response
+        finally:
+            if not streams:
+                await exchange.close()
+
+    return handle
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """The whole body. Raises `ApiError` for one that is too large, too slow, or declared as something else."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, f"the body is declared as {kind[:100]!r}; send it with Content-Type: application/json")
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                size += len(part)
+                if size <= most:
+                    parts.append(part)
+                elif size > MOST_DISCARDED:
+                    break
+    except TimeoutError:
+        raise ApiError(408, f"the request did not arrive within {BODY_SECONDS:g} seconds") from None
+    if size > most:
+        raise ApiError(413, f"the body has more than {most} bytes, which are the most that this server takes")
+    return b"".join(parts)
+
+
+def parsed(kind: type[Checked], body: bytes) -> Checked:
+    """Raises `ApiError` 400 that names the field which is wrong."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise malformed(error, _content(body)) from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply") from None
+
+
+def _content(body: bytes) -> object:
+    """What a body says that was refused, so that an error can name a place in it."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+async def _told(_request: Request, error: Exception) -> Response:
+    told = error if isinstance(error, ApiError) else ApiError(500, "the server failed; its log says more")
+    return json_response(told.body, told.status, {"retry-after": "1"} if told.status == 429 else None)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    words = {404: f"there is no {request.url.path[:200]!r}",
+             405: f"{request.url.path[:200]!r} does not take {request.method[:20]}"}
+    headers = getattr(error, "headers", None)
+    return json_response(ApiError(status, words.get(status, "the request failed")).body, status, headers)
+
+
+async def _health(_request: Request) -> Response:
+    return json_response({"status": "ok"})
+
+
+async def _metrics(request: Request) -> Response:
+    service: Service = request.app.state.service
+    engines = [entry.engine for entry in service.shelf.loaded if entry.engine is not None]
+    text = service.metrics.text({
+        "torchchat_loaded_models": ("models in memory", len(engines)),
+        "torchchat_weight_bytes": ("weights of the models in memory", sum(e.bytes for e in service.shelf.loaded)),
+        "torchchat_answers_in_progress": ("answers that are made or wait", sum(e.in_progress for e in engines)),
+    })
+    return Response(text, media_type=CONTENT_TYPE)
+
+
+async def _models(request: Request) -> Response:
+    service: Service = request.app.state.service
+    return json_response({"object": "list", "data": [_described(entry) for entry in service.shelf.entries.values()]})
+
+
+async def _model(request: Request) -> Response:
+    service: Service = request.app.state.service
+    return json_response(_described(service.shelf.find(request.path_params["name"])))
+
+
+def _described(entry: Entry) -> dict[str, Any]:
+    found = {"id": entry.name, "object": "model", "created": entry.created, "owned_by": "torchchat"}
+    if entry.engine is not None:
+        found["max_model_len"] = entry.engine.opened.max_seq_length
+    return found
+
+
+async def _openapi(request: Request) -> Response:
+    service: Service = request.app.state.service
+    return json_response(document({path: kind for path, (kind, _) in ENDPOINTS.items()}, list(service.shelf.entries)))

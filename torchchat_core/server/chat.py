@@ -1,0 +1,317 @@
+"""POST /v1/chat/completions"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.responses import Response
+
+from torchchat_core.batching import Job
+from torchchat_core.constraints import schema_grammar
+from torchchat_core.conversation import TRANSCRIPT_STOP, Message, render, with_stop
+from torchchat_core.errors import TorchchatError
+from torchchat_core.generation import Event, FinishedEvent, TextEvent, TokenEvent
+from torchchat_core.generation_options import GenerationOptions, Grammar
+from torchchat_core.server.engine import Answers
+from torchchat_core.server.errors import ApiError, refused
+from torchchat_core.server.exchange import (
+    DONE_EVENT,
+    EventStream,
+    Exchange,
+    data_event,
+    json_response,
+    logprob_entry,
+    new_id,
+    usage,
+)
+from torchchat_core.server.schemas import (
+    AssistantMessage,
+    ChatRequest,
+    JsonObjectChoice,
+    JsonSchemaChoice,
+    NamedTool,
+    SystemMessage,
+    TextPart,
+    ToolMessage,
+    UserMessage,
+)
+from torchchat_core.specs import Tokenizer
+from torchchat_core.text_format import TextFormat
+from torchchat_core.tool_calls import ToolCall, ToolCallReader, ToolForm, forced_schema, read_forced, tool_form
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The functions that an answer may call, and how."""
+
+    form: ToolForm
+    tools: tuple[dict[str, Any], ...]  # as the template gets them
+    forced: bool  # the answer has to be a call
+    several: bool  # more than one call is welcome
+
+    @property
+    def names(self) -> list[str]:
+        return [tool["function"]["name"] for tool in self.tools]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the model is given, and how its answers are to be made."""
+
+    prompt: list[int]
+    options: GenerationOptions
+    tools: ToolUse | None
+
+
+async def answer(exchange: Exchange, body: ChatRequest) -> Response:
+    plan = await asyncio.to_thread(make_plan, exchange, body)
+    jobs = [Job(prompt=plan.prompt, options=plan.options, stream=index, client=exchange.client(body.user))
+            for index in range(body.n or 1)]
+    answers = exchange.submit(jobs, body.stream)
+    tokenizer = exchange.engine.opened.text_format.tokenizer
+    choices = [Choice(index, tokenizer, plan.tools, bool(body.logprobs)) for index in range(len(jobs))]
+    head = {"id": new_id("chatcmpl-"), "created": exchange.created, "model": body.model,
+            "system_fingerprint": exchange.service.fingerprint, "service_tier": "default"}
+    if body.stream:
+        wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+        return EventStream(_events(answers, choices, head, wants_usage, len(plan.prompt)), exchange.close)
+    await exchange.watched(_collect(answers, choices))
+    return json_response({**head, "object": "chat.completion", "choices": [choice.whole() for choice in choices],
+                          "usage": usage(len(plan.prompt), [choice.end for choice in choices], jobs)})
+
+
+async def _collect(answers: Answers, choices: Sequence[Choice]) -> None:
+    while events := await answers.read():
+        for place, event in events:
+            choices[place].take(event)
+
+
+async def _events(answers: Answers, choices: Sequence[Choice], head: Mapping[str, Any], wants_usage: bool,
+                  prompt_tokens: int) -> AsyncIterator[str]:
+    extra: dict[str, Any] = {"usage": None} if wants_usage else {}
+
+    def chunk(listed: list[dict[str, Any]]) -> str:
+        return data_event({**head, "object": "chat.completion.chunk", "choices": listed, **extra})
+
+    for choice in choices:
+        yield chunk([choice.part({"role": "assistant", "content": ""})])
+    try:
+        while events := await answers.read():
+            for place, event in events:
+                choices[place].take(event)
+            for choice in choices:
+                for part in choice.parts():
+                    yield chunk([part])
+    except ApiError as error:
+        yield data_event(error.body)
+        yield DONE_EVENT
+        return
+    if wants_usage:
+        extra["usage"] = usage(prompt_tokens, [choice.end for choice in choices], answers.jobs)
+        yield chunk([])
+    yield DONE_EVENT
+
+
+@dataclass
+class Choice:
+    """One of the answers, as it comes."""
+
+    index: int
+    tokenizer: Tokenizer
+    tools: ToolUse | None
+    with_logprobs: bool
+    end: FinishedEvent = field(init=False)
+    finished: bool = field(default=False, init=False)
+    text: str = field(default="", init=False)
+    calls: list[dict[str, Any]] = field(default_factory=list, init=False)
+    logprobs: list[dict[str, Any]] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self._reader = ToolCallReader(self.tools.form, self.tools.names) if self.tools and not self.tools.forced \
+            else None
+        self._sent = 0  # characters of the text that `parts` gave
+        self._logprobs_sent = 0
+        self._told = False  # that it has ended
+
+    def take(self, event: Event) -> None:
+        if isinstance(event, TokenEvent) and self.with_logprobs:
+            self.logprobs.append(logprob_entry(self.tokenizer, event))
+        elif isinstance(event, TextEvent) and not (self.tools and self.tools.forced):
+            self.text += self._reader.push(event.text) if self._reader else event.text
+        elif isinstance(event, FinishedEvent):
+            self.end, self.finished = event, True
+            self._finish(event)
+
+    def _finish(self, event: FinishedEvent) -> None:
+        calls: list[ToolCall] = []
+        if self.tools and self.tools.forced:
+            calls = read_forced(self.tools.form, event.text)
+            self.text += "" if calls else event.text  # cut off by the limit
+        elif self._reader and self.tools:
+            rest, calls = self._reader.finish()
+            self.text += rest
+        if calls and self.tools and not self.tools.several:
+            calls = calls[:1]
+        self.calls = [{"id": new_id("call_"), "type": "function",
+                       "function": {"name": call.name, "arguments": call.arguments}} for call in calls]
+
+    @property
+    def reason(self) -> str:
+        return "tool_calls" if self.calls and self.end.reason == "stop" else self.end.reason
+
+    def whole(self) -> dict[str, Any]:
+        """As it stands in an answer that is not streamed."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text or (None if self.calls else ""),
+                                   "refusal": None, "annotations": []}
+        if self.calls:
+            message["tool_calls"] = self.calls
+        return {"index": self.index, "message": message, "finish_reason": self.reason,
+                "logprobs": {"content": self.logprobs, "refusal": None} if self.with_logprobs else None}
+
+    def parts(self) -> list[dict[str, Any]]:
+        """What is new since the last call, as it stands in chunks."""
+        found = []
+        logprobs, self._logprobs_sent = self.logprobs[self._logprobs_sent :], len(self.logprobs)
+        if len(self.text) > self._sent or logprobs:
+            found.append(self.part({"content": self.text[self._sent :]}, logprobs))
+            self._sent = len(self.text)
+        if self.finished and not self._told:
+            self._told = True
+            if self.calls:
+                found.append(self.part({"tool_calls": [{"index": index, **call}
+                                                       for index, call in enumerate(self.calls)]}))
+            found.append(self.part({}, reason=self.reason))
+        return found
+
+    def part(self, delta: dict[str, Any], logprobs: list[dict[str, Any]] | None = None, reason: str | None = None
+             ) -> dict[str, Any]:
+        return {"index": self.index, "delta": delta, "finish_reason": reason,
+                "logprobs": {"content": logprobs, "refusal": None} if logprobs else None}
+
+
+# ---- from the request to the prompt -------------------------------------------------------------------------------
+
+
+def make_plan(exchange: Exchange, body: ChatRequest) -> Plan:
+    """Raises `ApiError` 400 for what the request may not ask of this model."""
+    text_format = exchange.engine.opened.text_format
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs", "invalid_value")
+    if body.max_tokens is not None and body.max_completion_tokens is not None:
+        raise ApiError(400, "max_tokens is the old name of max_completion_tokens: give one of them", "max_tokens",
+                       "invalid_value")
+    tools = tool_use(body, text_format)
+    prompt = chat_prompt(text_format, template_messages(body), tools, body.chat_template_kwargs or {})
+    exchange.check_prompt(prompt, "messages")
+    options = exchange.options(
+        body, body.max_completion_tokens or body.max_tokens, grammar=_grammar(body, tools),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        shown=tools.form.marks(text_format.tokenizer) if tools else frozenset(),
+        param="max_tokens" if body.max_tokens else "max_completion_tokens")
+    return Plan(prompt, options if text_format.template else with_stop(options, TRANSCRIPT_STOP), tools)
+
+
+def chat_prompt(text_format: TextFormat, messages: Sequence[Message], tools: ToolUse | None,
+                variables: Mapping[str, Any]) -> list[int]:
+    """Token ids. Raises `ApiError` 400 for messages that the model's template does not take."""
+    if text_format.template is None and variables:
+        raise ApiError(400, "the model has no chat template that could read them", "chat_template_kwargs",
+                       "unsupported_parameter")
+    reserved = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"} & variables.keys()
+    if reserved:
+        raise ApiError(400, f"the variable {min(reserved)!r} is not yours to set", "chat_template_kwargs")
+    if text_format.template is None and any(message["role"] == "tool" for message in messages):
+        raise ApiError(400, "the model has no chat template, and so knows no tools", "messages")
+    try:
+        text, encode = render(text_format, messages, list(tools.tools) if tools else None, **variables)
+        return encode(text + tools.form.opening if tools and tools.forced else text)
+    except TorchchatError as error:
+        raise refused(error, "messages") from None
+
+
+def template_messages(body: ChatRequest) -> list[Message]:
+    """The messages as chat templates take them: content as text, arguments of calls as objects."""
+    return [_template_message(message) for message in body.messages]
+
+
+def _template_message(message: SystemMessage | UserMessage | AssistantMessage | ToolMessage) -> Message:
+    found: Message = {"role": "system" if message.role == "developer" else message.role,
+                      "content": _text(message.content)}
+    if isinstance(message, ToolMessage):
+        return {**found, "tool_call_id": message.tool_call_id}
+    if message.name is not None:
+        found["name"] = message.name
+    if isinstance(message, AssistantMessage):
+        found["content"] = found["content"] or message.refusal or ""
+        if message.tool_calls:
+            found["tool_calls"] = [{"id": call.id, "type": "function", "function": {
+                "name": call.function.name, "arguments": _arguments(call.function.arguments)}}
+                for call in message.tool_calls]
+        elif message.content is None and message.refusal is None:
+            raise ApiError(400, "a message of the assistant has neither content nor tool_calls", "messages")
+    return found
+
+
+def _text(content: object) -> str:
+    if isinstance(content, list):
+        return "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
+    return str(content) if content is not None else ""
+
+
+def _arguments(text: str) -> object:
+    """An object where the text is one, which templates write in their own way; else the text."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return found if isinstance(found, dict) else text
+
+
+def tool_use(body: ChatRequest, text_format: TextFormat) -> ToolUse | None:
+    """Raises `ApiError` 400 where the model knows no tools, or `tool_choice` names none of them."""
+    choice = body.tool_choice or "auto"
+    if not body.tools:
+        if choice not in ("auto", "none"):
+            raise ApiError(400, "tool_choice needs tools", "tool_choice", "invalid_value")
+        return None
+    if choice == "none":
+        return None
+    template = text_format.template
+    form = tool_form(template.source + (template.tool_source or "")) if template is not None else None
+    if form is None:
+        raise ApiError(400, "the model's chat template knows no tools in a form that is known here", "tools",
+                       "unsupported_parameter")
+    if choice == "auto" and any(tool.function.strict for tool in body.tools):
+        raise ApiError(400, "strict functions need a tool_choice that demands a call: \"required\" or a function",
+                       "tools", "unsupported_parameter")
+    tools = tuple(tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in body.tools)
+    if isinstance(choice, NamedTool):
+        named = tuple(tool for tool in tools if tool["function"]["name"] == choice.function.name)
+        if not named:
+            raise ApiError(400, f"tool_choice names {choice.function.name!r}, which is none of the tools",
+                           "tool_choice", "invalid_value")
+        tools = named
+    return ToolUse(form, tools, forced=choice != "auto", several=body.parallel_tool_calls is not False)
+
+
+def _grammar(body: ChatRequest, tools: ToolUse | None) -> Grammar | None:
+    """What the answer has to be like. Raises `ApiError` 400 for a schema that cannot be enforced."""
+    if tools and tools.forced:
+        functions = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools.tools}
+        return checked_grammar(forced_schema(tools.form, functions), "tools")
+    if isinstance(body.response_format, JsonObjectChoice):
+        return checked_grammar({"type": "object"}, "response_format")
+    if isinstance(body.response_format, JsonSchemaChoice):
+        return checked_grammar(body.response_format.json_schema.schema_, "response_format")
+    return None
+
+
+def checked_grammar(schema: dict[str, Any], param: str) -> Grammar:
+    try:
+        return schema_grammar(schema)
+    except TorchchatError as error:
+        raise ApiError(400, str(error), param, "invalid_value") from None

@@ -1,0 +1,172 @@
+"""POST /v1/completions"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.responses import Response
+
+from torchchat_core.batching import Job
+from torchchat_core.conversation import encode_plain
+from torchchat_core.generation import Event, FinishedEvent, TextEvent, TokenEvent, TokenLogprobs
+from torchchat_core.server.engine import Answers
+from torchchat_core.server.errors import ApiError
+from torchchat_core.server.exchange import (
+    DONE_EVENT,
+    LEAST_LOGPROB,
+    EventStream,
+    Exchange,
+    data_event,
+    json_response,
+    new_id,
+    token_text,
+    usage,
+)
+from torchchat_core.server.schemas import CompletionRequest
+from torchchat_core.server.scoring import Scored, score_prompts
+from torchchat_core.specs import Tokenizer
+
+DEFAULT_LENGTH = 16  # tokens, as OpenAI's interface has it
+
+
+async def answer(exchange: Exchange, body: CompletionRequest) -> Response:
+    tokenizer = exchange.engine.opened.text_format.tokenizer
+    prompts = await asyncio.to_thread(prompts_of, body.prompt, tokenizer)
+    for prompt in prompts:
+        exchange.check_prompt(prompt, "prompt")
+    length = DEFAULT_LENGTH if body.max_tokens is None else body.max_tokens
+    if length == 0 and not body.echo:
+        raise ApiError(400, "max_tokens is 0; without echo there would be no answer", "max_tokens", "invalid_value")
+    options = exchange.options(body, length or 1, logprobs=body.logprobs)
+    count = body.n or 1
+    scored: Sequence[Scored | None] = [None] * len(prompts)
+    if body.echo and body.logprobs is not None:
+        scored = await exchange.watched(score_prompts(exchange.engine, prompts, body.logprobs))
+    choices = [Choice(row * count + index, tokenizer, prompt if body.echo else (), body.logprobs, scored[row],
+                      generated=length > 0)
+               for row, prompt in enumerate(prompts) for index in range(count)]
+    jobs = [Job(prompt=prompt, options=options, stream=index, client=exchange.client(body.user))
+            for prompt in prompts for index in range(count)] if length else []
+    answers = exchange.submit(jobs, body.stream)
+    head = {"id": new_id("cmpl-"), "object": "text_completion", "created": exchange.created, "model": body.model,
+            "system_fingerprint": exchange.service.fingerprint}
+    prompt_tokens = sum(map(len, prompts))
+    if body.stream:
+        wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+        return EventStream(_events(answers, choices, head, wants_usage, prompt_tokens), exchange.close)
+    await exchange.watched(_collect(answers, choices))
+    ends = [choice.end for choice in choices if choice.end]
+    return json_response({**head, "choices": [choice.whole() for choice in choices],
+                          "usage": usage(prompt_tokens, ends, jobs)})
+
+
+def prompts_of(prompt: str | list[str] | list[int] | list[list[int]], tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of each of the prompts. Texts of control tokens in them are such, as in `generate --raw`."""
+    if isinstance(prompt, str):
+        return [encode_plain(prompt, tokenizer, special=True)]
+    if isinstance(prompt[0], int):
+        return [[token for token in prompt if isinstance(token, int)]]
+    return [encode_plain(each, tokenizer, special=True) if isinstance(each, str) else list(each)
+            for each in prompt if not isinstance(each, int)]
+
+
+async def _collect(answers: Answers, choices: Sequence[Choice]) -> None:
+    while events := await answers.read():
+        for place, event in events:
+            choices[place].take(event)
+
+
+async def _events(answers: Answers, choices: Sequence[Choice], head: dict[str, Any], wants_usage: bool,
+                  prompt_tokens: int) -> AsyncIterator[str]:
+    extra: dict[str, Any] = {"usage": None} if wants_usage else {}
+
+    def chunk(listed: list[dict[str, Any]]) -> str:
+        return data_event({**head, "choices": listed, **extra})
+
+    try:
+        for choice in choices:
+            if choice.echoed or not answers.jobs:
+                yield chunk([choice.part()])
+        while events := await answers.read():
+            for place, event in events:
+                choices[place].take(event)
+            for choice in choices:
+                if choice.has_news:
+                    yield chunk([choice.part()])
+    except ApiError as error:
+        yield data_event(error.body)
+        yield DONE_EVENT
+        return
+    if wants_usage:
+        extra["usage"] = usage(prompt_tokens, [choice.end for choice in choices if choice.end], answers.jobs)
+        yield chunk([])
+    yield DONE_EVENT
+
+
+@dataclass
+class Choice:
+    """One of the answers, as it comes; with `echoed` the tokens of its prompt stand before it."""
+
+    index: int
+    tokenizer: Tokenizer
+    echoed: Sequence[int]
+    logprobs: int | None
+    scored: Scored | None  # of the echoed tokens
+    generated: bool  # whether tokens follow the prompt
+    end: FinishedEvent | None = field(default=None, init=False)
+    text: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        self._tokens: list[tuple[int, TokenLogprobs | None]] = []
+        self._sent, self._tokens_sent, self._offset, self._told = 0, 0, 0, False
+        if self.echoed:
+            self.text = self.tokenizer.decode(self.echoed)
+            found = self.scored.logprobs if self.scored else [None] * len(self.echoed)
+            self._tokens = list(zip(self.echoed, found, strict=True))
+
+    def take(self, event: Event) -> None:
+        if isinstance(event, TokenEvent):
+            self._tokens.append((event.token, event.logprobs))
+        elif isinstance(event, TextEvent):
+            self.text += event.text
+        elif isinstance(event, FinishedEvent):
+            self.end = event
+            if event.end is not None:  # evaluations count on as many entries as tokens were chosen
+                self._tokens.append((event.end.token, event.end.logprobs))
+
+    @property
+    def has_news(self) -> bool:
+        return len(self.text) > self._sent or (self.end is not None and not self._told)
+
+    def whole(self) -> dict[str, Any]:
+        return self.part()
+
+    def part(self) -> dict[str, Any]:
+        """What is new since the last call."""
+        text, self._sent = self.text[self._sent :], len(self.text)
+        tokens, self._tokens_sent = self._tokens[self._tokens_sent :], len(self._tokens)
+        self._told = self.end is not None
+        reason = self.end.reason if self.end else None if self.generated else "length"
+        return {"index": self.index, "text": text, "finish_reason": reason,
+                "logprobs": None if self.logprobs is None else self._logprobs(tokens)}
+
+    def _logprobs(self, tokens: Sequence[tuple[int, TokenLogprobs | None]]) -> dict[str, Any]:
+        """Parallel lists, as the interface has them; null for the first token of a text."""
+        texts = [token_text(self.tokenizer, token) for token, _ in tokens]
+        offsets = []
+        for text in texts:
+            offsets.append(self._offset)
+            self._offset += len(text)
+        return {"tokens": texts, "text_offset": offsets,
+                "token_logprobs": [None if found is None else max(found.chosen, LEAST_LOGPROB) for _, found in tokens],
+                "top_logprobs": [None if found is None else self._top(token, found) for token, found in tokens]}
+
+    def _top(self, token: int, found: TokenLogprobs) -> dict[str, float]:
+        """The likeliest tokens, and the chosen one where it is not among them."""
+        top: dict[str, float] = {}
+        for other, logprob in (*found.top, (token, found.chosen)):
+            top.setdefault(token_text(self.tokenizer, other), max(logprob, LEAST_LOGPROB))
+        return top

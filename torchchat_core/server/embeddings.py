@@ -1,0 +1,61 @@
+"""POST /v1/embeddings: the mean of a text's hidden states behind the last norm, scaled to length 1."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from starlette.responses import Response
+from torch import Tensor
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.generation import PREFILL_CHUNK
+from torchchat_core.server.completions import prompts_of
+from torchchat_core.server.errors import ApiError
+from torchchat_core.server.exchange import Exchange, json_response
+from torchchat_core.server.schemas import EmbeddingRequest
+from torchchat_core.specs import EmbeddingSession, LoadedModel
+
+
+async def answer(exchange: Exchange, body: EmbeddingRequest) -> Response:
+    opened = exchange.engine.opened
+    try:
+        opened.executor.require("embed")
+    except TorchchatError as error:
+        raise ApiError(400, error.message, "model", "unsupported_parameter") from None
+    texts = await asyncio.to_thread(prompts_of, body.input, opened.text_format.tokenizer)
+    for text in texts:
+        exchange.check_prompt(text, "input")
+
+    async def embed_all() -> list[Tensor]:
+        return [await exchange.engine.call(lambda model, text=text: embed(model, text))  # type: ignore[misc]
+                for text in texts]
+
+    vectors = await exchange.watched(embed_all())
+    count = sum(map(len, texts))
+    return json_response({
+        "object": "list", "model": body.model, "usage": {"prompt_tokens": count, "total_tokens": count},
+        "data": [{"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
+                 for index, vector in enumerate(vectors)]})
+
+
+def embed(model: LoadedModel, tokens: Sequence[int]) -> Tensor:
+    """The vector [hidden] of a text, of length 1, by an executor with the ability `embed`."""
+    session = cast(EmbeddingSession, model.session(len(tokens)))
+    try:
+        parts = [session.embed(tokens[start : start + PREFILL_CHUNK]).double().sum(0)
+                 for start in range(0, len(tokens), PREFILL_CHUNK)]
+    finally:
+        session.close()
+    return torch.nn.functional.normalize(torch.stack(parts).sum(0), dim=0).float()
+
+
+def _encoded(vector: Tensor, form: str | None) -> list[float] | str:
+    """As numbers, or as base64 of little-endian float32."""
+    if form == "base64":
+        return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
+    numbers: list[float] = vector.tolist()
+    return numbers

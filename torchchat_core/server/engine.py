@@ -1,0 +1,214 @@
+"""One model on a thread of its own, and the way from requests to it and back."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from torchchat_core.batching import Batch, Failure, Job, Outcome
+from torchchat_core.errors import TorchchatError
+from torchchat_core.generation import Event, FinishedEvent
+from torchchat_core.pipeline import ModelRequest, OpenedModel, open_model
+from torchchat_core.plugins import Registry
+from torchchat_core.server.errors import ApiError
+from torchchat_core.server.limits import Limits
+from torchchat_core.server.metrics import Metrics
+from torchchat_core.specs import LoadedModel
+
+Result = TypeVar("Result")
+WIDTH = {True: 64, False: 4}  # answers at once, with and without the ability `batch`
+
+
+class Answers:
+    """What comes of the jobs of one request. It belongs to the event loop."""
+
+    def __init__(self, engine: Engine, jobs: Sequence[Job], whole: bool) -> None:
+        """`whole`: the reader waits for all of the answers, and need not be woken for each of their tokens."""
+        self.jobs = list(jobs)
+        self._whole = whole
+        self._engine = engine
+        self._places = {id(job): place for place, job in enumerate(jobs)}
+        self._arrived: list[tuple[int, Event | Failure]] = []
+        self._wake = asyncio.Event()
+        self._open = len(self.jobs)
+        self._broken = False
+
+    async def read(self) -> list[tuple[int, Event]]:
+        """All events since the last call, each with the place of its job; empty when all answers are complete.
+
+        Raises `ApiError` where an answer failed.
+        """
+        while self._open and (self._whole or not self._arrived) and not self._broken:
+            self._wake.clear()
+            await self._wake.wait()
+        arrived, self._arrived = self._arrived, []
+        events: list[tuple[int, Event]] = []
+        for place, event in arrived:
+            if isinstance(event, Failure):
+                raise ApiError(504 if event.late else 500, str(event.error), code="timeout" if event.late else None)
+            events.append((place, event))
+        return events
+
+    def put(self, job: Job, event: Event | Failure) -> None:
+        if isinstance(event, FinishedEvent | Failure):
+            self._open -= 1
+            self._broken = self._broken or isinstance(event, Failure)
+        self._arrived.append((self._places[id(job)], event))
+        if not (self._whole and self._open) or self._broken:
+            self._wake.set()
+
+    def cancel(self) -> None:
+        """Frees the places of answers that nobody reads any more."""
+        if self._open:
+            self._engine.cancel(self.jobs)
+
+
+class Engine:
+    """A model that is opened, run and closed by one thread."""
+
+    def __init__(self, request: ModelRequest, registry: Registry, limits: Limits, metrics: Metrics) -> None:
+        self.opened: OpenedModel
+        self.width = 0
+        self._request, self._registry, self._limits, self._metrics = request, registry, limits, metrics
+        self._loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[None] = self._loop.create_future()
+        self._condition = threading.Condition()
+        self._new: list[Job] = []
+        self._calls: list[Callable[[LoadedModel], None]] = []
+        self._closing = False
+        self._answers: dict[int, Answers] = {}  # id of a job -> where its events go
+        self._thread = threading.Thread(target=self._run, name="torchchat-model", daemon=True)
+        self._thread.start()
+
+    async def ready(self) -> None:
+        """Returns when the model is open. Raises whatever kept it from that."""
+        await asyncio.shield(self._ready)
+
+    @property
+    def in_progress(self) -> int:
+        """Answers that are made or wait."""
+        return len(self._answers)
+
+    def submit(self, jobs: Sequence[Job], whole: bool = False) -> Answers:
+        """Has answers made, for a reader of their events or of `whole` ones.
+
+        Raises `ApiError` 429 where too many wait.
+        """
+        if self.in_progress + len(jobs) > self.width + self._limits.max_queue:
+            raise ApiError(429, f"{self.in_progress} answers are in progress or wait; try again later",
+                           code="queue_full")
+        answers = Answers(self, jobs, whole)
+        for job in jobs:
+            job.deadline = time.monotonic() + self._limits.max_time
+            self._answers[id(job)] = answers
+        with self._condition:
+            self._new += jobs
+            self._condition.notify()
+        return answers
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            job.cancelled = True
+            self._answers.pop(id(job), None)
+        with self._condition:
+            self._condition.notify()
+
+    async def call(self, function: Callable[[LoadedModel], Result]) -> Result:
+        """Runs a function of the model between two steps, on the model's thread."""
+        done: Future[Result] = Future()
+
+        def run(model: LoadedModel) -> None:
+            if done.set_running_or_notify_cancel():
+                try:
+                    done.set_result(function(model))
+                except BaseException as error:  # belongs to the one who waits
+                    done.set_exception(error)
+
+        with self._condition:
+            self._calls.append(run)
+            self._condition.notify()
+        return await asyncio.wait_for(asyncio.wrap_future(done), self._limits.max_time)
+
+    async def close(self) -> None:
+        """Ends the thread after its step and gives the memory back; answers in progress are lost."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    # ---- on the thread ---------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            with open_model(self._request, self._registry) as opened:
+                self.opened = opened
+                self.width = self._limits.parallel or WIDTH["batch" in opened.executor.abilities]
+                batch = Batch(opened.model, opened.text_format, opened.executor, limit=opened.max_seq_length,
+                              width=self.width, kept_tokens=self._limits.cache_tokens)
+                self._tell(self._opened)
+                try:
+                    self._work(batch, opened.model)
+                finally:
+                    batch.close()
+        except BaseException as error:
+            failure = error
+            self._tell(lambda: self._failed(failure))
+
+    def _work(self, batch: Batch, model: LoadedModel) -> None:
+        while self._wait(batch):
+            with self._condition:
+                jobs, self._new = self._new, []
+                calls, self._calls = self._calls, []
+            for call in calls:
+                call(model)
+            outcomes = [outcome for job in jobs for outcome in self._added(batch, job)]
+            try:
+                outcomes += batch.step()
+            except Exception as error:  # a fault of an executor must not leave everyone waiting
+                outcomes += batch.fail_all(TorchchatError(f"{type(error).__name__}: {error}"))
+            self._metrics.observe_batch(batch)
+            if outcomes:
+                self._tell(lambda sent=outcomes: self._deliver(sent))  # type: ignore[misc]
+
+    def _wait(self, batch: Batch) -> bool:
+        """Until there is something to do; False where the thread is to end."""
+        with self._condition:
+            while not (self._new or self._calls or batch.active or batch.waiting or self._closing):
+                self._condition.wait()
+            return not self._closing
+
+    def _added(self, batch: Batch, job: Job) -> list[Outcome]:
+        try:
+            batch.add(job)
+        except TorchchatError as error:
+            return [(job, Failure(error))]
+        return []
+
+    def _tell(self, function: Callable[[], Any]) -> None:
+        """Has a function called on the event loop, which may be closed already."""
+        try:
+            self._loop.call_soon_threadsafe(function)
+        except RuntimeError:
+            self._closing = True
+
+    def _opened(self) -> None:
+        if not self._ready.done():
+            self._ready.set_result(None)
+
+    def _failed(self, error: BaseException) -> None:
+        if not self._ready.done():
+            self._ready.set_exception(error)
+
+    def _deliver(self, outcomes: list[Outcome]) -> None:
+        for job, event in outcomes:
+            answers = self._answers.get(id(job))
+            if answers is None:
+                continue
+            if isinstance(event, FinishedEvent | Failure):
+                del self._answers[id(job)]
+                self._metrics.observe_answer(job, event)
+            answers.put(job, event)

@@ -1,0 +1,64 @@
+"""Errors as OpenAI's interface has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from torchchat_core.errors import TorchchatError
+
+KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error",
+         503: "server_error", 504: "timeout_error"}
+UNKNOWN_FIELD = "extra_forbidden"
+UNSUPPORTED = "none_required"  # of fields that are declared as null alone
+
+
+class ApiError(Exception):
+    """The answer to a request that cannot be met: an HTTP status, and what is wrong with which field (`param`)."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = KINDS.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def refused(error: TorchchatError, param: str | None = None) -> ApiError:
+    """A 400 for what core refuses."""
+    return ApiError(400, str(error), param)
+
+
+def malformed(error: ValidationError, body: object) -> ApiError:
+    """A 400 that names the field which is wrong: of several, the one that lies deepest in `body`."""
+    found = [(_path(each["loc"], body), each) for each in error.errors(include_url=False, include_context=False)]
+    places, first = max(found, key=lambda pair: len(pair[0]))  # the first one of equals
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in places).lstrip(".")[:200]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
+    if first["type"] == UNKNOWN_FIELD:
+        return ApiError(400, f"unknown field {path!r}", path, "unknown_parameter")
+    if first["type"] == UNSUPPORTED:
+        return ApiError(400, f"{path!r} is not supported by this server; leave it out", path, "unsupported_parameter")
+    if first["type"] == "missing":
+        return ApiError(400, f"the field {path!r} is missing", path, "missing_required_parameter")
+    return ApiError(400, f"{path or 'the body'}: {first['msg']}", path or None, "invalid_value")
+
+
+def _path(location: tuple[int | str, ...], body: object) -> list[int | str]:
+    """Where in the body it is: pydantic's location without the names of types that it tried."""
+    path: list[int | str] = []
+    for place, part in enumerate(location):
+        if isinstance(part, int) and isinstance(body, list) and part < len(body):
+            path.append(part)
+            body = body[part]
+        elif isinstance(body, dict) and (part in body or place == len(location) - 1):
+            path.append(part)
+            body = body.get(str(part))
+    return path

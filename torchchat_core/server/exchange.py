@@ -1,0 +1,216 @@
+"""What every endpoint does around its answer: the model in use, options, usage, and how JSON and events are sent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from torchchat_core.batching import Job
+from torchchat_core.errors import TorchchatError
+from torchchat_core.generation import FinishedEvent, TokenEvent
+from torchchat_core.generation_options import GenerationOptions, Grammar, SamplingOptions
+from torchchat_core.server.engine import Answers, Engine
+from torchchat_core.server.errors import ApiError, refused
+from torchchat_core.server.limits import Limits
+from torchchat_core.server.metrics import Metrics
+from torchchat_core.server.schemas import Sampling
+from torchchat_core.server.shelf import Shelf
+from torchchat_core.specs import Tokenizer
+from torchchat_core.tokenizers.base import text_bytes
+
+Result = TypeVar("Result")
+SMALLEST_TOP_P = 1e-9  # what top_p 0 means: the likeliest token alone
+LEAST_LOGPROB = -9999.0  # in place of minus infinity, which JSON cannot say
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the endpoints share."""
+
+    shelf: Shelf
+    limits: Limits
+    metrics: Metrics
+    fingerprint: str
+
+
+class Exchange:
+    """One request, from the moment its model is in use until its answer is sent or its client has gone."""
+
+    def __init__(self, service: Service, request: Request, model: str) -> None:
+        self.service = service
+        self.request = request
+        self.model = model
+        self.created = int(time.time())
+        self.engine: Engine
+        self._stack = AsyncExitStack()
+
+    async def open(self) -> None:
+        """Has the model loaded, and keeps it so until `close`."""
+        self.engine = await self._stack.enter_async_context(self.service.shelf.use(self.model))
+
+    async def close(self) -> None:
+        await self._stack.aclose()
+
+    def submit(self, jobs: Sequence[Job], stream: bool | None) -> Answers:
+        """Has answers made, whose places become free at the end of the exchange at the latest."""
+        answers = self.engine.submit(jobs, whole=not stream)
+        self._stack.callback(answers.cancel)
+        return answers
+
+    def client(self, user: str | None) -> str:
+        """Whose request it is, for the sake of fairness."""
+        return user or (self.request.client.host if self.request.client else "")
+
+    def options(self, body: Sampling, max_new_tokens: int | None, *, grammar: Grammar | None = None,
+                logprobs: int | None = None, shown: frozenset[int] = frozenset(), param: str = "max_tokens"
+                ) -> GenerationOptions:
+        """Raises `ApiError` 400 for values that the model or the server does not take."""
+        most = self.service.limits.max_output_tokens
+        if most and (max_new_tokens or 0) > most:
+            raise ApiError(400, f"{param} is {max_new_tokens}; this server gives at most {most}", param,
+                           "invalid_value")
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+                 "frequency_penalty")
+        values: dict[str, Any] = {"temperature": 1.0, **self.engine.opened.text_format.defaults}
+        values |= {name: value for name in names if (value := getattr(body, name)) is not None}
+        values["top_p"] = max(values.get("top_p", 1.0), SMALLEST_TOP_P)
+        stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+        try:
+            sampling = SamplingOptions(**values, seed=None if body.seed is None else body.seed % (1 << 64),
+                                       logit_bias=self._bias(body))
+            return GenerationOptions(sampling=sampling, max_new_tokens=max_new_tokens or most or None, stop=stop,
+                                     grammar=grammar, logprobs=logprobs, shown=shown)
+        except TorchchatError as error:
+            raise refused(error) from None
+
+    def _bias(self, body: Sampling) -> dict[int, float]:
+        bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
+        size = self.engine.opened.model.vocab_size
+        outside = [token for token in bias if token >= size]
+        if outside:
+            raise ApiError(400, f"logit_bias names token {outside[0]}; the vocabulary ends at {size - 1}", "logit_bias",
+                           "invalid_value")
+        return bias
+
+    def check_prompt(self, prompt: Sequence[int], param: str) -> None:
+        """Raises `ApiError` 400 for a prompt that is empty, too long, or not of this model's tokens."""
+        opened = self.engine.opened
+        most = min(self.service.limits.max_prompt_tokens or opened.max_seq_length, opened.max_seq_length - 1)
+        if not prompt:
+            raise ApiError(400, f"{param} has no tokens, and the model has none to begin a text with", param)
+        if len(prompt) > most:
+            raise ApiError(400, f"{param} has {len(prompt)} tokens; at most {most} are possible", param,
+                           "context_length_exceeded")
+        if max(prompt) >= opened.model.vocab_size:
+            raise ApiError(400, f"{param} has token {max(prompt)}; the vocabulary ends at "
+                                f"{opened.model.vocab_size - 1}", param, "invalid_value")
+
+    async def watched(self, work: Awaitable[Result]) -> Result:
+        """The result of `work`, which is given up when the client goes away: `ClientGone` then."""
+        task = asyncio.ensure_future(work)
+        watcher = asyncio.create_task(_gone(self.request.receive))
+        try:
+            await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise ClientGone
+            return task.result()
+        finally:
+            for each in (task, watcher):
+                each.cancel()
+                with suppress(asyncio.CancelledError, Exception):
+                    await each
+
+
+class ClientGone(Exception):
+    """Nobody reads the answer any more."""
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events. When the client goes away, `events` is closed; `close` is called in any case."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[str], close: Callable[[], Awaitable[None]]) -> None:
+        self._events, self._close = events, close
+        super().__init__(None, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        writer = asyncio.create_task(self._write(send))
+        watcher = asyncio.create_task(_gone(receive))
+        try:
+            await asyncio.wait({writer, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if writer.done():
+                writer.result()
+        finally:
+            for task in (writer, watcher):
+                task.cancel()
+                with suppress(asyncio.CancelledError, Exception):
+                    await task
+            await self._close()
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for text in self._events:
+            await send({"type": "http.response.body", "body": text.encode("utf-8", "replace"), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def json_text(content: object) -> str:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(json_text(content).encode("utf-8", "replace"), status, headers, "application/json")
+
+
+def data_event(content: object) -> str:
+    """A server-sent event without a name."""
+    return f"data: {json_text(content)}\n\n"
+
+
+DONE_EVENT = "data: [DONE]\n\n"
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}{secrets.token_hex(16)}"
+
+
+def usage(prompt_tokens: int, finished: Sequence[FinishedEvent], jobs: Sequence[Job]) -> dict[str, Any]:
+    """`usage` of chat and text completions. An end token that was chosen counts as a token of the answer."""
+    completion = sum(len(each.token_ids) for each in finished)
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion,
+            "total_tokens": prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": min((job.reused for job in jobs), default=0)}}
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    return text_bytes(tokenizer, token).decode("utf-8", "replace")
+
+
+def logprob_entry(tokenizer: Tokenizer, event: TokenEvent) -> dict[str, Any]:
+    """One token in the form of chat completions."""
+    if event.logprobs is None:
+        return {}
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        return {"token": token_text(tokenizer, token), "logprob": max(logprob, LEAST_LOGPROB),
+                "bytes": list(text_bytes(tokenizer, token))}
+
+    return {**entry(event.token, event.logprobs.chosen),
+            "top_logprobs": [entry(token, logprob) for token, logprob in event.logprobs.top]}

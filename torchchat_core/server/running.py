@@ -1,0 +1,59 @@
+"""Running the application with uvicorn, until it is told to stop."""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from starlette.applications import Starlette
+
+from torchchat_core.errors import TorchchatError
+
+
+class Server(uvicorn.Server):
+    """Ends gracefully at SIGTERM and Ctrl-C, at once at the second one; the exit status is 0 then."""
+
+    def __init__(self, config: uvicorn.Config, app: Starlette, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._app, self._announce = app, announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._app.state.failure is None:
+            self._announce()
+        else:
+            self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+
+
+def run(app: Starlette, host: str, port: int, grace: float, announce: Callable[[str], None]) -> int:
+    """Serves until a signal; the exit status. `announce` gets the address, once the first model is loaded.
+
+    Raises `TorchchatError` where the address cannot be used, or that model cannot be loaded.
+    """
+    listener = _bound(host, port)
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{listener.getsockname()[1]}"
+    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on", server_header=False,
+                            timeout_graceful_shutdown=math.ceil(grace))
+    Server(config, app, lambda: announce(address)).run(sockets=[listener])
+    failure: TorchchatError | None = app.state.failure
+    if failure is not None:
+        raise failure
+    return 0
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise TorchchatError(f"cannot listen at {host}:{port}: {error.strerror or error}",
+                             "choose another --port, or end what is using it") from None

@@ -1,0 +1,44 @@
+"""POST /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.responses import Response
+
+from torchchat_core.conversation import encode_plain
+from torchchat_core.server.chat import chat_prompt, template_messages, tool_use
+from torchchat_core.server.errors import ApiError
+from torchchat_core.server.exchange import Exchange, json_response
+from torchchat_core.server.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
+
+
+async def tokenize(exchange: Exchange, body: TokenizeRequest) -> Response:
+    tokens = await asyncio.to_thread(_tokens, exchange, body)
+    return json_response({"tokens": tokens, "count": len(tokens),
+                          "max_model_len": exchange.engine.opened.max_seq_length})
+
+
+def _tokens(exchange: Exchange, body: TokenizeRequest) -> list[int]:
+    text_format = exchange.engine.opened.text_format
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "give either prompt or messages", "prompt", "invalid_value")
+    if body.messages is not None:
+        chat = ChatRequest(model=exchange.model, messages=body.messages, tools=body.tools)
+        return chat_prompt(text_format, template_messages(chat), tool_use(chat, text_format), {})
+    if body.tools is not None:
+        raise ApiError(400, "tools need messages", "tools", "invalid_value")
+    text = body.prompt or ""
+    if body.add_special_tokens:
+        return encode_plain(text, text_format.tokenizer, special=True)
+    return text_format.tokenizer.encode(text, special=True)
+
+
+async def detokenize(exchange: Exchange, body: DetokenizeRequest) -> Response:
+    size = exchange.engine.opened.model.vocab_size
+    outside = [token for token in body.tokens if token >= size]
+    if outside:
+        raise ApiError(400, f"token {outside[0]} is outside the vocabulary, which ends at {size - 1}", "tokens",
+                       "invalid_value")
+    text = await asyncio.to_thread(exchange.engine.opened.text_format.tokenizer.decode, body.tokens)
+    return json_response({"prompt": text})
