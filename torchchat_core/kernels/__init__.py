@@ -26,7 +26,7 @@ WORTH_BUILDING = 200 << 20  # bytes of weights for which it is worth the time to
 
 
 NOT_BUILT = "the CPU kernels are not built yet: python -m torchchat_core.kernels"
-
+OF_A_FILE = "this process has the CPU kernels that came with an exported file"
 
 _lock = threading.Lock()
 _outcome: list[str | None] = []  # of the first attempt that did not end with NOT_BUILT
@@ -59,18 +59,18 @@ def load_from(library: Path) -> str | None:
     """Makes the operators of a compiled library available, which came with an exported file: nothing is compiled.
 
     Where others are loaded already, or were built here, those are kept: a process can have one library alone. None, or
-    why there are none.
+    why there are none. The library may be of another torchchat, with other operators: the caller has to look whether
+    those that it needs are there, and `load` does not give them to anyone else.
     """
     reason = load(building=False)
-    if reason is None or reason.startswith(SWITCH):
-        return reason
+    if reason is None or reason == OF_A_FILE or reason.startswith(SWITCH):
+        return None if reason == OF_A_FILE else reason
     with _lock:
         try:
             torch.ops.load_library(str(library))
-            _register_fakes()
         except (OSError, RuntimeError) as error:
             return str(error).partition("\n")[0]
-        _outcome[:] = [None]
+        _outcome[:] = [OF_A_FILE]
         return None
 
 
@@ -93,6 +93,7 @@ def _load(path: Path) -> None:
 
 def _register_fakes() -> None:
     torch.library.register_fake("torchchat::pack_quantized", _fake_pack)
+    torch.library.register_fake("torchchat::in_weight_memory", torch.empty_like)
     torch.library.register_fake("torchchat::unpack_quantized", _fake_unpack)
     torch.library.register_fake("torchchat::quantized_linear", _fake_linear)
     torch.library.register_fake("torchchat::quantized_linears", _fake_linears)

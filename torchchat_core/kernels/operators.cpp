@@ -1,5 +1,5 @@
-// The kernels as operators of PyTorch: torchchat::quantized_linear(s), pack_quantized, unpack_quantized, unpack_ggml,
-// take_apart_ggml, dense_linear(s), rms_norm, cached_attention, batched_attention.
+// The kernels as operators of PyTorch: torchchat::quantized_linear(s), pack_quantized, unpack_quantized,
+// in_weight_memory, unpack_ggml, take_apart_ggml, dense_linear(s), rms_norm, cached_attention, batched_attention.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -87,6 +87,19 @@ at::Tensor pack_quantized(const at::Tensor& values, const at::Tensor& scales, co
       pack(layout, stored, panel, target + panel * layout.panel_bytes());
   });
   return packed;
+}
+
+// A copy of packed weights that lie elsewhere, such as in a file that is mapped with small pages.
+at::Tensor in_weight_memory(const at::Tensor& packed) {
+  TORCH_CHECK(packed.dim() == 1 && packed.scalar_type() == at::kByte && packed.is_contiguous(),
+              "packed weights have to be contiguous uint8 [bytes]");
+  at::Tensor copy = weight_memory(packed.numel());
+  const uint8_t* from = packed.const_data_ptr<uint8_t>();
+  uint8_t* to = copy.mutable_data_ptr<uint8_t>();
+  at::parallel_for(0, packed.numel(), 1 << 20, [&](int64_t first, int64_t last) {
+    std::memcpy(to + first, from + first, last - first);
+  });
+  return copy;
 }
 
 void check_packed(const at::Tensor& packed, const PanelLayout& layout, int64_t outputs) {
@@ -590,6 +603,7 @@ void take_apart_ggml(const at::Tensor& blocks, const std::string& format, at::Te
 TORCH_LIBRARY(torchchat, library) {
   library.def("pack_quantized(Tensor values, Tensor scales, Tensor? offsets, int columns, int bits, int group_size) -> "
               "Tensor");
+  library.def("in_weight_memory(Tensor packed) -> Tensor");
   library.def("unpack_quantized(Tensor packed, int outputs, int columns, int bits, int group_size, bool asymmetric) -> "
               "Tensor");
   library.def("quantized_linear(Tensor x, Tensor packed, Tensor? bias, int outputs, int bits, int group_size, bool "
@@ -611,6 +625,7 @@ TORCH_LIBRARY(torchchat, library) {
 
 TORCH_LIBRARY_IMPL(torchchat, CPU, library) {
   library.impl("pack_quantized", &torchchat::pack_quantized);
+  library.impl("in_weight_memory", &torchchat::in_weight_memory);
   library.impl("unpack_quantized", &torchchat::unpack_quantized);
   library.impl("quantized_linear", &torchchat::quantized_linear);
   library.impl("quantized_linears", &torchchat::quantized_linears);
