@@ -28,7 +28,7 @@
 namespace torchchat {
 namespace {
 
-constexpr int64_t kBytesOfAThread = 1 << 16;  // of a layer's weights, or the head's, that are worth a thread
+constexpr int64_t kBytesOfAThread = 1 << 18;  // of a layer's weights, or the head's, that are worth a thread
 // Of a stage's weights that a thread takes at once. A memory that is read in long runs is faster, and what is taken last
 // is what others wait for.
 constexpr int64_t kLeastPiece = 1 << 16, kLargestPiece = 1 << 18, kPiecesOfAThread = 8;
