@@ -308,7 +308,8 @@ def test_the_grid_holds_every_executor_against_the_reference_in_processes_of_the
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     crashing = STALE.replace("stale", "crashing").replace("super().load(request)", "__import__('os').abort()")
     make_plugin(f"FAULT = None\n{crashing}", distribution="crashing-plugin")
-    done = torchchat("-p", "no:tc-compile", "verify", testdata / "hf/stories260K", "--all", *COMMON)
+    done = torchchat("-p", "no:tc-compile", "-p", "no:tc-aoti", "-p", "no:tc-quant-int8", "verify",
+                     testdata / "hf/stories260K", "--all", *COMMON)
     assert done.code == 1
     lines = done.out.splitlines()
     assert lines[0].split()[:2] == ["combination", "difference"]
