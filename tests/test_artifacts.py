@@ -18,7 +18,16 @@ from typing import Any
 import pytest
 
 from torchchat_core.archive import ALIGNMENT, Archive, ArchiveWriter
-from torchchat_core.artifacts import Artifact, Content, Manifest, Target, has_manifest, open_artifact, write_artifact
+from torchchat_core.artifacts import (
+    Artifact,
+    Content,
+    Manifest,
+    Target,
+    exported_file,
+    has_manifest,
+    open_artifact,
+    write_artifact,
+)
 from torchchat_core.errors import TorchchatError
 from torchchat_core.pipeline import ModelRequest, fetch_files, open_checkpoint
 from torchchat_core.plugins import load_registry
@@ -80,7 +89,7 @@ def boxes(make_plugin: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.fixture
 def file(torchchat: Any) -> Path:
     """The embedded model, exported."""
-    done = torchchat("export", "embedded", "-o", "m.pte", "--max-seq-length", "300")
+    done = torchchat("export", "embedded", "--output-box-path", "m.pte", "--max-seq-length", "300")
     assert done.code == 0, done.err
     return Path("m.pte")
 
@@ -144,7 +153,7 @@ def test_the_users_defaults_do_not_forbid_a_file(file: Path, torchchat: Any, mon
 
 def test_a_quantised_file_knows_its_recipe(torchchat: Any) -> None:
     recipe = '{"linear:int8": {"groupsize": 32}}'
-    assert torchchat("export", "embedded", "-o", "q.pte", "--quantize", recipe).code == 0
+    assert torchchat("export", "embedded", "--output-box-path", "q.pte", "--quantize", recipe).code == 0
     manifest = open_artifact(Path("q.pte")).manifest
     assert (manifest.recipe, manifest.schemes) == (json.loads(recipe), ("linear:int8",))
     done = torchchat("generate", "q.pte", "--quantize", "linear:int4", *ASKED)
@@ -152,7 +161,7 @@ def test_a_quantised_file_knows_its_recipe(torchchat: Any) -> None:
 
 
 @pytest.mark.parametrize("arguments", [
-    ("export", "m.pte", "-o", "again.pte"),
+    ("export", "m.pte", "--output-box-path", "again.pte"),
     ("convert", "m.pte", "--output-dir", "folder"),
     ("quantize", "m.pte", "--quantize", "linear:int8", "--output-dir", "folder"),
 ])
@@ -161,10 +170,31 @@ def test_nothing_is_made_of_an_exported_file(file: Path, torchchat: Any, argumen
     assert (done.code, "m.pte is an exported file" in done.err) == (1, True), done.err
 
 
-def test_a_file_may_have_any_name(file: Path, torchchat: Any) -> None:
-    for name in ("plain", "model.v1"):
+def test_a_file_may_have_no_ending_and_no_foreign_one(file: Path, torchchat: Any) -> None:
+    for name, code in (("plain", 0), ("model.v1", 1)):
         shutil.copyfile(file, name)
-        assert torchchat("generate", name, *ASKED).code == 0
+        assert torchchat("generate", name, *ASKED).code == code
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "m.pt", "folder/model.safetensors"])
+def test_a_checkpoint_that_hides_a_program_is_no_exported_file(file: Path, torchchat: Any, name: str) -> None:
+    Path("folder").mkdir()
+    shutil.copyfile(file, name)
+    model = "folder" if name.startswith("folder") else name
+    assert exported_file(fetch_files(ModelRequest(model=model), load_registry())) is None
+    assert torchchat("generate", model, *ASKED).code == 1
+    assert "no exported file" in torchchat("inspect", model).err
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("m.pte", "aoti-dso"), ("m.pte", "aoti-package"), ("m.pt2", "aoti-dso"), ("m.so", "aoti-package"),
+    ("m.so", "executorch"), ("m.gguf", "aoti-dso"), ("m.safetensors", "aoti-dso"),
+])
+def test_a_kind_that_the_ending_does_not_announce_is_refused(file: Path, name: str, kind: str) -> None:
+    changed(file, lambda content: content.update(kind=kind), "copy.pte")
+    Path("copy.pte").replace(name)
+    with pytest.raises(TorchchatError, match=f"holds a program of the kind '{kind}', whose files end in"):
+        open_artifact(Path(name))
 
 
 def test_paths_of_several_files_exclude_each_other(torchchat: Any) -> None:
@@ -175,7 +205,8 @@ def test_paths_of_several_files_exclude_each_other(torchchat: Any) -> None:
 def test_the_length_is_refused_where_files_have_none(torchchat: Any) -> None:
     done = torchchat("export", "embedded", "-o", "m.gguf", "--max-seq-length", "5")
     assert (done.code, "do not limit the length" in done.err) == (1, True), done.err
-    assert "the model takes 1 to" in torchchat("export", "embedded", "-o", "m.pte", "--max-seq-length", "0").err
+    refused = torchchat("export", "embedded", "--output-box-path", "m.pte", "--max-seq-length", "0")
+    assert "the model takes 1 to" in refused.err
 
 
 # ---- what a file says ---------------------------------------------------------------------------------------------
@@ -212,7 +243,7 @@ def test_entries_are_stored_and_aligned_and_open_with_zipfile(file: Path) -> Non
 
 def test_the_same_export_gives_the_same_bytes(file: Path, torchchat: Any) -> None:
     before = file.read_bytes()
-    torchchat("export", "embedded", "-o", "m.pte", "--max-seq-length", "300")
+    torchchat("export", "embedded", "--output-box-path", "m.pte", "--max-seq-length", "300")
     assert file.read_bytes() == before
 
 

@@ -35,8 +35,10 @@ MAXIMUM_MANIFEST = 16 << 20  # bytes
 MAXIMUM_TOKENIZER = 256 << 20  # bytes of all its files
 MAXIMUM_NAMES = 1 << 17  # entries with a digest
 SUFFIXES = {".pt2": "tc-aoti", ".so": "tc-aoti", ".pte": "tc-executorch"}  # of such files, and what runs them
+ENDINGS = {"aoti-package": ".pt2", "aoti-dso": ".so", "executorch": ".pte"}  # that a file of each kind has
 PLUGINS = {"aoti-package": "tc-aoti", "aoti-dso": "tc-aoti", "executorch": "tc-executorch"}  # that run each kind
 FILE_NAME = re.compile(r"[^\x00-\x1f/\\<>:\"|?*]{1,150}")
+ARTIFACT = "artifact"  # the format of exported files without a known ending, as `ModelFiles` has it
 MACHINES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}  # other names of the same
 AGAIN = "export the model again"
 
@@ -253,15 +255,21 @@ def has_manifest(path: Path) -> bool:
 
 
 def exported_file(files: ModelFiles) -> Path | None:
-    """The file, where the model is one that was exported, or has the ending of such a file; else None."""
+    """The file, where the model has the ending of an exported one, or is one without an ending; else None.
+
+    Checkpoints are never looked into: a program that hides behind other weights must not run.
+    """
     path = files.weights[0] if len(files.weights) == 1 else None
-    return path if path is not None and (path.suffix.lower() in SUFFIXES or has_manifest(path)) else None
+    if path is None or not (path.suffix.lower() in SUFFIXES or files.format == ARTIFACT):
+        return None
+    return path
 
 
 def open_artifact(path: Path) -> Artifact:
     """The exported file, its manifest checked; digests and target are not yet.
 
-    Raises `TorchchatError` for a file that something else made, that is damaged, or of a later format.
+    Raises `TorchchatError` for a file that something else made, that is damaged, of a later format, or of a kind that
+    its ending does not announce.
     """
     try:
         archive = Archive(path)
@@ -283,6 +291,10 @@ def open_artifact(path: Path) -> Artifact:
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise TorchchatError(f"{path.name} is of format version {version!r:.40}; this torchchat reads version "
                              f"{FORMAT_VERSION}", "use a newer torchchat, or export the model again")
+    kind, suffix = content.get("kind"), path.suffix.lower()
+    if suffix and isinstance(kind, str) and ENDINGS.get(kind, suffix) != suffix:  # machine code in the guise of data
+        raise TorchchatError(f"{path.name} ends in {suffix}, and holds a program of the kind {kind!r}, whose files end "
+                             f"in {ENDINGS[kind]}", "do not run it, unless you know who renamed it")
     return Artifact(path, archive, entry.removesuffix(FOLDER + MANIFEST), content)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchchat_core import progress
-from torchchat_core.artifacts import has_manifest, this_machine
+from torchchat_core.artifacts import ARTIFACT, has_manifest, this_machine
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import cache_folder, expanded
@@ -47,7 +47,7 @@ def exported_once(request: ModelRequest, files: ModelFiles, registry: Registry
     plain = dataclasses.replace(request, executor=executor.name, device="fast", dtype=None, quantize=None, adapter=None,
                                 params_path=None, tokenizer_path=None, calibration=None, keep_quantized=False,
                                 defaults=request.defaults - {"executor"})
-    return plain, dataclasses.replace(files, weights=(path,))
+    return plain, dataclasses.replace(files, weights=(path,), format=ARTIFACT)
 
 
 def _way(request: ModelRequest, registry: Registry) -> Way | None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from torchchat_core.artifacts import has_manifest
+from torchchat_core.artifacts import ARTIFACT, has_manifest
 from torchchat_core.errors import TorchchatError
 from torchchat_core.small_files import expanded
 from torchchat_core.sources.reference import missing_file
@@ -84,7 +84,7 @@ def files_of_single_file(ref: ModelRef, path: Path) -> ModelFiles:
     """
     kind = SINGLE_FILE_FORMATS.get(path.suffix, path.suffix.removeprefix(".").lower())
     if not kind and has_manifest(path):
-        kind = "artifact"
+        kind = ARTIFACT
     if not kind:
         raise TorchchatError(f"{path.name!r} is no kind of checkpoint that is known here",
                              f"known endings are {', '.join((*SINGLE_FILE_FORMATS, *WHOLE_MODEL_FORMATS))}")
