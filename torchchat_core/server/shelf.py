@@ -26,9 +26,11 @@ class Entry:
     request: ModelRequest
     created: int = field(default_factory=lambda: int(time.time()))
     engine: Engine | None = None
+    loading: asyncio.Task[Engine] | None = None  # shared by all who wait, and not ended by one who leaves
+    waiting: int = 0  # requests that wait for it to be loaded
     users: int = 0  # requests that are using it now
     used_at: float = 0.0
-    bytes: int = 0  # of its weights, while it is loaded
+    bytes: int = 0  # of its weights: from when room is made for them until they are given back
 
 
 class Shelf:
@@ -39,7 +41,7 @@ class Shelf:
         self.entries = {name: Entry(name, request) for name, request in requests.items()}
         self._registry, self._limits, self._metrics = registry, limits, metrics
         self._changing = asyncio.Lock()  # one model is loaded at a time
-        self._released = asyncio.Event()
+        self._changed = asyncio.Event()  # that there may be room now, or that a request waits no longer
 
     @property
     def loaded(self) -> list[Entry]:
@@ -56,52 +58,96 @@ class Shelf:
     async def use(self, name: str) -> AsyncIterator[Engine]:
         """The model's engine; it stays loaded within. Raises `ApiError` where it cannot be had."""
         entry = self.find(name)
-        entry.users += 1
         try:
             async with asyncio.timeout(self._limits.max_time):
-                engine = await self._loaded(entry)
-            entry.used_at = time.monotonic()
+                engine = await self._taken(entry)
+        except TimeoutError:
+            raise ApiError(504, f"there was no time left for the model {name!r}", code="timeout") from None
+        try:
             yield engine
         except TimeoutError:
             raise ApiError(504, f"there was no time left for the model {name!r}", code="timeout") from None
         finally:
             entry.users -= 1
             entry.used_at = time.monotonic()
-            self._released.set()
+            self._changed.set()
 
     async def close(self) -> None:
-        for entry in self.loaded:
+        for entry in self.entries.values():
+            if entry.loading is not None:
+                entry.loading.cancel()
+                await asyncio.wait({entry.loading})
             await self._unload(entry)
 
-    async def _loaded(self, entry: Entry) -> Engine:
-        async with self._changing:
-            if entry.engine is None:
-                await self._make_room(entry)
-                engine = Engine(entry.request, self._registry, self._limits, self._metrics)
-                try:
-                    await engine.ready()
-                except TorchchatError as error:
-                    raise ApiError(503, f"the model {entry.name!r} cannot be loaded: {error}") from error
-                entry.engine = engine
-                entry.bytes = engine.opened.weight_bytes
-            return entry.engine
+    async def _taken(self, entry: Entry) -> Engine:
+        """The engine of an entry, whose user the caller is from then on: nothing is awaited between the two."""
+        if entry.engine is None:
+            if entry.loading is None:
+                entry.loading = asyncio.create_task(self._load(entry))
+            entry.waiting += 1
+            try:
+                engine = await asyncio.shield(entry.loading)
+            finally:
+                entry.waiting -= 1
+                self._changed.set()
+        else:
+            engine = entry.engine
+        entry.users += 1
+        entry.used_at = time.monotonic()
+        return engine
 
-    async def _make_room(self, entry: Entry) -> None:
-        """Unloads the models that were not used for longest, until this one fits."""
+    async def _load(self, entry: Entry) -> Engine:
+        try:
+            needed = await self._make_room(entry)
+            try:
+                async with self._changing:
+                    engine = await self._started(entry)
+            except BaseException:
+                entry.bytes -= needed
+                self._changed.set()
+                raise
+            entry.bytes += engine.opened.weight_bytes - needed
+            entry.engine, entry.used_at = engine, time.monotonic()
+            return engine
+        finally:
+            entry.loading = None
+
+    async def _started(self, entry: Entry) -> Engine:
+        engine = Engine(entry.request, self._registry, self._limits, self._metrics)
+        try:
+            await engine.ready()
+        except Exception as error:
+            await engine.close()
+            raise ApiError(503, f"the model {entry.name!r} cannot be loaded: {error or type(error).__name__}"
+                           ) from error
+        except BaseException:  # the server ends
+            await engine.close()
+            raise
+        return engine
+
+    async def _make_room(self, entry: Entry) -> int:
+        """Unloads the models that were not used for longest, until this one fits; the bytes that are reserved for it.
+
+        Waits without a lock: those who use what is loaded are what it waits for.
+        """
         limit = self._limits.memory_limit << 20
         if not limit:
-            return
+            return 0
         needed = await asyncio.to_thread(self._size, entry.request)
         if needed > limit:
             raise ApiError(503, f"the model {entry.name!r} takes {bytes_text(needed)}; the server may use "
                                 f"{bytes_text(limit)} (--memory-limit)")
-        while sum(other.bytes for other in self.loaded) + needed > limit:
-            idle = [other for other in self.loaded if not other.users]
+        while sum(other.bytes for other in self.entries.values()) + needed > limit:
+            idle = [other for other in self.loaded if not other.users and not other.waiting]
             if idle:
                 await self._unload(min(idle, key=lambda other: other.used_at))
+            elif not entry.waiting:
+                raise ApiError(503, f"nobody waits for the model {entry.name!r} any more")
             else:
-                self._released.clear()
-                await self._released.wait()
+                self._changed.clear()
+                await self._changed.wait()
+        entry.bytes += needed
+        return needed
 
     def _size(self, request: ModelRequest) -> int:
         """Bytes of the weights as they are stored, which is about what they take."""
@@ -110,8 +156,12 @@ class Shelf:
         except (TorchchatError, OSError) as error:
             raise ApiError(503, f"the model cannot be loaded: {error}") from error
 
-    @staticmethod
-    async def _unload(entry: Entry) -> None:
-        engine, entry.engine, entry.bytes = entry.engine, None, 0
+    async def _unload(self, entry: Entry) -> None:
+        engine, entry.engine = entry.engine, None
         if engine is not None:
-            await engine.close()
+            freed = entry.bytes
+            try:
+                await engine.close()
+            finally:
+                entry.bytes -= freed
+                self._changed.set()

@@ -1,0 +1,123 @@
+"""Models that make room for each other, and clients that leave while one is loaded."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+
+from torchchat_core.pipeline import ModelRequest
+from torchchat_core.plugins import load_registry
+from torchchat_core.server import shelf as shelf_module
+from torchchat_core.server.errors import ApiError
+from torchchat_core.server.limits import Limits
+from torchchat_core.server.metrics import Metrics
+from torchchat_core.server.shelf import Shelf
+
+SIZE = 1 << 20
+
+
+class FakeEngine:
+    """An engine whose model comes when the test says so."""
+
+    made: ClassVar[list[FakeEngine]] = []
+    gate: ClassVar[asyncio.Event]
+    error: ClassVar[Exception | None] = None
+
+    def __init__(self, *_: Any) -> None:
+        self.opened = SimpleNamespace(weight_bytes=SIZE)
+        self.closed = False
+        self.broken = False
+        self.made.append(self)
+
+    async def ready(self) -> None:
+        await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
+    monkeypatch.setattr(shelf_module, "Engine", FakeEngine)
+    monkeypatch.setattr(Shelf, "_size", lambda *_: SIZE)
+    FakeEngine.made, FakeEngine.error = [], None
+    return FakeEngine
+
+
+def new_shelf(**limits: Any) -> Shelf:
+    FakeEngine.gate = asyncio.Event()
+    FakeEngine.gate.set()
+    return Shelf({name: ModelRequest(model=name) for name in "ab"}, load_registry(), Limits(**limits), Metrics())
+
+
+async def used(shelf: Shelf, name: str, seconds: float = 0.0) -> None:
+    async with shelf.use(name):
+        await asyncio.sleep(seconds)
+
+
+def test_requests_for_two_models_of_which_one_fits_do_not_block_each_other(fake: type[FakeEngine]) -> None:
+    async def scenario() -> None:
+        shelf = new_shelf(memory_limit=1)
+        async with shelf.use("a"):
+            other = asyncio.create_task(used(shelf, "b"))
+            await asyncio.sleep(0.1)
+            await used(shelf, "a")  # is there, whatever waits for room
+        await other
+        await asyncio.gather(*(used(shelf, name, 0.01) for name in "abab"))
+        assert sum(not engine.closed for engine in fake.made) == 1
+        assert sum(entry.bytes for entry in shelf.entries.values()) == SIZE
+        await shelf.close()
+        assert all(engine.closed for engine in fake.made)
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_a_client_that_leaves_during_loading_leaves_the_model_to_the_next(fake: type[FakeEngine]) -> None:
+    async def scenario() -> None:
+        shelf = new_shelf(memory_limit=1)
+        fake.gate.clear()
+        first = asyncio.create_task(used(shelf, "a"))
+        await asyncio.sleep(0.1)
+        first.cancel()
+        second = asyncio.create_task(used(shelf, "a"))
+        await asyncio.sleep(0.1)
+        fake.gate.set()
+        await second
+        assert len(fake.made) == 1
+        assert shelf.entries["a"].users == shelf.entries["a"].waiting == 0
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_nothing_is_loaded_for_a_client_that_left_while_it_waited_for_room(fake: type[FakeEngine]) -> None:
+    async def scenario() -> None:
+        shelf = new_shelf(memory_limit=1)
+        async with shelf.use("a"):
+            gone = asyncio.create_task(used(shelf, "b"))
+            await asyncio.sleep(0.1)
+            gone.cancel()
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)
+        assert [entry.name for entry in shelf.loaded] == ["a"]
+        assert len(fake.made) == 1
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_a_model_that_fails_in_any_way_is_closed_and_its_room_is_free(fake: type[FakeEngine]) -> None:
+    async def scenario() -> None:
+        shelf = new_shelf(memory_limit=1)
+        fake.error = RuntimeError("no memory")
+        with pytest.raises(ApiError, match="no memory") as caught:
+            await used(shelf, "a")
+        assert caught.value.status == 503
+        assert fake.made[0].closed
+        fake.error = None
+        await used(shelf, "b")
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
