@@ -75,6 +75,7 @@ class Batch:
         self._waiting: list[Job] = []
         self._prefilling: Job | None = None
         self._decoding: list[Job] = []
+        self._outcomes: list[Outcome] = []  # of steps, until they are asked for
 
     @property
     def active(self) -> int:
@@ -93,15 +94,25 @@ class Batch:
         self._waiting.append(job)
 
     def step(self) -> list[Outcome]:
-        """Computes one step; what came of it, in the order in which it came."""
-        outcomes = self._dismissed()
-        outcomes += self._prefill()
-        outcomes += self._decode()
+        """Computes one step; what came of it, in the order in which it came.
+
+        After a fault of its own, `drain` gives what had come before it.
+        """
+        self._dismiss()
+        self._prefill()
+        self._decode()
+        return self.drain()
+
+    def drain(self) -> list[Outcome]:
+        """What came of steps that nobody was given yet."""
+        outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
     def fail_all(self, error: TorchchatError) -> list[Outcome]:
-        """Ends every answer with an error: after a fault whose extent is unknown."""
-        return [self._failed(job, error) for job in self._jobs()]
+        """Ends every answer with an error, after a fault whose extent is unknown; what came before it stands first."""
+        for job in self._jobs():
+            self._fail(job, error)
+        return self.drain()
 
     def close(self) -> None:
         """Gives the memory of all sequences back. Answers in progress are forgotten."""
@@ -110,17 +121,14 @@ class Batch:
 
     # ---- those that go ---------------------------------------------------------------------------------------------
 
-    def _dismissed(self) -> list[Outcome]:
+    def _dismiss(self) -> None:
         """Lets go of answers that nobody wants any more, and of those whose time is over."""
         now = time.monotonic()
-        gone = [job for job in self._jobs() if job.cancelled or job.deadline < now]
-        outcomes: list[Outcome] = []
-        for job in gone:
+        for job in self._jobs():
             if job.cancelled:
                 self._release(job)
-            else:
-                outcomes.append(self._failed(job, TorchchatError("the time for the answer is over"), late=True))
-        return outcomes
+            elif job.deadline < now:
+                self._fail(job, TorchchatError("the time for the answer is over"), late=True)
 
     def _jobs(self) -> list[Job]:
         return [*self._waiting, *([self._prefilling] if self._prefilling else []), *self._decoding]
@@ -135,15 +143,16 @@ class Batch:
             (self.pool.drop if broken else self.pool.give)(job.sequence)
             job.sequence = None
 
-    def _failed(self, job: Job, error: TorchchatError, late: bool = False) -> Outcome:
+    def _fail(self, job: Job, error: Exception, late: bool = False) -> None:
+        """Ends one answer: a fault in it, such as a failed allocation, is no reason to end the others."""
+        known = error if isinstance(error, TorchchatError) else TorchchatError(f"{type(error).__name__}: {error}")
+        self._outcomes.append((job, Failure(known, late)))
         self._release(job, broken=not late)
-        return job, Failure(error, late)
 
     # ---- prompts ---------------------------------------------------------------------------------------------------
 
-    def _prefill(self) -> list[Outcome]:
+    def _prefill(self) -> None:
         """Computes about `PREFILL_CHUNK` tokens of prompts, so that answers in progress do not wait for long."""
-        outcomes: list[Outcome] = []
         budget = PREFILL_CHUNK
         while budget > 0:
             job = self._prefilling or self._next()
@@ -158,10 +167,9 @@ class Batch:
                 if logits is not None:
                     self._prefilling = None
                     self._decoding.append(job)
-                    outcomes += self._taken(job, logits)
-            except TorchchatError as error:
-                outcomes.append(self._failed(job, error))
-        return outcomes
+                    self._take(job, logits)
+            except Exception as error:
+                self._fail(job, error)
 
     def _next(self) -> Job | None:
         """Of those that wait, the first one of a client with the fewest answers in progress."""
@@ -192,53 +200,55 @@ class Batch:
 
     # ---- answers ---------------------------------------------------------------------------------------------------
 
-    def _decode(self) -> list[Outcome]:
+    def _decode(self) -> None:
         """One token for each answer in progress."""
         jobs = list(self._decoding)
         if not jobs:
-            return []
+            return
         self.steps += 1
         self.decoded += len(jobs)
         if not self._batched or len(jobs) == 1:
-            return [outcome for job in jobs for outcome in self._decode_one(job)]
+            for job in jobs:
+                self._decode_one(job)
+            return
         sequences = [cast(TokenSequence, job.sequence) for job in jobs]
         try:
             logits = decode_together(cast(BatchedModel, self._model), sequences, [_answer(job).token for job in jobs])
-        except TorchchatError as error:
-            return [self._failed(job, error) for job in jobs]
-        return self._chosen(jobs, logits)
+            self._choose(jobs, logits)
+        except Exception as error:  # of the step itself: whose it is, cannot be told
+            for job in self._decoding[:]:
+                self._fail(job, error)
 
-    def _decode_one(self, job: Job) -> list[Outcome]:
+    def _decode_one(self, job: Job) -> None:
         try:
-            return self._taken(job, cast(TokenSequence, job.sequence).decode(_answer(job).token))
-        except TorchchatError as error:
-            return [self._failed(job, error)]
+            self._take(job, cast(TokenSequence, job.sequence).decode(_answer(job).token))
+        except Exception as error:
+            self._fail(job, error)
 
-    def _chosen(self, jobs: list[Job], logits: Tensor) -> list[Outcome]:
+    def _choose(self, jobs: list[Job], logits: Tensor) -> None:
         """What each of the answers makes of its row of logits [jobs, vocab]: the simple ones all at once."""
         best = logits.max(dim=1)
         finite, likeliest = torch.isfinite(best.values).tolist(), best.indices.tolist()
-        outcomes: list[Outcome] = []
         for row, job in enumerate(jobs):
             answer = _answer(job)
-            if finite[row] and answer.takes_the_likeliest:
-                outcomes += self._went_on(job, list(answer.take_token(likeliest[row])))
-                continue
             try:
-                outcomes += self._taken(job, logits[row])
-            except TorchchatError as error:
-                outcomes.append(self._failed(job, error))
-        return outcomes
+                if finite[row] and answer.takes_the_likeliest:
+                    self._go_on(job, list(answer.take_token(likeliest[row])))
+                else:
+                    self._take(job, logits[row])
+            except Exception as error:
+                self._fail(job, error)
 
-    def _taken(self, job: Job, logits: Tensor) -> list[Outcome]:
-        return self._went_on(job, list(_answer(job).take(logits)))
+    def _take(self, job: Job, logits: Tensor) -> None:
+        self._go_on(job, list(_answer(job).take(logits)))
 
-    def _went_on(self, job: Job, events: list[Event]) -> list[Outcome]:
+    def _go_on(self, job: Job, events: list[Event]) -> None:
         answer = _answer(job)
         if answer.reason is not None:
             events += answer.finish()
+        self._outcomes += [(job, event) for event in events]
+        if answer.reason is not None:
             self._release(job)
-        return [(job, event) for event in events]
 
 
 def _answer(job: Job) -> Answer:

@@ -19,7 +19,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from torchchat_core.batching import Batch, Failure, Job
-from torchchat_core.generation import FinishedEvent
+from torchchat_core.generation import FinishedEvent, TokenSequence
 from torchchat_core.generation_options import GenerationOptions, SamplingOptions
 from torchchat_core.pipeline import ModelRequest, open_model
 from torchchat_core.plugins import load_registry
@@ -133,6 +133,39 @@ def test_a_broken_step_ends_its_answers_and_no_others(opened: Any, one_thread: N
     ends = finish(batch, [job([1, 5]), job([1, 10**6])])
     assert isinstance(ends[1], Failure)
     assert ends[0].reason == "length"
+
+
+def test_a_failed_allocation_in_one_answer_leaves_the_outcomes_of_the_others(
+        opened: Any, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefill = TokenSequence.prefill
+
+    def failing(self: TokenSequence, tokens: Any) -> Any:
+        if 77 in tokens:
+            raise MemoryError("out of memory")
+        return prefill(self, tokens)
+
+    monkeypatch.setattr(TokenSequence, "prefill", failing)
+    ends = finish(batch_of(opened), [job([1, 5], tokens=1), job([1, 77]), job([1, 6], tokens=1)])
+    assert isinstance(ends[1], Failure)
+    assert "out of memory" in str(ends[1].error)
+    assert [ends[place].reason for place in (0, 2)] == ["length", "length"]
+
+
+def test_when_the_thread_of_a_model_dies_its_clients_hear_of_it(
+        chat_model: Path, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Batch.step
+
+    def dying(self: Batch) -> Any:
+        monkeypatch.setattr(Batch, "step", step)
+        raise SystemExit("the driver is gone")
+
+    with serve({"tiny": chat_model}, max_time=20) as client:
+        monkeypatch.setattr(Batch, "step", dying)
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 2}
+        found = client.post("/v1/completions", json=body)
+        assert found.status_code == 500
+        assert "the driver is gone" in found.text
+        assert client.post("/v1/completions", json=body).status_code == 200
 
 
 @pytest.fixture

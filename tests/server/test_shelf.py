@@ -121,3 +121,14 @@ def test_a_model_that_fails_in_any_way_is_closed_and_its_room_is_free(fake: type
         await used(shelf, "b")
 
     asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_a_model_whose_thread_died_is_loaded_anew(fake: type[FakeEngine]) -> None:
+    async def scenario() -> None:
+        shelf = new_shelf(memory_limit=1)
+        await used(shelf, "a")
+        fake.made[0].broken = True
+        await used(shelf, "a")
+        assert [engine.closed for engine in fake.made] == [True, False]
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))

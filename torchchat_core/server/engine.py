@@ -78,8 +78,9 @@ class Engine:
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._condition = threading.Condition()
         self._new: list[Job] = []
-        self._calls: list[Callable[[LoadedModel], None]] = []
+        self._calls: list[tuple[Callable[[LoadedModel], None], Future[Any]]] = []
         self._closing = False
+        self._error: BaseException | None = None  # what ended the thread
         self._answers: dict[int, Answers] = {}  # id of a job -> where its events go
         self._thread = threading.Thread(target=self._run, name="torchchat-model", daemon=True)
         self._thread.start()
@@ -89,6 +90,11 @@ class Engine:
         await asyncio.shield(self._ready)
 
     @property
+    def broken(self) -> bool:
+        """Whether a fault ended the thread; no answer comes from it any more."""
+        return self._error is not None
+
+    @property
     def in_progress(self) -> int:
         """Answers that are made or wait."""
         return len(self._answers)
@@ -96,8 +102,9 @@ class Engine:
     def submit(self, jobs: Sequence[Job], whole: bool = False) -> Answers:
         """Has answers made, for a reader of their events or of `whole` ones.
 
-        Raises `ApiError` 429 where too many wait.
+        Raises `ApiError` 429 where too many wait, 503 where the model has failed.
         """
+        self._check()
         if self.in_progress + len(jobs) > self.width + self._limits.max_queue:
             raise ApiError(429, f"{self.in_progress} answers are in progress or wait; try again later",
                            code="queue_full")
@@ -119,6 +126,7 @@ class Engine:
 
     async def call(self, function: Callable[[LoadedModel], Result]) -> Result:
         """Runs a function of the model between two steps, on the model's thread."""
+        self._check()
         done: Future[Result] = Future()
 
         def run(model: LoadedModel) -> None:
@@ -129,9 +137,13 @@ class Engine:
                     done.set_exception(error)
 
         with self._condition:
-            self._calls.append(run)
+            self._calls.append((run, done))
             self._condition.notify()
         return await asyncio.wait_for(asyncio.wrap_future(done), self._limits.max_time)
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise ApiError(503, f"the model has failed: {self._error or type(self._error).__name__}; try again")
 
     async def close(self) -> None:
         """Ends the thread after its step and gives the memory back; answers in progress are lost."""
@@ -163,13 +175,17 @@ class Engine:
             with self._condition:
                 jobs, self._new = self._new, []
                 calls, self._calls = self._calls, []
-            for call in calls:
+            for call, _ in calls:
                 call(model)
             outcomes = [outcome for job in jobs for outcome in self._added(batch, job)]
             try:
                 outcomes += batch.step()
             except Exception as error:  # a fault of an executor must not leave everyone waiting
                 outcomes += batch.fail_all(TorchchatError(f"{type(error).__name__}: {error}"))
+            except BaseException:
+                outcomes += batch.drain()
+                self._tell(lambda sent=outcomes: self._deliver(sent))  # type: ignore[misc]
+                raise
             self._metrics.observe_batch(batch)
             if outcomes:
                 self._tell(lambda sent=outcomes: self._deliver(sent))  # type: ignore[misc]
@@ -184,8 +200,9 @@ class Engine:
     def _added(self, batch: Batch, job: Job) -> list[Outcome]:
         try:
             batch.add(job)
-        except TorchchatError as error:
-            return [(job, Failure(error))]
+        except Exception as error:
+            known = error if isinstance(error, TorchchatError) else TorchchatError(f"{type(error).__name__}: {error}")
+            return [(job, Failure(known))]
         return []
 
     def _tell(self, function: Callable[[], Any]) -> None:
@@ -200,8 +217,17 @@ class Engine:
             self._ready.set_result(None)
 
     def _failed(self, error: BaseException) -> None:
+        """The thread has ended: whoever waits for it hears why."""
+        self._error = error
         if not self._ready.done():
             self._ready.set_exception(error)
+        with self._condition:
+            calls, self._calls = self._calls, []
+        for _, done in calls:
+            if done.set_running_or_notify_cancel():
+                done.set_exception(error)
+        failure = Failure(TorchchatError(f"the model has failed: {type(error).__name__}: {error}"))
+        self._deliver([(job, failure) for answers in set(self._answers.values()) for job in answers.jobs])
 
     def _deliver(self, outcomes: list[Outcome]) -> None:
         for job, event in outcomes:

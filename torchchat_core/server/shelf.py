@@ -81,6 +81,8 @@ class Shelf:
 
     async def _taken(self, entry: Entry) -> Engine:
         """The engine of an entry, whose user the caller is from then on: nothing is awaited between the two."""
+        if entry.engine is not None and entry.engine.broken:
+            await self._unload(entry)  # and have it loaded anew
         if entry.engine is None:
             if entry.loading is None:
                 entry.loading = asyncio.create_task(self._load(entry))
