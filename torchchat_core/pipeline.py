@@ -134,11 +134,11 @@ def _executor(request: ModelRequest, files: ModelFiles, device: str, dtype: str,
 
 
 def export_model(request: ModelRequest, exporter: ExporterInfo, path: Path, options: Any,
-                 registry: Registry) -> ModelFiles:
+                 registry: Registry, longest: int | None = None) -> ModelFiles:
     """Fetches, opens and builds the model, and has `exporter` write it to `path`; the files that it was made of.
 
-    The dtype is the checkpoint's own unless another one is asked for. Raises `TorchchatError` as `open_model` does,
-    and for what the exporter does not write.
+    The dtype is the checkpoint's own unless another one is asked for. `longest` bounds the length where the request
+    has none. Raises `TorchchatError` as `open_model` does, and for what the exporter does not write.
     """
     wished = parse_recipe(request.quantize, registry) if request.quantize is not None else None
     device = _chosen_device(request, wished, otherwise="cpu")
@@ -149,8 +149,12 @@ def export_model(request: ModelRequest, exporter: ExporterInfo, path: Path, opti
     recipe = _settled(wished, request, checkpoint, registry, device, dtype)
     schemes = _schemes(recipe, checkpoint)
     require_export(exporter, device, dtype, schemes, registry, is_layered(checkpoint))
-    if request.max_seq_length is not None:
-        _check_export_limit(exporter, request.max_seq_length, checkpoint.config.max_context)
+    limit = request.max_seq_length
+    if limit is not None:
+        _check_export_limit(exporter, limit, checkpoint.config.max_context)
+    elif longest is not None:
+        config = checkpoint.config  # with a window, runtimes export no more positions than it has
+        limit = min(longest, config.max_context, config.sliding_window or longest)
     text = text_content(files, registry, checkpoint.config.vocab_size) if exporter.stands_alone else None
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
     if recipe is not None:
@@ -158,7 +162,7 @@ def export_model(request: ModelRequest, exporter: ExporterInfo, path: Path, opti
     exporter.make().export(ExportRequest(
         module=module, path=path, device=device, dtype=dtype, files=files, options=options,
         name=Path(files.ref.text).name, text=text, recipe=_recipe_content(wished, checkpoint), schemes=schemes,
-        max_seq_length=request.max_seq_length))
+        max_seq_length=limit))
     return files
 
 

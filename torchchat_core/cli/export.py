@@ -74,14 +74,14 @@ def export(registry: Registry, /, **flags: Any) -> None:
     one is whole.
     """
     exporter, path = _target(flags, registry.infos(ExporterInfo))
-    flags = _with_preset(exporter, flags)
+    flags, longest = _with_preset(exporter, flags)
     options = _options(exporter, flags, registry)
     from torchchat_core.cli.progress_bars import shown_progress
     from torchchat_core.pipeline import export_model
     from torchchat_core.products import record, reference_of
 
     with shown_progress():
-        files = export_model(model_request(flags), exporter, path, options, registry)
+        files = export_model(model_request(flags), exporter, path, options, registry, longest)
     record(reference_of(files.ref), "export", path, exporter.writes)
     click.echo(str(path))
 
@@ -110,19 +110,21 @@ def _target(flags: dict[str, Any], exporters: list[ExporterInfo]) -> tuple[Expor
     return fitting[0], path
 
 
-def _with_preset(exporter: ExporterInfo, flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags, with what the preset says where the user says nothing. Raises `TorchchatError` for an unknown one."""
+def _with_preset(exporter: ExporterInfo, flags: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
+    """The flags, with what the preset says where the user says nothing; and its length, which models that are shorter
+    do not reach. Raises `TorchchatError` for an unknown one."""
     wanted = flags.pop("preset", None)
     if wanted is None:
-        return flags
+        return flags, None
     preset = next((each for each in exporter.presets if each.name == wanted), None)
     if preset is None:
         names = [each.name for each in exporter.presets]
         known = f"it has {', '.join(names)}" if names else "it has none"
         raise TorchchatError(f"the exporter {exporter.name!r} has no preset {wanted!r}; {known}",
                              did_you_mean(wanted, names))
-    chosen = {"quantize": preset.quantize, "max_seq_length": preset.max_seq_length, **preset.options}
-    return {**flags, **{name: value for name, value in chosen.items() if flags.get(name) is None}}
+    chosen = {"quantize": preset.quantize, **preset.options}
+    unsaid = {name: value for name, value in chosen.items() if flags.get(name) is None}
+    return {**flags, **unsaid}, preset.max_seq_length
 
 
 def _path_name(info: ExporterInfo) -> str:

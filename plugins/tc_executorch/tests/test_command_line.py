@@ -35,6 +35,15 @@ def test_a_preset_chooses_recipe_and_length(preset: str, length: int, torchchat:
     assert manifest.dtype == "fp32"
 
 
+@pytest.mark.parametrize("preset", ["android", "ios"])
+def test_a_model_that_is_shorter_than_the_preset_keeps_its_own_length(preset: str, torchchat: Callable[..., Any],
+                                                                      tmp_path: Path,
+                                                                      checkpoint: Callable[[str], Path]) -> None:
+    outcome = torchchat("export", checkpoint("stories260K"), "--preset", preset, "-o", tmp_path / "m.pte")
+    assert outcome.code == 0, outcome.err
+    assert open_artifact(tmp_path / "m.pte").manifest.max_seq_length == 512
+
+
 def test_flags_go_before_the_preset(torchchat: Callable[..., Any], tmp_path: Path,
                                     checkpoint: Callable[[str], Path]) -> None:
     torchchat("export", checkpoint("stories260K"), "--preset", "ios", "--quantize", "embedding:int8",
