@@ -9,6 +9,7 @@ import contextlib
 import json
 import random
 import shutil
+import struct
 import subprocess
 import zipfile
 from collections.abc import Callable
@@ -291,6 +292,26 @@ def test_a_changed_byte_is_refused(file: Path, part: str) -> None:
     file.write_bytes(data)
     with pytest.raises(TorchchatError, match="was changed after it was written"):
         check(file)
+
+
+def test_a_changed_letter_of_the_manifest_is_refused(file: Path) -> None:
+    data = file.read_bytes()
+    assert data.count(b'"dtype": "bf16"') == 1
+    file.write_bytes(data.replace(b'"dtype": "bf16"', b'"dtype": "fp16"'))
+    with pytest.raises(TorchchatError, match="is not what its checksum says"):
+        open_artifact(file)
+
+
+@pytest.mark.parametrize("place", [1 << 63, (1 << 64) - 1, 1 << 40])
+def test_an_entry_at_a_place_that_no_file_has_is_refused(tmp_path: Path, place: int) -> None:
+    """The offset is in the field of 64 bits."""
+    name, extra = b"torchchat/manifest.json", struct.pack("<HHQ", 1, 8, place)
+    entry = struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, 0, 0, 0, 0, 0, 2, 2, len(name), len(extra), 0, 0, 0, 0,
+                        0xFFFFFFFF) + name + extra
+    path = tmp_path / "m.pte"
+    path.write_bytes(entry + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 1, 1, len(entry), 0, 0))
+    with pytest.raises(TorchchatError, match="not where the directory says"):
+        open_artifact(path)
 
 
 def test_whatever_byte_is_changed_nothing_but_a_refusal_comes(file: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ class Entry:
     name: str
     header: int  # where its header lies, from the start of the file
     size: int  # bytes of its data
+    checksum: int  # CRC-32 of its data
     stored: bool  # as it is: neither compressed nor encrypted
 
 
@@ -60,6 +62,8 @@ class Archive:
         entry = self.entries.get(name)
         if entry is None:
             raise TorchchatError(f"{self.path} has no entry {name!r}", DAMAGED)
+        if entry.header > self.file_bytes:  # no place that a file can be read at, perhaps
+            raise TorchchatError(f"the entry {name!r} of {self.path} is not where the directory says", DAMAGED)
         with self.path.open("rb") as file:
             file.seek(entry.header)
             header = file.read(HEADER_BYTES)
@@ -74,11 +78,15 @@ class Archive:
         return start, entry.size
 
     def read(self, name: str, limit: int) -> bytes:
-        """The data of an entry. Raises `TorchchatError` as `place` does, and for one of more than `limit` bytes."""
+        """The data of an entry. Raises `TorchchatError` as `place` does, for one of more than `limit` bytes, and for
+        one that its checksum does not fit."""
         start, size = self.place(name)
         if size > limit:
             raise TorchchatError(f"the entry {name!r} of {self.path} has {size} bytes; {limit} is the most", DAMAGED)
-        return b"".join(pieces_of(self.path, start, size))
+        data = b"".join(pieces_of(self.path, start, size))
+        if zlib.crc32(data) != self.entries[name].checksum:
+            raise TorchchatError(f"the entry {name!r} of {self.path} is not what its checksum says", DAMAGED)
+        return data
 
 
 def pieces_of(path: Path, start: int, size: int) -> Iterator[bytes]:
@@ -104,14 +112,14 @@ def _directory(file: BinaryIO, size: int, path: Path) -> Iterator[Entry]:
         if len(data) < at + ENTRY_BYTES or data[at : at + 4] != ENTRY:
             raise TorchchatError(f"the directory at the end of {path} is damaged", DAMAGED)
         flags, method = struct.unpack_from("<HH", data, at + 8)
-        packed, whole = struct.unpack_from("<II", data, at + 20)
+        checksum, packed, whole = struct.unpack_from("<III", data, at + 16)
         name_bytes, extra_bytes, comment_bytes = struct.unpack_from("<HHH", data, at + 28)
         header = struct.unpack_from("<I", data, at + 42)[0]
         name_end = at + ENTRY_BYTES + name_bytes
         extra = data[name_end : name_end + extra_bytes]
         whole, packed, header = _wide(extra, [whole, packed, header], path)
         name = data[at + ENTRY_BYTES : name_end].decode("utf-8", "replace")
-        yield Entry(name, header, whole, stored=method == 0 and not flags & 1 and packed == whole)
+        yield Entry(name, header, whole, checksum, stored=method == 0 and not flags & 1 and packed == whole)
         at = name_end + extra_bytes + comment_bytes
 
 
