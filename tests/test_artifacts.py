@@ -314,6 +314,41 @@ def test_an_entry_at_a_place_that_no_file_has_is_refused(tmp_path: Path, place: 
         open_artifact(path)
 
 
+def test_a_number_that_json_makes_infinite_is_refused(file: Path) -> None:
+    data = file.read_bytes()
+    changed(file, lambda content: content.update(sampling={"temperature": 12345678.5}), "hot.pte")
+    start, size = Archive(Path("hot.pte")).place("torchchat/manifest.json")
+    data = Path("hot.pte").read_bytes()
+    manifest = data[start : start + size].replace(b"12345678.5", b"1e99999999")
+    shutil.copyfile(file, "infinite.pte")
+    Path("infinite.pte").write_bytes(data[: start - 128])
+    with ArchiveWriter(Path("infinite.pte")) as archive, zipfile.ZipFile("hot.pte") as whole:
+        for info in whole.infolist():
+            content = manifest if info.filename.endswith("manifest.json") else whole.read(info)
+            archive.add(info.filename, (content,), len(content))
+    with pytest.raises(TorchchatError, match="has a value out of range"):
+        open_artifact(Path("infinite.pte"))
+
+
+def test_the_files_of_a_tokenizer_are_bounded_together(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = open_artifact(file).manifest.text
+    assert text is not None
+    sizes = [len(data) for data in text.tokenizer.values()]
+    monkeypatch.setattr("torchchat_core.artifacts.MAXIMUM_TOKENIZER", sum(sizes) - 1)
+    with pytest.raises(TorchchatError, match=f"have {sum(sizes)} bytes"):
+        open_artifact(file)
+
+
+def test_entries_that_share_bytes_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.pte"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("first", b"x" * 100)
+        archive.writestr("other", b"y" * 100)
+        archive.infolist()[1].header_offset = 0
+    with pytest.raises(TorchchatError, match="overlap"):
+        Archive(path)
+
+
 def test_whatever_byte_is_changed_nothing_but_a_refusal_comes(file: Path) -> None:
     artifact = open_artifact(file)
     start = artifact.place("manifest.json")[0] - 200
@@ -346,6 +381,14 @@ def test_whatever_byte_is_changed_nothing_but_a_refusal_comes(file: Path) -> Non
     (lambda content: content.update(end_ids=[-1]), "'end_ids'"),
     (lambda content: content.update(schemes="x"), "a list"),
     (lambda content: content.update(sampling={"temperature": "hot"}), "not of numbers"),
+    (lambda content: content.update(sampling={"top_q": 0.5}), "names 'top_q', which is no such option"),
+    (lambda content: content.update(sampling={"top_p": 7}), "has a value out of range"),
+    (lambda content: content.update(sampling={"temperature": 10**400}), "has a value out of range"),
+    (lambda content: content["config"].update(norm_eps=10**400), "'norm_eps' in the config"),
+    (lambda content: content.update(model="\ud800"), "'model' in the manifest"),
+    (lambda content: content.update(chat_template="\udc80"), "'chat_template' in the manifest"),
+    (lambda content: content["tokenizer"].update(files=[f"tokenizer/{each}" for each in range(17)]), "names 17 files"),
+    (lambda content: content["tokenizer"].update(files=["tokenizer/a", "tokenizer/a"]), "16 different ones"),
     (lambda content: content["tokenizer"].update(files=["tokenizer/../../evil"]), "no file of a tokenizer"),
     (lambda content: content["tokenizer"].update(files=["weights/all"]), "no file of a tokenizer"),
     (lambda content: content["tokenizer"].update(files=["tokenizer/.hidden"]), "no file of a tokenizer"),

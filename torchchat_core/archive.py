@@ -7,6 +7,7 @@ are. The file is a stranger's: nothing is believed before it is compared with th
 from __future__ import annotations
 
 import hashlib
+import itertools
 import struct
 import zipfile
 import zlib
@@ -35,6 +36,7 @@ class Entry:
     name: str
     header: int  # where its header lies, from the start of the file
     size: int  # bytes of its data
+    packed: int  # bytes that they take in the file
     checksum: int  # CRC-32 of its data
     stored: bool  # as it is: neither compressed nor encrypted
 
@@ -50,7 +52,7 @@ class Archive:
         try:
             with path.open("rb") as file:
                 self.file_bytes = file.seek(0, 2)
-                self.entries = {entry.name: entry for entry in _directory(file, self.file_bytes, path)}
+                self.entries = _apart(_directory(file, self.file_bytes, path), path)
         except OSError as error:
             raise TorchchatError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -119,8 +121,21 @@ def _directory(file: BinaryIO, size: int, path: Path) -> Iterator[Entry]:
         extra = data[name_end : name_end + extra_bytes]
         whole, packed, header = _wide(extra, [whole, packed, header], path)
         name = data[at + ENTRY_BYTES : name_end].decode("utf-8", "replace")
-        yield Entry(name, header, whole, checksum, stored=method == 0 and not flags & 1 and packed == whole)
+        yield Entry(name, header, whole, packed, checksum, stored=method == 0 and not flags & 1 and packed == whole)
         at = name_end + extra_bytes + comment_bytes
+
+
+def _apart(entries: Iterable[Entry], path: Path) -> dict[str, Entry]:
+    """By their names. Raises `TorchchatError` for entries that share bytes: a small file could unfold to a huge one."""
+    listed = sorted(entries, key=lambda entry: entry.header)
+    for entry, following in itertools.pairwise(listed):
+        if entry.header + HEADER_BYTES + entry.packed > following.header:
+            raise TorchchatError(f"the entries {entry.name!r:.100} and {following.name!r:.100} of {path} overlap",
+                                 DAMAGED)
+    named = {entry.name: entry for entry in listed}
+    if len(named) < len(listed):
+        raise TorchchatError(f"two entries of {path} have one name", DAMAGED)
+    return named
 
 
 def _end_record(file: BinaryIO, size: int, path: Path) -> tuple[int, int, int]:

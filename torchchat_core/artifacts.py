@@ -14,7 +14,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -24,6 +24,7 @@ from typing import Any
 from torchchat_core import __version__
 from torchchat_core.archive import DAMAGED, Archive, ArchiveWriter, pieces_of
 from torchchat_core.errors import TorchchatError
+from torchchat_core.generation_options import SAMPLING_DEFAULTS, SamplingOptions
 from torchchat_core.manifest_fields import Fields, config_from_json
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.specs import DEVICES, DTYPES, ExportRequest, ModelFiles, TextContent
@@ -33,6 +34,7 @@ FOLDER = "torchchat/"  # where our entries are, below the root folder of an arch
 MANIFEST, PROGRAM, TOKENIZER = "manifest.json", "program", "tokenizer/"
 MAXIMUM_MANIFEST = 16 << 20  # bytes
 MAXIMUM_TOKENIZER = 256 << 20  # bytes of all its files
+MAXIMUM_TOKENIZER_FILES = 16
 MAXIMUM_NAMES = 1 << 17  # entries with a digest
 SUFFIXES = {".pt2": "tc-aoti", ".so": "tc-aoti", ".pte": "tc-executorch"}  # of such files, and what runs them
 ENDINGS = {"aoti-package": ".pt2", "aoti-dso": ".so", "executorch": ".pte"}  # that a file of each kind has
@@ -335,14 +337,34 @@ def _text(fields: Fields, artifact: Artifact, vocab_size: int) -> TextContent | 
         base = name.removeprefix(TOKENIZER)
         if not name.startswith(TOKENIZER) or not FILE_NAME.fullmatch(base) or base.startswith("."):
             raise TorchchatError(f"{fields.where} names {name!r:.100}, which is no file of a tokenizer", DAMAGED)
+    _check_tokenizer_size(names, artifact, fields.where)
     sampling = fields.mapping("sampling")
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in sampling.values()):
         raise TorchchatError(f"the sampling in {fields.where} is not of numbers", DAMAGED)
+    unknown = next((name for name in sampling if name not in SAMPLING_DEFAULTS), None)
+    if unknown is not None:
+        raise TorchchatError(f"the sampling in {fields.where} names {unknown!r:.60}, which is no such option", DAMAGED)
+    try:
+        SamplingOptions(**sampling)
+    except (TorchchatError, OverflowError) as error:
+        raise TorchchatError(f"the sampling in {fields.where} has a value out of range: {error!s:.200}",
+                             DAMAGED) from None
     ids = {name: fields.optional_number(name, 0, vocab_size - 1) for name in ("bos_id", "eos_id")}
     texts = {name: fields.optional_text(name) for name in ("chat_template", "tool_template", "bos_token", "eos_token")}
     return TextContent(
         tokenizer=Entries(artifact, names), tokenizer_kind=tokenizer.text("kind"), adds_bos=fields.boolean("adds_bos"),
         end_ids=fields.numbers("end_ids", 0, vocab_size - 1), sampling=dict(sampling), **ids, **texts)  # type: ignore[arg-type]
+
+
+def _check_tokenizer_size(names: Sequence[str], artifact: Artifact, where: str) -> None:
+    """Raises `TorchchatError` for more files, or more bytes of them, than a tokenizer has."""
+    if len(names) > MAXIMUM_TOKENIZER_FILES or len(set(names)) < len(names):
+        raise TorchchatError(f"{where} names {len(names)} files of the tokenizer; {MAXIMUM_TOKENIZER_FILES} different "
+                             "ones are the most", DAMAGED)
+    size = sum(artifact.place(name)[1] for name in names)
+    if size > MAXIMUM_TOKENIZER:
+        raise TorchchatError(f"the tokenizer's files in {where} have {size} bytes; {MAXIMUM_TOKENIZER} are the most",
+                             DAMAGED)
 
 
 class Entries(Mapping[str, bytes]):

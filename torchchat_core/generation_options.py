@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torchchat_core.errors import TorchchatError
 from torchchat_core.options import option, validate
 
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # that a model's makers may choose
 MAXIMUM_SEED = (1 << 64) - 1
 
 

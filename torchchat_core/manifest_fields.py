@@ -15,6 +15,7 @@ from torchchat_core.models.config import ModelConfig, RopeScaling
 
 LONGEST_TEXT = 1 << 20
 DIGEST = re.compile(r"[0-9a-f]{64}")
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no file and no terminal takes
 SCALINGS = ("linear", "llama3", "yarn", "longrope")
 
 
@@ -69,7 +70,7 @@ class Fields:
         return Fields(self.mapping(name), f"{name!r} of {self.where}")
 
     def checked_text(self, name: str, value: object) -> str:
-        if not isinstance(value, str) or len(value) > LONGEST_TEXT:
+        if not isinstance(value, str) or len(value) > LONGEST_TEXT or SURROGATE.search(value):
             raise self._wrong(name, value, "a text")
         return value
 
@@ -134,9 +135,13 @@ def _converted(value: Any, hint: Any, what: str) -> Any:
         if option is RopeScaling and isinstance(value, dict):
             return value
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            if not math.isfinite(value):
+            try:
+                number = float(value)
+            except OverflowError:  # a whole number of hundreds of digits
                 break
-            return float(value)
+            if not math.isfinite(number):
+                break
+            return number
         if type(value) is option:
             return value
     raise TorchchatError(f"{what} is {value!r:.60}, which is not of its type", DAMAGED)

@@ -9,13 +9,11 @@ from typing import Any
 
 from torchchat_core.chat_template import ChatTemplate, end_tokens, find_chat_template
 from torchchat_core.errors import TorchchatError
-from torchchat_core.generation_options import SamplingOptions
+from torchchat_core.generation_options import SAMPLING_DEFAULTS, SamplingOptions
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import read_json
 from torchchat_core.specs import ModelFiles, Tokenizer
 from torchchat_core.tokenizers.loading import read_tokenizer
-
-SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
