@@ -65,7 +65,7 @@ def template(source: str) -> ChatTemplate:
 
 
 def rendered(source: str, **extra: Any) -> str:
-    return template(source).render([said("user", "hi")], **extra)
+    return template(source).render([said("user", "hi")], variables=extra)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -230,7 +230,7 @@ def test_the_built_in_llama3_template_is_its_makers_one_without_dates(name: str,
     ours = built_in(LLAMA3, "Llama-3-8B-Instruct")
     for messages in CONVERSATIONS[1], CONVERSATIONS[3], [said("system", "s"), said("user", "u"), said("tool", "4")]:
         for prompt in (True, False):
-            dated = theirs.render(messages, add_generation_prompt=prompt, date_string="DATE")
+            dated = theirs.render(messages, add_generation_prompt=prompt, variables={"date_string": "DATE"})
             if messages[-1]["role"] == "tool":  # theirs writes the results of tools as JSON
                 dated = dated.replace('"4"', "4")
             assert ours.render(messages, add_generation_prompt=prompt) == dated.replace(

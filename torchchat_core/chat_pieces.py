@@ -144,7 +144,7 @@ def _rendered(template: ChatTemplate, system: str | None, turns: Sequence[Turn],
         if assistant is not None:
             messages.append({"role": "assistant", "content": assistant})
     try:
-        return template.render(messages, strftime_now=date)
+        return template.render(messages, variables={"strftime_now": date})
     except TorchchatError as error:
         raise _Unfit(error.message) from None
 

@@ -48,8 +48,8 @@ class ChatTemplate:
         self._tool_template = self._template if tool_source is None else _compiled(tool_source)
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None,
-               add_generation_prompt: bool = True, **extra: Any) -> str:
-        """The prompt. `extra` names further variables of the template.
+               add_generation_prompt: bool = True, variables: Mapping[str, Any] | None = None) -> str:
+        """The prompt. `variables` are further ones of the template, by name.
 
         Raises `TorchchatError` where there are no messages, or where the template refuses them, fails, reaches for
         attributes that are none of its business, or takes too long or too much memory.
@@ -57,13 +57,13 @@ class ChatTemplate:
         if not messages:
             raise TorchchatError("the conversation has no messages; it needs at least one")
         names = {"bos_token": self.bos_token, "eos_token": self.eos_token}
-        variables: dict[str, Any] = {name: text for name, text in names.items() if text is not None}
-        variables |= {"messages": messages, "tools": tools, "documents": None,
-                      "add_generation_prompt": add_generation_prompt, **extra}
+        given: dict[str, Any] = {name: text for name, text in names.items() if text is not None}
+        given |= {"messages": messages, "tools": tools, "documents": None,
+                  "add_generation_prompt": add_generation_prompt, **(variables or {})}
         template = self._template if tools is None else self._tool_template
         try:
-            with limited(measure(variables, LARGEST_GIVEN)):
-                return template.render(variables)
+            with limited(measure(given, LARGEST_GIVEN)):
+                return template.render(given)
         except TorchchatError:
             raise
         except RecursionError as error:

@@ -24,6 +24,10 @@ WHITE_SPACE = r"(\x20|\x0A[\x20]{0,32})"
 _vocabularies: WeakKeyDictionary[Tokenizer, dict[frozenset[int], Any]] = WeakKeyDictionary()
 
 
+class GrammarError(TorchchatError):
+    """What was asked for cannot be written: by this model, or within the work that a grammar may make."""
+
+
 def schema_grammar(schema: object) -> Grammar:
     """The grammar of JSON texts that a JSON Schema (Draft 2020-12) describes.
 
@@ -69,8 +73,8 @@ class Constraint:
         """
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
         if self._matcher.is_error():
-            raise TorchchatError(f"the grammar of the answer failed: {_first_line(self._matcher.get_error())}",
-                                 "make it simpler")
+            raise GrammarError(f"the grammar of the answer failed: {_first_line(self._matcher.get_error())}",
+                               "make it simpler")
         permitted = torch.zeros(logits.shape[0], dtype=torch.bool)
         count = min(len(bits), logits.shape[0])
         permitted[:count] = torch.from_numpy(bits[:count].astype(bool))
@@ -114,9 +118,9 @@ def _refused(grammar: Grammar, reason: str) -> TorchchatError:
     return TorchchatError(f"the {name} cannot be used: {_first_line(reason)}")
 
 
-def _unsayable() -> TorchchatError:
-    return TorchchatError("the model's vocabulary has no token for what the answer has to go on with",
-                          "choose another model: this one cannot write such a text at all")
+def _unsayable() -> GrammarError:
+    return GrammarError("the model's vocabulary has no token for what the answer has to go on with",
+                        "choose another model: this one cannot write such a text at all")
 
 
 def _first_line(message: str) -> str:

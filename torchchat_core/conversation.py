@@ -170,18 +170,18 @@ def checked_messages(found: object) -> list[Message]:
 
 
 def render(text_format: TextFormat, messages: Sequence[Message], tools: Sequence[Message] | None = None,
-           **extra: Any) -> tuple[str, Callable[[str], list[int]]]:
-    """The prompt's text, and the function that encodes it or an end of it. `extra` names variables of the template.
+           variables: Mapping[str, Any] | None = None) -> tuple[str, Callable[[str], list[int]]]:
+    """The prompt's text, and the function that encodes it or an end of it. `variables` are the template's own.
 
     Control tokens come from the template alone: such a text inside a message or tool is encoded as ordinary text.
-    Raises `TorchchatError` as `ChatTemplate.render` does; `tools` and `extra` need a template.
+    Raises `TorchchatError` as `ChatTemplate.render` does; `tools` and `variables` need a template.
     """
     tokenizer = text_format.tokenizer
     if text_format.template is None:
         return transcript(messages), lambda text: encode_plain(text, tokenizer)
     text = text_format.template.render([_disarmed(message, tokenizer) for message in messages],
                                        tools=None if tools is None else [_disarmed(tool, tokenizer) for tool in tools],
-                                       add_generation_prompt=True, **_disarmed(extra, tokenizer))
+                                       add_generation_prompt=True, variables=_disarmed(variables or {}, tokenizer))
     return text, lambda part: encode_disarmed(part, tokenizer)
 
 

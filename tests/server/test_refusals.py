@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,8 @@ def post(client: TestClient, **fields: Any) -> Any:
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wrong"}}}},
      "response_format"),
     ({"chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": [10**400]}}}]},
+     "tools[0].function.parameters"),
     ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
 ], ids=lambda value: str(value)[:50])
 def test_a_field_that_cannot_be_honoured_is_named(client: TestClient, fields: dict[str, Any], param: str) -> None:
@@ -139,3 +143,50 @@ def test_an_answer_that_takes_too_long_is_given_up(chat_model: Path, serve: Call
         found = post(client, max_tokens=900, logit_bias={"0": -100, "1": -100})
         assert (found.status_code, found.json()["error"]["code"]) == (504, "timeout")
         assert post(client, max_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["self", "text_format", "tools_", "variables", "messages_", "tokenizer"])
+def test_variables_of_a_template_may_have_any_name(client: TestClient, name: str) -> None:
+    assert post(client, chat_template_kwargs={name: "x"}).status_code == 200
+
+
+@pytest.mark.parametrize(("path", "tool"), [
+    ("/v1/responses", '{"type": "function", "name": "f", "parameters": {"a": [{"b": 1e999}]}}'),
+    ("/v1/chat/completions", '{"type": "function", "function": {"name": "f", "parameters": {"a": -1e999}}}'),
+])
+def test_a_number_that_no_answer_can_repeat_is_refused(client: TestClient, path: str, tool: str) -> None:
+    said = '"input": "Hi"' if path == "/v1/responses" else '"messages": [{"role": "user", "content": "Hi"}]'
+    body = f'{{"model": "tiny", {said}, "tools": [{tool}]}}'
+    found = client.post(path, content=body, headers={"content-type": "application/json"})
+    assert found.status_code == 400
+    assert "not finite" in found.json()["error"]["message"]
+
+
+def test_json_of_a_model_that_cannot_write_it_is_refused(testdata: Path, serve: Callable[..., Any]) -> None:
+    with serve({"tiny": testdata / "hf" / "TinyStories-656K"}) as client:
+        found = post(client, response_format={"type": "json_object"})
+        assert found.status_code == 400
+        assert "vocabulary has no token" in found.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("path", "fields"), [
+    ("/v1/completions", {"prompt": [-1] * 400_000}),
+    ("/v1/completions", {"prompt": [["x"] * 400_000]}),
+    ("/v1/chat/completions", {"messages": [{}] * 400_000}),
+    ("/v1/responses", {"input": [{}] * 400_000}),
+    ("/detokenize", {"tokens": ["x"] * 400_000}),
+])
+def test_a_body_full_of_faults_is_refused_at_the_first(client: TestClient, path: str, fields: dict[str, Any]) -> None:
+    body = json.dumps({"model": "tiny", **fields})
+    started = time.monotonic()
+    found = client.post(path, content=body, headers={"content-type": "application/json"})
+    assert found.status_code == 400
+    assert time.monotonic() - started < 0.5
+
+
+def test_more_answers_than_may_wait_are_refused_before_any_work(chat_model: Path, serve: Callable[..., Any],
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve({"tiny": chat_model}) as client:
+        monkeypatch.setattr("torchchat_core.server.completions.prompts_of", None)
+        found = client.post("/v1/completions", json={"model": "tiny", "prompt": ["x"] * 2048, "n": 128})
+        assert found.status_code == 429

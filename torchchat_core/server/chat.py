@@ -227,7 +227,7 @@ def chat_prompt(text_format: TextFormat, messages: Sequence[Message], tools: Too
     if text_format.template is None and any(message["role"] == "tool" for message in messages):
         raise ApiError(400, "the model has no chat template, and so knows no tools", "messages")
     try:
-        text, encode = render(text_format, messages, list(tools.tools) if tools else None, **variables)
+        text, encode = render(text_format, messages, list(tools.tools) if tools else None, variables)
         return encode(text + tools.form.opening if tools and tools.forced else text)
     except TorchchatError as error:
         raise refused(error, "messages") from None

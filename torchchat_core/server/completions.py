@@ -34,6 +34,8 @@ DEFAULT_LENGTH = 16  # tokens, as OpenAI's interface has it
 
 async def answer(exchange: Exchange, body: CompletionRequest) -> Response:
     tokenizer = exchange.engine.opened.text_format.tokenizer
+    several = isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
+    exchange.engine.check_room((len(body.prompt) if several else 1) * (body.n or 1))  # before any work is done
     prompts = await asyncio.to_thread(prompts_of, body.prompt, tokenizer)
     for prompt in prompts:
         exchange.check_prompt(prompt, "prompt")

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from torchchat_core.batching import Batch, Failure, Job, Outcome
+from torchchat_core.constraints import GrammarError
 from torchchat_core.errors import TorchchatError
 from torchchat_core.generation import Event, FinishedEvent
 from torchchat_core.pipeline import ModelRequest, OpenedModel, open_model
@@ -49,7 +50,7 @@ class Answers:
         events: list[tuple[int, Event]] = []
         for place, event in arrived:
             if isinstance(event, Failure):
-                raise ApiError(504 if event.late else 500, str(event.error), code="timeout" if event.late else None)
+                raise _told(event)
             events.append((place, event))
         return events
 
@@ -65,6 +66,12 @@ class Answers:
         """Frees the places of answers that nobody reads any more."""
         if self._open:
             self._engine.cancel(self.jobs)
+
+
+def _told(failure: Failure) -> ApiError:
+    if failure.late:
+        return ApiError(504, str(failure.error), code="timeout")
+    return ApiError(400 if isinstance(failure.error, GrammarError) else 500, str(failure.error))
 
 
 class Engine:
@@ -99,15 +106,19 @@ class Engine:
         """Answers that are made or wait."""
         return len(self._answers)
 
+    def check_room(self, count: int) -> None:
+        """Raises `ApiError` 429 where so many answers more would be too many."""
+        if self.in_progress + count > self.width + self._limits.max_queue:
+            raise ApiError(429, f"{self.in_progress} answers are in progress or wait; try again later",
+                           code="queue_full")
+
     def submit(self, jobs: Sequence[Job], whole: bool = False) -> Answers:
         """Has answers made, for a reader of their events or of `whole` ones.
 
         Raises `ApiError` 429 where too many wait, 503 where the model has failed.
         """
         self._check()
-        if self.in_progress + len(jobs) > self.width + self._limits.max_queue:
-            raise ApiError(429, f"{self.in_progress} answers are in progress or wait; try again later",
-                           code="queue_full")
+        self.check_room(len(jobs))
         answers = Answers(self, jobs, whole)
         for job in jobs:
             job.deadline = time.monotonic() + self._limits.max_time

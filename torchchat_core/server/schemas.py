@@ -5,13 +5,35 @@ Everything else is refused as unknown. Types and ranges are those of OpenAI's pu
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 LARGEST_COUNT = 1 << 31
 MOST_CHOICES = 128
 
+MOST_ITEMS = 16384  # messages, or items of one
+MOST_TOKENS = 1 << 20  # of a prompt
+
+
+def _sendable(value: dict[str, Any]) -> dict[str, Any]:
+    """JSON can say 1e999, and no answer can: such a number is refused, as are integers beyond any float."""
+    rest: list[Any] = [value]
+    while rest:
+        each = rest.pop()
+        if isinstance(each, dict):
+            rest += each.values()
+        elif isinstance(each, list):
+            rest += each
+        elif isinstance(each, float) and not math.isfinite(each):
+            raise ValueError("a number is not finite")
+        elif isinstance(each, int) and each.bit_length() > 1024:
+            raise ValueError("a number is too large")
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(_sendable)]
 Text = Annotated[str, Field(max_length=1 << 23)]
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 TokenId = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
@@ -22,7 +44,7 @@ Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
-Stop = StopText | Annotated[list[StopText], Field(max_length=16)] | None
+Stop = StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
@@ -77,7 +99,7 @@ class MessageToolCall(Body):
     function: FunctionCall
 
 
-Content = Text | Annotated[list[TextPart], Field(min_length=1)]
+Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)]
 
 
 class SystemMessage(Body):
@@ -94,10 +116,11 @@ class UserMessage(Body):
 
 class AssistantMessage(Body):
     role: Literal["assistant"]
-    content: Text | Annotated[list[TextPart | RefusalPart], Field(min_length=1)] | None = None
+    content: Text | Annotated[list[TextPart | RefusalPart],
+                              Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)] | None = None
     refusal: Text | None = None
     name: str | None = None
-    tool_calls: Annotated[list[MessageToolCall], Field(min_length=1)] | None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
     audio: None = None
     function_call: None = None
 
@@ -117,7 +140,7 @@ Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage
 class Function(Body):
     name: FunctionName
     description: Text | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
 
@@ -149,7 +172,7 @@ class JsonObjectChoice(Body):
 class SchemaDescription(Body):
     name: FunctionName
     description: Text | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: JsonObject = Field(alias="schema")
     strict: bool | None = None
 
 
@@ -168,7 +191,7 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions"""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
@@ -177,14 +200,14 @@ class ChatRequest(Sampling):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[FunctionName, str | int | float | bool] | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None  # every prompt is looked up in the cache, with or without a key
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     audio: None = None
@@ -200,9 +223,9 @@ class ChatRequest(Sampling):
     web_search_options: None = None
 
 
-TokenPrompt = Annotated[list[TokenId], Field(min_length=1)]
-Prompt = Text | Annotated[list[Text], Field(min_length=1, max_length=2048)] | TokenPrompt | Annotated[
-    list[TokenPrompt], Field(min_length=1, max_length=2048)]
+TokenPrompt = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
+Prompt = Text | Annotated[list[Text], Field(min_length=1, max_length=2048, fail_fast=True)] | TokenPrompt | Annotated[
+    list[TokenPrompt], Field(min_length=1, max_length=2048, fail_fast=True)]
 
 
 class CompletionRequest(Sampling):
@@ -236,16 +259,16 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)] | None = None
     add_special_tokens: bool = True
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
 
 
 class DetokenizeRequest(Body):
     """POST /detokenize"""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(max_length=MOST_TOKENS, fail_fast=True)]
 
 
 # ---- responses ----------------------------------------------------------------------------------------------------
@@ -254,14 +277,14 @@ class DetokenizeRequest(Body):
 class InputText(Body):
     type: Literal["input_text", "output_text", "text"]
     text: Text
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    logprobs: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: Annotated[list[Any], Field(max_length=0, fail_fast=True)] | None = None
+    logprobs: Annotated[list[Any], Field(max_length=0, fail_fast=True)] | None = None
 
 
 class InputMessage(Body):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: Text | Annotated[list[InputText], Field(min_length=1)]
+    content: Text | Annotated[list[InputText], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)]
     id: str | None = None
     status: str | None = None
 
@@ -278,7 +301,7 @@ class InputFunctionCall(Body):
 class InputFunctionOutput(Body):
     type: Literal["function_call_output"]
     call_id: Annotated[str, Field(max_length=200)]
-    output: Text | Annotated[list[InputText], Field(min_length=1)]
+    output: Text | Annotated[list[InputText], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)]
     id: str | None = None
     status: str | None = None
 
@@ -290,7 +313,7 @@ class ResponseTool(Body):
     type: Literal["function"]
     name: FunctionName
     description: Text | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
 
@@ -315,13 +338,13 @@ class ResponsesRequest(Body):
     """POST /v1/responses"""
 
     model: str
-    input: Text | Annotated[list[InputItem], Field(min_length=1)]
+    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)]
     instructions: Text | None = None
     max_output_tokens: Count | None = None
     temperature: Temperature | None = None
     top_p: Probability | None = None
     text: ResponseText | None = None
-    tools: Annotated[list[ResponseTool], Field(max_length=128)] | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseNamedTool | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
@@ -332,7 +355,7 @@ class ResponsesRequest(Body):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    include: Annotated[list[Any], Field(max_length=0)] | None = None
+    include: Annotated[list[Any], Field(max_length=0, fail_fast=True)] | None = None
     background: Literal[False] | None = None
     context_management: None = None
     conversation: None = None
