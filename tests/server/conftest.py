@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,14 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def served(models: dict[str, Path | str], api_key: str | None = None, **limits: Any) -> Iterator[TestClient]:
+def served(models: dict[str, Path | str], api_key: str | None = None, local: bool = False,
+           origins: Sequence[str] = (), **limits: Any) -> Iterator[TestClient]:
     """A client of a server in this process, on threads of which each computes alone."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     requests = {name: ModelRequest(model=str(path)) for name, path in models.items()}
-    app = make_app(ServerOptions(models=requests, limits=Limits(**limits), api_key=api_key), load_registry())
+    options = ServerOptions(models=requests, limits=Limits(**limits), api_key=api_key, local=local, origins=origins)
+    app = make_app(options, load_registry())
     try:
         with TestClient(app, raise_server_exceptions=False) as client:
             yield client

@@ -82,6 +82,29 @@ def test_a_form_is_refused_before_it_is_read(client: TestClient) -> None:
     assert "Content-Type: application/json" in found.json()["error"]["message"]
 
 
+def test_a_body_of_no_type_is_refused_since_any_page_may_send_it(client: TestClient) -> None:
+    found = client.post("/v1/completions", content=b'{"model": "tiny", "prompt": "x", "max_tokens": 1}')
+    assert found.status_code == 415
+
+
+def test_a_local_server_is_for_pages_of_this_machine_and_those_that_are_named(chat_model: Path,
+                                                                              serve: Callable[..., Any]) -> None:
+    def status(client: TestClient, **headers: str) -> int:
+        return int(client.get("/v1/models", headers=headers).status_code)
+
+    with serve({"tiny": chat_model}, local=True, origins=["https://page.example"]) as client:
+        for host in ("localhost", "localhost:8000", "127.0.0.1:8000", "[::1]:8000", "[::1]", "page.example:443"):
+            assert status(client, host=host) == 200
+        for host in ("evil.example:8000", "localhost.evil.example", "testserver", "", "127.0.0.1.evil.example:80"):
+            assert status(client, host=host) == 403
+        for origin in ("http://localhost:3000", "https://page.example"):
+            assert status(client, host="localhost:8000", origin=origin) == 200
+        for origin in ("https://evil.example", "null", "https://page.example.evil.example"):
+            assert status(client, host="localhost:8000", origin=origin) == 403
+    with serve({"tiny": chat_model}, local=True, origins=["*"]) as client:
+        assert status(client, host="anything", origin="https://evil.example") == 200
+
+
 def test_a_model_that_is_not_here_is_404(client: TestClient) -> None:
     for found in (client.get("/v1/models/timy"), post(client, model="timy")):
         assert found.status_code == 404

@@ -66,7 +66,7 @@ def server(registry: Registry, /, **flags: Any) -> int:
     from torchchat_core.server.running import run
 
     options = ServerOptions(models=named_requests(flags), limits=limits, api_key=flags["api_key"],
-                            origins=flags["origins"])
+                            origins=flags["origins"], local=flags["host"] in LOCAL)
     return run(make_app(options, registry), flags["host"], flags["port"], limits.grace,
                lambda address: click.echo(f"Serving {', '.join(options.models)} on {address}/v1", err=True))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -45,6 +46,7 @@ from torchchat_core.server.shelf import Entry, Shelf
 
 Checked = TypeVar("Checked", bound=Body)
 Answer = Callable[[Exchange, Any], Awaitable[Response]]
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 OPEN_PATHS = ("/health",)  # that need no API key
 BODY_SECONDS = 60.0  # that a client has for sending its request
 MOST_DISCARDED = 1 << 28  # bytes of a body that is too large: read to its end, so that its sender hears why
@@ -67,6 +69,7 @@ class ServerOptions:
     limits: Limits
     api_key: str | None = None
     origins: Sequence[str] = ()  # of web pages whose scripts may use the server
+    local: bool = False  # listens on this machine alone: pages from elsewhere are kept out
 
 
 def make_app(options: ServerOptions, registry: Registry) -> Starlette:
@@ -98,7 +101,8 @@ def make_app(options: ServerOptions, registry: Registry) -> Starlette:
         Route("/health", _health), Route("/metrics", _metrics), Route("/openapi.json", _openapi),
         Route("/v1/models", _models), Route("/v1/models/{name:path}", _model),
     ]
-    middleware = [Middleware(Guard, api_key=options.api_key, paths=[route.path for route in routes])]
+    middleware = [Middleware(Guard, api_key=options.api_key, paths=[route.path for route in routes],
+                             origins=options.origins if options.local else ["*"])]
     if options.origins:
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(options.origins), allow_methods=["*"],
                                         allow_headers=["*"]))
@@ -109,9 +113,12 @@ def make_app(options: ServerOptions, registry: Registry) -> Starlette:
 class Guard:
     """Asks for the API key, counts requests, and turns what nobody expected into a 500 without its details."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, paths: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, api_key: str | None, paths: Sequence[str], origins: Sequence[str]) -> None:
+        """`origins`: of pages that are welcome beside those of this machine; "*": of all."""
         self._app, self._api_key = app, api_key
         self._paths = frozenset(paths)
+        self._origins = frozenset(origins)
+        self._hosts = frozenset(LOCAL_HOSTS) | {_host(origin.partition("://")[2]) for origin in origins}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -126,7 +133,12 @@ class Guard:
             await send(message)
 
         try:
-            if self._permits(scope):
+            if not self._welcomes(scope):
+                error = ApiError(403, "this server is for this machine alone: Host has to be localhost, 127.0.0.1 or "
+                                      "[::1], and a web page's Origin too; --allow-origin ORIGIN permits another one",
+                                 code="origin_refused")
+                await json_response(error.body, 403)(scope, receive, noted)
+            elif self._permits(scope):
                 await self._app(scope, receive, noted)
             else:
                 error = ApiError(401, "the API key is missing or wrong: Authorization: Bearer KEY",
@@ -143,11 +155,25 @@ class Guard:
             path = scope["path"] if scope["path"] in self._paths else "other"
             scope["app"].state.service.metrics.observe_request(path, status, time.monotonic() - started)
 
+    def _welcomes(self, scope: Scope) -> bool:
+        """Whether it comes from this machine: a page can have a name of its own lead here, and forms need no leave."""
+        if "*" in self._origins:
+            return True
+        headers = Request(scope).headers
+        origin = headers.get("origin")
+        return _host(headers.get("host", "")) in self._hosts and (
+            origin is None or origin in self._origins or _host(origin.partition("://")[2]) in LOCAL_HOSTS)
+
     def _permits(self, scope: Scope) -> bool:
         if self._api_key is None or scope["path"] in OPEN_PATHS:
             return True
         given = Request(scope).headers.get("authorization", "")
         return secrets.compare_digest(given.encode(), f"Bearer {self._api_key}".encode())
+
+
+def _host(address: str) -> str:
+    """Without the port."""
+    return re.sub(r":[0-9]*$", "", address).lower()
 
 
 def _endpoint(kind: type[Body], answer: Answer) -> Callable[[Request], Awaitable[Response]]:
@@ -171,9 +197,11 @@ def _endpoint(kind: type[Body], answer: Answer) -> Callable[[Request], Awaitable
 
 async def read_body(request: Request, most: int) -> bytes:
     """The whole body. Raises `ApiError` for one that is too large, too slow, or declared as something else."""
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    # Without a type it is refused too: a web page may send that to anyone without asking.
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise ApiError(415, f"the body is declared as {kind[:100]!r}; send it with Content-Type: application/json")
+        raise ApiError(415, f"the body is declared as {kind[:100] or 'nothing'!r}; send it with Content-Type: "
+                            "application/json")
     parts, size = [], 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
