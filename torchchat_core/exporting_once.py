@@ -84,7 +84,8 @@ def _key(request: ModelRequest, files: ModelFiles, exporter: str, registry: Regi
 
     machine = this_machine()
     parts: dict[str, Any] = {
-        "files": [_identity(path, files) for path in _paths(request, files)],
+        "files": [_identity(path, files, request) for path in _paths(request, files)],
+        "calibration": request.calibration.tokens if request.calibration is not None else None,
         "recipe": parse_recipe(request.quantize, registry).content if request.quantize is not None else None,
         "dtype": request.dtype, "length": request.max_seq_length, "keep": request.keep_quantized,
         "device": request.device, "machine": [machine.system, machine.machine], "exporter": exporter,
@@ -98,12 +99,20 @@ def _paths(request: ModelRequest, files: ModelFiles) -> Iterator[Path]:
     yield from (*files.weights, *files.tokenizer, *(path for path in named if path is not None))
     if request.adapter is not None:
         yield from sorted(path for path in expanded(request.adapter).glob("*") if path.is_file())
+    if request.calibration is not None:
+        yield request.calibration.path
 
 
-def _identity(path: Path, files: ModelFiles) -> list[str | int]:
-    """A file by its digest, or by place, size and time where nobody computed one."""
-    if path.name in files.digests:
-        return [path.name, files.digests[path.name]]
+def _identity(path: Path, files: ModelFiles, request: ModelRequest) -> list[str | int]:
+    """A file by its digest, or by place, size and time where nobody computed one. Digests go by names: a file that the
+    user chose may have the name of one of the model's."""
+    named = (request.tokenizer_path, request.params_path, request.adapter)
+    chosen = [expanded(text) for text in named if text]
+    if request.calibration is not None:
+        chosen.append(request.calibration.path)
+    models_own = path.is_relative_to(files.root) and not any(path.is_relative_to(each) for each in chosen)
+    if models_own and path.name in files.digests:
+        return [str(path.relative_to(files.root)), files.digests[path.name]]
     try:
         found = path.stat()
     except OSError as error:
