@@ -146,6 +146,13 @@ def test_a_wish_that_the_file_is_not_made_for_is_an_error(file: Path, torchchat:
     assert (done.code, words in done.err) == (1, True), done.err
 
 
+@pytest.mark.parametrize(("dtype", "code"), [("bf16", 0), ("fp32", 1)])
+def test_fast16_is_a_wish_for_half_precision(torchchat: Any, dtype: str, code: int) -> None:
+    torchchat("export", "embedded", "--output-box-path", "m.pte", "-d", dtype)
+    done = torchchat("generate", "m.pte", "-d", "fast16", *ASKED)
+    assert (done.code, "--dtype fast16 was given: it computes in fp32" in done.err) == (code, bool(code)), done.err
+
+
 def test_the_users_defaults_do_not_forbid_a_file(file: Path, torchchat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("DTYPE", "fp32"), ("EXECUTOR", "eager"), ("DEVICE", "cuda")):
         monkeypatch.setenv(f"TORCHCHAT_{name}", value)

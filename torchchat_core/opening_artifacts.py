@@ -80,14 +80,16 @@ def _executor(request: ModelRequest, artifact: Artifact, registry: Registry) -> 
 
 def _check_request(request: ModelRequest, artifact: Artifact, registry: Registry) -> None:
     """Raises `TorchchatError` for a wish that another file would have to be exported for."""
-    from torchchat_core.pipeline import DTYPE_NAMES
+    from torchchat_core.models.weights import TORCH_DTYPES
+    from torchchat_core.pipeline import choose_dtype
 
     manifest = artifact.manifest
     for name, part in FIXED.items():
         if getattr(request, name):
             raise _refused(artifact, f"--{name.replace('_', '-')}", f"its {part} cannot be changed")
     asked = None if "dtype" in request.defaults else request.dtype
-    if asked is not None and asked not in ("fast", "fast16") and DTYPE_NAMES.get(asked) != manifest.dtype:
+    computed = TORCH_DTYPES[manifest.dtype]  # "fast" leaves the choice open; "fast16" asks for half precision
+    if asked not in (None, "fast") and choose_dtype(asked, manifest.target.device, computed) != manifest.dtype:
         raise _refused(artifact, f"--dtype {asked}", f"it computes in {manifest.dtype}")
     device = "fast" if "device" in request.defaults else request.device
     if device not in ("fast", "auto", manifest.target.device):
