@@ -98,11 +98,12 @@ class ExecutorchModel:
 
     def method(self, name: str) -> Method:
         """The method, loaded when it is first used. Raises `TorchchatError` where the model was closed."""
-        if self._closed:
-            raise TorchchatError("the model was closed")
-        if name not in self._methods:
-            self._methods[name] = self._loaded(name)
-        return self._methods[name]
+        with self.lock:
+            if self._closed:
+                raise TorchchatError("the model was closed")
+            if name not in self._methods:
+                self._methods[name] = self._loaded(name)
+            return self._methods[name]
 
     def close(self) -> None:
         with self.lock:
@@ -146,24 +147,26 @@ class ExecutorchSession:
         return torch.cat(self._append(SCORE, tokens))
 
     def truncate(self, length: int) -> None:
-        if not 0 <= length <= self.length:
-            raise TorchchatError(f"a sequence of {self.length} tokens cannot be cut to {length}")
-        self.length = length
+        with self._model.lock:  # another session may be copying this one's tokens out
+            if not 0 <= length <= self.length:
+                raise TorchchatError(f"a sequence of {self.length} tokens cannot be cut to {length}")
+            self.length = length
 
     def close(self) -> None:
-        self._closed = True
-        self.forget()
+        with self._model.lock:
+            self._closed = True
+            self.forget()
 
     def forget(self) -> None:
         """Gives up what it holds."""
-        if self._method is not None:
+        if self._method is not None and self._method.owner is self:  # what another one has by now stays his
             self._method.owner = None
         self._method, self._held = None, []
 
     def _append(self, name: str, tokens: Sequence[int]) -> list[Tensor]:
         """The logits of each step."""
-        self._check(tokens)
         with self._model.lock:
+            self._check(tokens)
             method = self._model.method(name)
             self._enter(method)
             before, logits = self.length, []

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import cache
@@ -17,6 +18,7 @@ import torch
 
 from torchchat_core.errors import TorchchatError
 
+_standard_error = threading.RLock()  # the process has one, which two threads must not exchange at a time
 REINSTALL = "pip install --force-reinstall tc-executorch"
 OPERATORS = (("extension/llm/custom_ops", "custom_ops_aot_lib"), ("kernels/quantized", "quantized_ops_aot_lib"))
 
@@ -57,7 +59,7 @@ def messages() -> Iterator[list[str]]:
     """
     lines: list[str] = []
     said = io.StringIO()
-    with tempfile.TemporaryFile() as file:
+    with _standard_error, tempfile.TemporaryFile() as file:
         before = os.dup(2)
         try:
             os.dup2(file.fileno(), 2)
