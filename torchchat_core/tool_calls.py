@@ -148,12 +148,39 @@ class ToolCallReader:
 
 
 def forced_schema(form: ToolForm, functions: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
-    """The JSON Schema of one call of one of the functions, which are name -> schema of the arguments."""
+    """The JSON Schema of one call of one of the functions, which are name -> schema of the arguments.
+
+    Each schema of arguments is a definition of the whole, to which its own pointers lead: "#/$defs/a" becomes
+    "#/$defs/call0/$defs/a".
+    """
+    names = {name: f"call{index}" for index, name in enumerate(functions)}  # pointers need no escapes then
+    arguments = {names[name]: _moved(schema, f"#/$defs/{names[name]}") if schema else {"type": "object"}
+                 for name, schema in functions.items()}
     calls = [{"type": "object", "properties": {"name": {"const": name},
-                                               form.arguments: schema or {"type": "object"}},
-              "required": ["name", form.arguments], "additionalProperties": False}
-             for name, schema in functions.items()]
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+                                               form.arguments: {"$ref": f"#/$defs/{names[name]}"}},
+              "required": ["name", form.arguments], "additionalProperties": False} for name in functions]
+    return {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), "$defs": arguments}
+
+
+LITERAL_KEYS = ("const", "enum", "default", "examples")  # of schemas: what they hold is data
+NAMED_KEYS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # name -> schema
+
+
+def _moved(schema: Any, root: str) -> Any:
+    """A schema whose pointers into itself begin at another root."""
+    if isinstance(schema, list):
+        return [_moved(each, root) for each in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    found: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
+            found[key] = root + value[1:]
+        elif key in NAMED_KEYS and isinstance(value, Mapping):
+            found[key] = {name: _moved(inner, root) for name, inner in value.items()}
+        else:
+            found[key] = value if key in LITERAL_KEYS else _moved(value, root)
+    return found
 
 
 def read_forced(form: ToolForm, text: str) -> list[ToolCall]:

@@ -70,6 +70,26 @@ def test_a_demanded_call_is_one_with_valid_arguments(client: TestClient, choice:
     assert json.loads(call["function"]["arguments"])["city"] in ("Rome", "Oslo")
 
 
+def test_a_demanded_call_keeps_to_schemas_with_definitions_of_their_own(client: TestClient) -> None:
+    city = {"type": "object", "required": ["city"], "additionalProperties": False,
+            "properties": {"city": {"$ref": "#/$defs/place"}}}
+    tools = [{"type": "function", "function": {"name": name, "parameters": {
+        **city, "$defs": {"place": {"enum": places}}}}} for name, places in (("go.to", ["Rome"]), ("leave", ["Oslo"]))]
+    for count in (1, 2):
+        answered = chat(client, tools=tools[:count], tool_choice="required", n=6)["choices"]
+        calls = [choice["message"]["tool_calls"][0]["function"] for choice in answered]
+        for call in calls:
+            assert json.loads(call["arguments"]) == {"city": "Rome" if call["name"] == "go.to" else "Oslo"}
+
+
+def test_what_looks_like_a_pointer_in_data_or_names_stays(client: TestClient) -> None:
+    schema = {"type": "object", "required": ["$ref"], "additionalProperties": False,
+              "properties": {"$ref": {"const": "#/x"}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    call = chat(client, tools=[tool], tool_choice="required")["choices"][0]["message"]["tool_calls"][0]
+    assert json.loads(call["function"]["arguments"]) == {"$ref": "#/x"}
+
+
 def test_a_streamed_call_comes_whole(client: TestClient) -> None:
     found = client.post("/v1/chat/completions", json={
         "model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 300, "tools": TOOLS[:1],
