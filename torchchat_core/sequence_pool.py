@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 from torchchat_core.generation import TokenSequence, shared_length
+from torchchat_core.models.kv_cache import FIRST_CAPACITY
 from torchchat_core.specs import LoadedModel
 
 WORTH_COPYING = 16  # tokens: below it, a new sequence computes them as soon as a copy is made
@@ -17,19 +19,25 @@ class SequencePool:
     """
 
     def __init__(self, model: LoadedModel, *, limit: int, kept_tokens: int, forks: bool) -> None:
-        """`limit`: tokens of a sequence; `kept_tokens`: of all idle ones together; `forks`: whether the executor has
-        the ability `fork`."""
+        """`limit`: tokens of a sequence; `kept_tokens`: for which all idle ones together have memory; `forks`: whether
+        the executor has the ability `fork`."""
         self._model = model
         self._limit = limit
         self._kept_tokens = kept_tokens
         self._forks = forks
         self._idle: list[TokenSequence] = []  # least recently used first
         self._busy: list[TokenSequence] = []
+        self._longest: WeakKeyDictionary[TokenSequence, int] = WeakKeyDictionary()  # length that one has had
 
     @property
     def held_tokens(self) -> int:
-        """Tokens in all caches."""
-        return sum(sequence.session.length for sequence in (*self._idle, *self._busy))
+        """Tokens that all caches have memory for."""
+        return sum(map(self._positions, (*self._idle, *self._busy)))
+
+    def _positions(self, sequence: TokenSequence) -> int:
+        """For which its cache has memory: it doubles when it grows, and a cut gives nothing back."""
+        longest = max(self._longest.get(sequence, 0), sequence.session.length)
+        return min(max(FIRST_CAPACITY, 1 << max(longest - 1, 0).bit_length()), self._limit)
 
     def take(self, prompt: Sequence[int]) -> TokenSequence:
         """A sequence that is not in use, and holds as much of the prompt's beginning as can be had.
@@ -42,14 +50,18 @@ class SequencePool:
         return sequence
 
     def give(self, sequence: TokenSequence) -> None:
-        """Takes a sequence back."""
+        """Takes a sequence back. One that is too short to be worth a copy is not kept."""
+        if sequence.session.length < WORTH_COPYING:
+            self.drop(sequence)
+            return
         self._busy = [each for each in self._busy if each is not sequence]
+        self._longest[sequence] = max(self._longest.get(sequence, 0), sequence.session.length)
         self._idle.append(sequence)
-        while self._idle and sum(each.session.length for each in self._idle) > self._kept_tokens:
+        while self._idle and sum(map(self._positions, self._idle)) > self._kept_tokens:
             self._idle.pop(0).session.close()
 
     def drop(self, sequence: TokenSequence) -> None:
-        """Closes a sequence that failed."""
+        """Closes a sequence that failed, or is of no use."""
         self._busy = [each for each in self._busy if each is not sequence]
         sequence.session.close()
 

@@ -110,10 +110,16 @@ def test_prompts_that_begin_alike_are_computed_once(opened: Any, one_thread: Non
 
 
 def test_idle_sequences_keep_no_more_tokens_than_permitted(opened: Any, one_thread: None) -> None:
-    batch = batch_of(opened, kept_tokens=100)
+    batch = batch_of(opened, kept_tokens=600)
     for index in range(10):
         finish(batch, [job([1, *range(20 * index, 20 * index + 40)], tokens=2)])
-    assert batch.pool.held_tokens <= 100
+    assert batch.pool.held_tokens == 512  # each has memory for 256, however short it is
+
+
+def test_sequences_too_short_to_be_reused_are_not_kept(opened: Any, one_thread: None) -> None:
+    batch = batch_of(opened, kept_tokens=10_000)
+    finish(batch, [job([1, 5 + index], tokens=2) for index in range(8)])
+    assert batch.pool.held_tokens == 0
 
 
 def test_an_answer_that_nobody_wants_frees_its_place(opened: Any, one_thread: None) -> None:

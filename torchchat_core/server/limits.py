@@ -18,8 +18,8 @@ class Limits:
     max_prompt_tokens: int = option(0, "length of a prompt; 0: what the model takes", minimum=0)
     max_output_tokens: int = option(0, "length of an answer; 0: what the model takes", minimum=0)
     max_time: float = option(600.0, "seconds from a request to the end of its answer", above=0.0, maximum=86400.0)
-    cache_tokens: int = option(16384, "tokens of finished conversations that stay in caches, for prompts that begin "
-                                      "alike", minimum=0)
+    cache_tokens: int = option(16384, "tokens that caches of finished conversations may have memory for, each for 256 "
+                                      "at least; they serve prompts that begin alike", minimum=0)
     memory_limit: int = option(0, "MiB that the weights of all loaded models may take together; 0: any", minimum=0)
     grace: float = option(30.0, "seconds that answers in progress get when the server is told to stop", minimum=0.0,
                           maximum=3600.0)
