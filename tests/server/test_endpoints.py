@@ -175,3 +175,20 @@ def test_a_repeated_prompt_comes_from_the_cache(openai: OpenAI) -> None:
     first, second = (openai.chat.completions.create(**{**CHAT, "messages": messages}) for _ in range(2))
     assert second.usage.prompt_tokens_details.cached_tokens == first.usage.prompt_tokens - 1
     assert first.choices[0].message.content == second.choices[0].message.content
+
+
+def test_the_end_token_counts_as_one_of_the_answer(client: TestClient) -> None:
+    body = {"model": "tiny", "max_tokens": 5, "logit_bias": {"1": 100}}
+    chat = client.post("/v1/chat/completions", json={**body, "messages": [{"role": "user", "content": "Hi"}]}).json()
+    text = client.post("/v1/completions", json={**body, "prompt": "Hi"}).json()
+    for found in (chat, text):
+        assert found["choices"][0]["finish_reason"] == "stop"
+        assert found["usage"]["completion_tokens"] == 1
+
+
+def test_offsets_of_tokens_count_the_text_as_it_is_decoded(client: TestClient) -> None:
+    body = {"model": "tiny", "prompt": "a\u20acb</s>c", "echo": True, "logprobs": 0, "max_tokens": 2, "temperature": 0}
+    found = client.post("/v1/completions", json=body).json()["choices"][0]
+    offsets = found["logprobs"]["text_offset"]
+    assert found["text"].startswith("a\u20acbc")
+    assert offsets[:8] == [0, 1, 1, 1, 2, 3, 3, 4]  # three bytes are one character, and a control token is none

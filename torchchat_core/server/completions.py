@@ -28,6 +28,7 @@ from torchchat_core.server.exchange import (
 from torchchat_core.server.schemas import CompletionRequest
 from torchchat_core.server.scoring import Scored, score_prompts
 from torchchat_core.specs import Tokenizer
+from torchchat_core.tokenizers.stream import TextStream
 
 DEFAULT_LENGTH = 16  # tokens, as OpenAI's interface has it
 
@@ -122,22 +123,32 @@ class Choice:
     text: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
-        self._tokens: list[tuple[int, TokenLogprobs | None]] = []
+        self._tokens: list[tuple[int, TokenLogprobs | None, int]] = []  # the last one: where in the text it begins
         self._sent, self._tokens_sent, self._offset, self._told = 0, 0, 0, False
         if self.echoed:
             self.text = self.tokenizer.decode(self.echoed)
+            self._stream = TextStream(self.tokenizer, at_start=True)
             found = self.scored.logprobs if self.scored else [None] * len(self.echoed)
-            self._tokens = list(zip(self.echoed, found, strict=True))
+            for token, logprobs in zip(self.echoed, found, strict=True):
+                self._note(token, logprobs)
+            self._offset = len(self.text)
+        self._stream = TextStream(self.tokenizer, at_start=False)
+
+    def _note(self, token: int, logprobs: TokenLogprobs | None) -> None:
+        """Offsets count the text as it is decoded: of a character in several tokens, the last one brings it."""
+        self._tokens.append((token, logprobs, self._offset))
+        if self.logprobs is not None:
+            self._offset += len(self._stream.push(token))
 
     def take(self, event: Event) -> None:
         if isinstance(event, TokenEvent):
-            self._tokens.append((event.token, event.logprobs))
+            self._note(event.token, event.logprobs)
         elif isinstance(event, TextEvent):
             self.text += event.text
         elif isinstance(event, FinishedEvent):
             self.end = event
             if event.end is not None:  # evaluations count on as many entries as tokens were chosen
-                self._tokens.append((event.end.token, event.end.logprobs))
+                self._note(event.end.token, event.end.logprobs)
 
     @property
     def has_news(self) -> bool:
@@ -155,16 +166,13 @@ class Choice:
         return {"index": self.index, "text": text, "finish_reason": reason,
                 "logprobs": None if self.logprobs is None else self._logprobs(tokens)}
 
-    def _logprobs(self, tokens: Sequence[tuple[int, TokenLogprobs | None]]) -> dict[str, Any]:
+    def _logprobs(self, tokens: Sequence[tuple[int, TokenLogprobs | None, int]]) -> dict[str, Any]:
         """Parallel lists, as the interface has them; null for the first token of a text."""
-        texts = [token_text(self.tokenizer, token) for token, _ in tokens]
-        offsets = []
-        for text in texts:
-            offsets.append(self._offset)
-            self._offset += len(text)
-        return {"tokens": texts, "text_offset": offsets,
-                "token_logprobs": [None if found is None else max(found.chosen, LEAST_LOGPROB) for _, found in tokens],
-                "top_logprobs": [None if found is None else self._top(token, found) for token, found in tokens]}
+        return {"tokens": [token_text(self.tokenizer, token) for token, _, _ in tokens],
+                "text_offset": [offset for _, _, offset in tokens],
+                "token_logprobs": [None if found is None else max(found.chosen, LEAST_LOGPROB)
+                                   for _, found, _ in tokens],
+                "top_logprobs": [None if found is None else self._top(token, found) for token, found, _ in tokens]}
 
     def _top(self, token: int, found: TokenLogprobs) -> dict[str, float]:
         """The likeliest tokens, and the chosen one where it is not among them."""

@@ -193,10 +193,15 @@ def new_id(prefix: str) -> str:
 
 def usage(prompt_tokens: int, finished: Sequence[FinishedEvent], jobs: Sequence[Job]) -> dict[str, Any]:
     """`usage` of chat and text completions. An end token that was chosen counts as a token of the answer."""
-    completion = sum(len(each.token_ids) for each in finished)
+    completion = sum(map(generated_tokens, finished))
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion,
             "total_tokens": prompt_tokens + completion,
             "prompt_tokens_details": {"cached_tokens": min((job.reused for job in jobs), default=0)}}
+
+
+def generated_tokens(finished: FinishedEvent) -> int:
+    """How many the model has chosen: those of the text, and the end token, for which a step was made too."""
+    return len(finished.token_ids) + (finished.end is not None)
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:

@@ -12,7 +12,7 @@ from torchchat_core.batching import Job
 from torchchat_core.server.chat import Choice, make_plan
 from torchchat_core.server.engine import Answers
 from torchchat_core.server.errors import ApiError
-from torchchat_core.server.exchange import EventStream, Exchange, json_response, json_text, new_id
+from torchchat_core.server.exchange import EventStream, Exchange, generated_tokens, json_response, json_text, new_id
 from torchchat_core.server.schemas import (
     AssistantMessage,
     ChatRequest,
@@ -95,7 +95,7 @@ class Written:
             return {**self._head, "status": "in_progress", "output": [], "usage": None, "error": None,
                     "incomplete_details": None}
         cut = self.choice.end.reason == "length"
-        prompt, new = len(self._job.prompt), len(self.choice.end.token_ids)
+        prompt, new = len(self._job.prompt), generated_tokens(self.choice.end)
         return {**self._head, "status": "incomplete" if cut else "completed", "error": None,
                 "incomplete_details": {"reason": "max_output_tokens"} if cut else None, "output": self.output(),
                 "usage": {"input_tokens": prompt, "input_tokens_details": {"cached_tokens": self._job.reused},
