@@ -22,6 +22,7 @@ from torchchat_core.server.exchange import (
     DONE_EVENT,
     EventStream,
     Exchange,
+    collect,
     data_event,
     json_response,
     logprob_entry,
@@ -79,15 +80,9 @@ async def answer(exchange: Exchange, body: ChatRequest) -> Response:
     if body.stream:
         wants_usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(_events(answers, choices, head, wants_usage, len(plan.prompt)), exchange.close)
-    await exchange.watched(_collect(answers, choices))
+    await exchange.watched(collect(answers, choices))
     return json_response({**head, "object": "chat.completion", "choices": [choice.whole() for choice in choices],
                           "usage": usage(len(plan.prompt), [choice.end for choice in choices], jobs)})
-
-
-async def _collect(answers: Answers, choices: Sequence[Choice]) -> None:
-    while events := await answers.read():
-        for place, event in events:
-            choices[place].take(event)
 
 
 async def _events(answers: Answers, choices: Sequence[Choice], head: Mapping[str, Any], wants_usage: bool,

@@ -19,6 +19,7 @@ from torchchat_core.server.exchange import (
     LEAST_LOGPROB,
     EventStream,
     Exchange,
+    collect,
     data_event,
     json_response,
     new_id,
@@ -60,7 +61,7 @@ async def answer(exchange: Exchange, body: CompletionRequest) -> Response:
     if body.stream:
         wants_usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(_events(answers, choices, head, wants_usage, prompt_tokens), exchange.close)
-    await exchange.watched(_collect(answers, choices))
+    await exchange.watched(collect(answers, choices))
     ends = [choice.end for choice in choices if choice.end]
     return json_response({**head, "choices": [choice.whole() for choice in choices],
                           "usage": usage(prompt_tokens, ends, jobs)})
@@ -74,12 +75,6 @@ def prompts_of(prompt: str | list[str] | list[int] | list[list[int]], tokenizer:
         return [[token for token in prompt if isinstance(token, int)]]
     return [encode_plain(each, tokenizer, special=True) if isinstance(each, str) else list(each)
             for each in prompt if not isinstance(each, int)]
-
-
-async def _collect(answers: Answers, choices: Sequence[Choice]) -> None:
-    while events := await answers.read():
-        for place, event in events:
-            choices[place].take(event)
 
 
 async def _events(answers: Answers, choices: Sequence[Choice], head: dict[str, Any], wants_usage: bool,

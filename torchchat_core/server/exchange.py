@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from torchchat_core.batching import Job
 from torchchat_core.errors import TorchchatError
-from torchchat_core.generation import FinishedEvent, TokenEvent
+from torchchat_core.generation import Event, FinishedEvent, TokenEvent
 from torchchat_core.generation_options import GenerationOptions, Grammar, SamplingOptions
 from torchchat_core.server.engine import Answers, Engine
 from torchchat_core.server.errors import ApiError, refused
@@ -189,6 +189,19 @@ DONE_EVENT = "data: [DONE]\n\n"
 
 def new_id(prefix: str) -> str:
     return f"{prefix}{secrets.token_hex(16)}"
+
+
+class Taker(Protocol):
+    """One choice of an answer."""
+
+    def take(self, event: Event) -> None: ...
+
+
+async def collect(answers: Answers, choices: Sequence[Taker]) -> None:
+    """Gives every event to its choice, until all answers are complete. Raises `ApiError` where one failed."""
+    while events := await answers.read():
+        for place, event in events:
+            choices[place].take(event)
 
 
 def usage(prompt_tokens: int, finished: Sequence[FinishedEvent], jobs: Sequence[Job]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torchchat_core.manifest_fields import Fields
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.kv_cache import KVCache
 from torchchat_core.models.weights import TORCH_DTYPES
+from torchchat_core.sequence_limits import check_append, check_tokens, session_limit
 from torchchat_core.specs import LoadRequest
 
 DTYPES = {**TORCH_DTYPES, "uint8": torch.uint8, "int8": torch.int8, "int32": torch.int32, "int64": torch.int64}
@@ -92,10 +93,7 @@ class AotiModel:
         self._programs: tuple[LoadedProgram, LoadedProgram | None] | None = (layers, decoding)
 
     def session(self, limit: int | None = None) -> AotiSession:
-        limit = self.max_context if limit is None else limit
-        if not 1 <= limit <= self.max_context:
-            raise TorchchatError(f"a sequence of {limit} tokens was asked for; the file takes 1 to {self.max_context}",
-                                 "set --max-seq-length within that")
+        limit = session_limit(limit, self.max_context, "the file", "set --max-seq-length within that")
         extended = self._original_context is not None and limit > self._original_context
         return AotiSession(self, limit, extended)
 
@@ -103,10 +101,7 @@ class AotiModel:
         """Logits float32 [rows, vocab] of the tokens that stand behind those that the cache holds."""
         if self._programs is None:
             raise TorchchatError("the model was closed")
-        outside = [token for token in tokens if not 0 <= token < self.vocab_size]
-        if outside:
-            raise TorchchatError(f"token {outside[0]} is outside the model's vocabulary of {self.vocab_size}",
-                                 "the tokenizer belongs to another model")
+        check_tokens(tokens, self.vocab_size)
         layers, decoding = self._programs
         keys, values = cache.all_rooms(len(tokens))
         start = [torch.tensor(tokens), torch.tensor([cache.length, extended])]
@@ -148,14 +143,8 @@ class AotiSession:
 
     @torch.inference_mode()
     def _append(self, tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
-        if self._closed:
-            raise TorchchatError("the session was closed")
-        if not tokens:
-            raise TorchchatError("there are no tokens to append")
-        if self.length + len(tokens) > self.limit:
-            raise TorchchatError(f"the sequence would have {self.length + len(tokens)} tokens; its limit is "
-                                 f"{self.limit}", "shorten the prompt, or allow more with --max-seq-length where the "
-                                 "file can")
+        check_append(len(tokens), self.length, self.limit, self._closed,
+                     "allow more with --max-seq-length where the file can")
         logits = self._model.run(tokens, rows, self._cache, self._extended)
         self._cache.advance(len(tokens))
         return logits

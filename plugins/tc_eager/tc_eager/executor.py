@@ -15,6 +15,7 @@ from torchchat_core.models.kv_cache import KVCache
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import TORCH_DTYPES
 from torchchat_core.quantization.running import prepare
+from torchchat_core.sequence_limits import check_append, check_tokens, session_limit
 from torchchat_core.specs import LoadRequest
 
 if TYPE_CHECKING:
@@ -60,10 +61,7 @@ class EagerModel:
         self._module: Transformer | None = module
 
     def session(self, limit: int | None = None) -> EagerSession:
-        limit = self.max_context if limit is None else limit
-        if not 1 <= limit <= self.max_context:
-            raise TorchchatError(f"a sequence of {limit} tokens was asked for; the model takes 1 to "
-                                 f"{self.max_context}", "set --max-seq-length within that")
+        limit = session_limit(limit, self.max_context, "the model", "set --max-seq-length within that")
         return EagerSession(self, limit)
 
     @torch.inference_mode()
@@ -88,7 +86,7 @@ class EagerModel:
                 rows: list[int] | None, extended: bool) -> Tensor:
         """One pass of the transformer; logits [rows, vocab], float32 on the CPU."""
         module = self.module
-        self._check(tokens)
+        check_tokens(tokens, self.vocab_size)
         decoder = self._decoder  # which another thread may take away
         if decoder is not None and len(tokens) == 1:
             return decoder.logits(tokens[0], segments[0].cache, extended)
@@ -103,17 +101,11 @@ class EagerModel:
                       ) -> Tensor:
         """Behind the last norm: [n, hidden], float32 on the CPU."""
         module = self.module
-        self._check(tokens)
+        check_tokens(tokens, self.vocab_size)
         hidden: Tensor = module.model(
             torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device),
             self._attention(module.config, [segment]), extended)
         return hidden.float().cpu()
-
-    def _check(self, tokens: Sequence[int]) -> None:
-        outside = [token for token in tokens if not 0 <= token < self.vocab_size]
-        if outside:
-            raise TorchchatError(f"token {outside[0]} is outside the model's vocabulary of {self.vocab_size}",
-                                 "the tokenizer belongs to another model")
 
     @property
     def module(self) -> Transformer:
@@ -173,13 +165,8 @@ class EagerSession:
 
     def check_room(self, count: int) -> None:
         """Raises `TorchchatError` where `count` more tokens do not fit."""
-        if self._closed:
-            raise TorchchatError("the session was closed")
-        if count < 1:
-            raise TorchchatError("there are no tokens to append")
-        if self.length + count > self.limit:
-            raise TorchchatError(f"the sequence would have {self.length + count} tokens; its limit is {self.limit}",
-                                 "shorten the prompt, or allow more with --max-seq-length where the model can")
+        check_append(count, self.length, self.limit, self._closed,
+                     "allow more with --max-seq-length where the model can")
 
     @torch.inference_mode()
     def _append(self, tokens: Sequence[int], rows: list[int] | None) -> Tensor:

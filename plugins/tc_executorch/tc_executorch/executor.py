@@ -17,6 +17,7 @@ from torch import Tensor
 from tc_executorch.runtime import bindings, messages
 from torchchat_core.artifacts import Manifest, open_artifact
 from torchchat_core.errors import TorchchatError
+from torchchat_core.sequence_limits import check_append, check_tokens, session_limit
 from torchchat_core.specs import LoadRequest
 
 FORWARD, SCORE = "forward", "score"
@@ -89,10 +90,8 @@ class ExecutorchModel:
         self.method(FORWARD)
 
     def session(self, limit: int | None = None) -> ExecutorchSession:
-        limit = self.max_context if limit is None else limit
-        if not 1 <= limit <= self.max_context:
-            raise TorchchatError(f"a sequence of {limit} tokens was asked for; the exported file takes 1 to "
-                                 f"{self.max_context}", "export the model with another --max-seq-length")
+        limit = session_limit(limit, self.max_context, "the exported file",
+                              "export the model with another --max-seq-length")
         self.method(FORWARD)
         return ExecutorchSession(self, limit)
 
@@ -181,18 +180,9 @@ class ExecutorchSession:
         return logits
 
     def _check(self, tokens: Sequence[int]) -> None:
-        if self._closed:
-            raise TorchchatError("the session was closed")
-        if not tokens:
-            raise TorchchatError("there are no tokens to append")
-        if self.length + len(tokens) > self.limit:
-            raise TorchchatError(f"the sequence would have {self.length + len(tokens)} tokens; its limit is "
-                                 f"{self.limit}", "shorten the prompt, or export the model with more positions: "
-                                                  "--max-seq-length")
-        outside = [token for token in tokens if not 0 <= token < self._model.vocab_size]
-        if outside:
-            raise TorchchatError(f"token {outside[0]} is outside the model's vocabulary of {self._model.vocab_size}",
-                                 "the tokenizer belongs to another model")
+        check_append(len(tokens), self.length, self.limit, self._closed,
+                     "export the model with more positions: --max-seq-length")
+        check_tokens(tokens, self._model.vocab_size)
 
     def _enter(self, method: Method) -> None:
         """Takes the method's KV cache, after whoever had it has taken his tokens out."""
