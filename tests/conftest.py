@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -63,6 +65,42 @@ def torchchat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
             main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
         return Outcome(int(ended.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a start of `torchchat ARGUMENT` took of the processor, and which modules it had imported at its end."""
+
+    share: float                # of what importing click and pluggy and listing the distributions takes
+    modules: frozenset[str]
+
+
+BARE = ("import click, pluggy, importlib.metadata, time; list(importlib.metadata.distributions())\n"
+        "print(time.process_time())")
+STARTED = ("import sys, time; from torchchat_core.cli.main import main\n"
+           "try: main([{argument!r}])\n"
+           "except SystemExit: print(); print(*sys.modules); print(time.process_time())")
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Callable[..., Start]:
+    """Starts the command line in processes of its own, in turns with what any such program has to import. The quickest
+    of each count, with bytecode at hand as after any first start: other work on the machine only ever adds to them."""
+
+    def run(argument: str, **changes: str) -> Start:
+        plain = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode")}
+        plain.pop("PYTHONDONTWRITEBYTECODE", None)
+        programs = ((BARE, plain), (STARTED.format(argument=argument), plain | changes))
+        seconds: list[list[float]] = [[], []]
+        for _ in range(15):
+            for (program, environment), found in zip(programs, seconds, strict=True):
+                lines = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
+                                       env=environment).stdout.splitlines()
+                found.append(float(lines[-1]))
+        bare, ours = map(min, seconds)
+        return Start(ours / bare, frozenset(lines[-2].split()))
 
     return run
 

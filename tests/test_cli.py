@@ -209,18 +209,11 @@ def start(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
                           env={**os.environ, **changes}, check=False, timeout=120)
 
 
-def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
-    """The limit of 150 ms is of the processor's time, with bytecode at hand as after any first start, and of the
-    quickest of twenty: the tests may share the machine with others, which only ever adds to it."""
-    program = ("import sys, time; from torchchat_core.cli.main import main\n"
-               "try: main(['--help'])\n"
-               "except SystemExit: print('torch' in sys.modules, 'rich' in sys.modules, time.process_time())")
-    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
-                           env=environment).stdout for _ in range(20)]
-    assert all(run.split()[-3:-1] == ["False", "False"] for run in runs)
-    assert min(float(run.split()[-1]) for run in runs) < 0.150
+def test_help_is_quick_and_imports_nothing_heavy(started: Any) -> None:
+    """About 1.9 times what click and pluggy take themselves; 115 ms where they take 60 (tools/measure_core.py)."""
+    start = started("--help")
+    assert not start.modules & {"torch", "numpy", "rich"}
+    assert start.share < 2.5
 
 
 def test_faulty_plugins_cost_a_line_each_and_nothing_else(tmp_path: Path, testdata: Path) -> None:
