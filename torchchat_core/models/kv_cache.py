@@ -78,6 +78,18 @@ class KVCache:
         copied._values = [values[:, :length].clone() for values in self._values]
         return copied
 
+    def move_to(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        """Moves what is held into memory that somebody else gives, one tensor [kv_heads, capacity, head_dim] a layer.
+
+        What the memory held before is overwritten with zeros. Raises `TorchchatError` where it is too small.
+        """
+        if min(room.shape[1] for room in (*keys, *values)) < self.length:
+            raise TorchchatError(f"a sequence of {self.length} tokens does not fit into memory for {keys[0].shape[1]}")
+        for old, new in zip((*self._keys, *self._values), (*keys, *values), strict=True):
+            new[:, : self.length] = old[:, : self.length]
+            new[:, self.length :].zero_()
+        self._keys, self._values = list(keys), list(values)
+
     def release(self) -> None:
         """Gives the memory back and forgets everything."""
         self.length = 0
@@ -92,10 +104,7 @@ class KVCache:
         if needed > self.limit:
             raise TorchchatError(f"the sequence would have {needed} tokens; the limit is {self.limit}",
                                  "start a new conversation, or ask for a larger --max-seq-length")
-        capacity = max(FIRST_CAPACITY, self._keys[layer].shape[1])
-        while capacity < needed:
-            capacity *= 2
-        capacity = min(capacity, self.limit)
+        capacity = min(max(FIRST_CAPACITY, 1 << (needed - 1).bit_length()), self.limit)
         self._keys[layer] = self._grown(self._keys[layer], capacity)
         self._values[layer] = self._grown(self._values[layer], capacity)
 

@@ -1,19 +1,20 @@
 """Decoding on a GPU: one token as a graph of kernels that is recorded once and started with a single call.
 
-A recorded graph knows shapes and addresses, so it belongs to one sequence and to one size of its cache. The cache grows
-by doubling: a sequence needs a handful of graphs, and what they attend to is at most twice what is held. The compiled
-code behind them is the same for all sequences, and PyTorch keeps it across starts.
+A recorded graph knows shapes and addresses, so it belongs to one size of a cache and to its memory. The cache grows by
+doubling: a sequence needs a handful of graphs, and what they attend to is at most twice what is held. A sequence that
+ends leaves its graphs and their memory to the next one. The compiled code behind them is the same for all sizes, and
+PyTorch keeps it across starts.
 """
 
 from __future__ import annotations
 
+import types
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
-from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torchchat_core.models.config import ModelConfig
@@ -21,13 +22,17 @@ from torchchat_core.models.kv_cache import KVCache
 from torchchat_core.models.transformer import Transformer
 
 Replay = Callable[[], None]
+Step = Callable[..., Tensor]
 WARM_UPS = 3  # before recording: kernels are chosen and workspaces taken then
+SPARE = 2  # recordings of one size that are kept for sequences to come
 
 
 class StaticAttention:
     """An `Attend` for one token whose shapes never change: to all of the cache's memory, behind a mask.
 
     `position` [1] int64 is where the token stands; keys and values of each layer are [kv_heads, capacity, head_dim].
+    Written as sums of products in float32, which the compiler turns into kernels that spread over the whole GPU; those
+    of `scaled_dot_product_attention` give one token's head to one multiprocessor.
     """
 
     def __init__(self, config: ModelConfig, position: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -37,18 +42,18 @@ class StaticAttention:
         keys, values = self.keys[layer], self.values[layer]
         keys.index_copy_(1, self.position, key.transpose(0, 1))
         values.index_copy_(1, self.position, value.transpose(0, 1))
-        grouped = query.view(keys.shape[0], -1, query.shape[2])  # [kv_heads, group, head_dim]
-        context = F.scaled_dot_product_attention(grouped[None], keys[None], values[None],
-                                                 attn_mask=self._visible(layer, keys.shape[1]),
-                                                 scale=self.config.attention_scale)
-        return context.reshape(1, -1)
+        grouped = query.view(keys.shape[0], -1, 1, query.shape[2])  # [kv_heads, group, 1, head_dim]
+        scores = (grouped.float() * keys[:, None].float()).sum(3) * self.config.attention_scale
+        weights = scores.masked_fill(~self._visible(layer, keys.shape[1]), float("-inf")).softmax(2)
+        context = (weights[..., None] * values[:, None].float()).sum(2)  # [kv_heads, group, head_dim]
+        return context.to(query.dtype).reshape(1, -1)
 
     def _visible(self, layer: int, capacity: int) -> Tensor:
-        """True for the positions that the token sees: [1, capacity]."""
+        """True for the positions that the token sees: [capacity]."""
         column = torch.arange(capacity, device=self.position.device)
         visible = column <= self.position
         window = self.config.layer_window(layer)
-        return (visible if window is None else visible & (column > self.position - window))[None]
+        return visible if window is None else visible & (column > self.position - window)
 
 
 def decode_step(module: Transformer, token: Tensor, position: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor],
@@ -59,11 +64,32 @@ def decode_step(module: Transformer, token: Tensor, position: Tensor, keys: Sequ
     return logits.float()
 
 
-@dataclass
-class Recorded:
+def compiled_step(backend: str | Callable[..., object] = "inductor") -> Step:
+    """`decode_step`, compiled for one module and every size of its cache.
+
+    The compiler counts how often it compiles the same code, and gives up after some; so each model has code of its own.
+    Products with one row are compiled like everything else, and so take weights of int8 as they are.
+    """
+    own = types.FunctionType(decode_step.__code__.replace(), globals(), decode_step.__name__)
+    options = {"options": {"coordinate_descent_tuning": True}} if backend == "inductor" else {"backend": backend}
+    step = cast(Step, torch.compile(own, fullgraph=True, dynamic=False, **options))
+
+    def of_any_capacity(module: Transformer, token: Tensor, position: Tensor, keys: Sequence[Tensor],
+                        values: Sequence[Tensor], extended: bool) -> Tensor:
+        for each in (*keys, *values):
+            torch._dynamo.mark_dynamic(each, 1)
+        return step(module, token, position, keys, values, extended)
+
+    return of_any_capacity
+
+
+@dataclass(eq=False)
+class Recording:
     """A graph, and the memory that it reads and writes."""
 
     key: tuple[int, bool]  # capacity of the cache, and whether longrope's other angles are used
+    keys: list[Tensor]  # of each layer, [kv_heads, capacity, head_dim]
+    values: list[Tensor]
     token: Tensor  # [1] int64
     position: Tensor  # [1] int64
     logits: Tensor  # [1, vocab] float32
@@ -73,30 +99,53 @@ class Recorded:
 class GraphDecoder:
     """What tc-eager's model calls for one token of one sequence; other steps go the ordinary way."""
 
-    def __init__(self, module: Transformer, device: str, step: Callable[..., Tensor] | None = None,
+    def __init__(self, module: Transformer, device: str, step: Step | None = None,
                  record: Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]] | None = None) -> None:
-        """`step` is a compiled `decode_step` unless another one is given, and `record` records CUDA graphs."""
+        """`step` is `compiled_step()` unless another one is given, and `record` records CUDA graphs."""
         self._module, self._device = module, device
-        self._step = step or cast(Callable[..., Tensor], torch.compile(decode_step, fullgraph=True, dynamic=False))
-        self._record = record or record_cuda_graph
-        self._recorded: WeakKeyDictionary[KVCache, Recorded] = WeakKeyDictionary()
+        self._step = step or compiled_step()
+        self._record = record or CudaRecorder()
+        self._used: dict[int, Recording] = {}  # by the id of the cache
+        self._spare: list[Recording] = []
 
     def logits(self, token: int, cache: KVCache, extended: bool) -> Tensor:
         """Of the token behind those that the cache holds: float32 [1, vocab] on the CPU.
 
         Raises `TorchchatError` where the cache is full; `cache.advance` is left to the caller.
         """
+        recording = self._recording(cache, extended)
+        recording.token.fill_(token)
+        recording.position.fill_(cache.length)
+        recording.replay()
+        return on_cpu(recording.logits)  # a copy: the next replay writes to that memory
+
+    def _recording(self, cache: KVCache, extended: bool) -> Recording:
+        """The one that the cache has; where it has grown, or has none, one that was left, or else a new one."""
         keys, values = cache.all_rooms(1)
         key = (keys[0].shape[1], extended)
-        recorded = self._recorded.get(cache)
-        if recorded is None or recorded.key != key:
-            recorded = self._recorded[cache] = self._made(key, keys, values, cache.length)
-        recorded.token.fill_(token)
-        recorded.position.fill_(cache.length)
-        recorded.replay()
-        return recorded.logits.to("cpu", copy=True)  # the next replay writes to that memory
+        recording = self._used.get(id(cache))
+        if recording is not None and recording.key == key:
+            return recording
+        if recording is None:
+            weakref.finalize(cache, _leave, weakref.ref(self), id(cache))
+        else:
+            self.leave(id(cache))
+        recording = next((each for each in self._spare if each.key == key), None)
+        if recording is None:
+            recording = self._made(key, list(keys), list(values), cache.length)
+        else:
+            self._spare.remove(recording)
+            cache.move_to(recording.keys, recording.values)
+        self._used[id(cache)] = recording
+        return recording
 
-    def _made(self, key: tuple[int, bool], keys: Sequence[Tensor], values: Sequence[Tensor], length: int) -> Recorded:
+    def leave(self, cache: int) -> None:
+        """Keeps what the cache of this id had for the next one, unless there are enough of them."""
+        left = self._used.pop(cache)
+        if sum(each.key == left.key for each in self._spare) < SPARE:
+            self._spare.append(left)
+
+    def _made(self, key: tuple[int, bool], keys: list[Tensor], values: list[Tensor], length: int) -> Recording:
         """Recording runs the step for the next position, whose keys and values are written again afterwards.
 
         What is behind the mask counts with weight zero, so it must not be what memory happened to hold.
@@ -105,20 +154,42 @@ class GraphDecoder:
             each[:, length:].zero_()
         token = torch.zeros(1, dtype=torch.int64, device=self._device)
         position = torch.full_like(token, length)
-        caches = list(keys), list(values)
-        replay, logits = self._record(lambda: self._step(self._module, token, position, *caches, key[1]))
-        return Recorded(key, token, position, logits, replay)
+        replay, logits = self._record(lambda: self._step(self._module, token, position, keys, values, key[1]))
+        return Recording(key, keys, values, token, position, logits, replay)
 
 
-def record_cuda_graph(step: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-    """What starts the recorded step again, and the memory of its result."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        for _ in range(WARM_UPS):
-            step()
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = step()
-    return graph.replay, logits
+def _leave(decoder: weakref.ref[GraphDecoder], cache: int) -> None:
+    """When a cache is gone; its decoder may be, too."""
+    alive = decoder()
+    if alive is not None:
+        alive.leave(cache)
+
+
+def on_cpu(logits: Tensor) -> Tensor:
+    """A copy in the CPU's memory, from a GPU through pages that it can write to itself."""
+    if logits.device.type == "cpu":
+        return logits.clone()
+    copied = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
+    copied.copy_(logits, non_blocking=True)
+    torch.cuda.current_stream(logits.device).synchronize()
+    return copied
+
+
+class CudaRecorder:
+    """Records steps that are replayed one at a time, so that what they compute with in between shares its memory."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        """What starts the recorded step again, and the memory of its result."""
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(WARM_UPS):
+                step()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # others may load models
+            logits = step()
+        return graph.replay, logits

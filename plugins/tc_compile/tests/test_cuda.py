@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tc_compile.cuda import GraphDecoder, Replay, decode_step
+from tc_compile.cuda import SPARE, GraphDecoder, Replay, compiled_step, decode_step
 from tc_eager.executor import EagerModel, EagerSession
 from torchchat_core.models.attention import CachedAttention
-from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.specs import LoadRequest
 from torchchat_core.testing.models import PROMPTS, VARIANTS, reference_logits, seeded, tiny_config, variant_config
@@ -86,8 +85,8 @@ def test_a_sequence_that_was_cut_goes_on_from_there() -> None:
     torch.testing.assert_close(session.decode(7), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("config", [tiny_config(), variant_config("sliding-layers")], ids=["llama", "sliding-layers"])
-def test_the_step_traces_whole_and_once_for_all_positions(config: ModelConfig) -> None:
+@pytest.mark.parametrize("variant", ["llama", "sliding-layers"])
+def test_the_step_traces_whole_and_once_for_all_positions_and_sizes(variant: str) -> None:
     traced: list[Any] = []
 
     def backend(graph: Any, example: Any) -> Any:
@@ -95,8 +94,43 @@ def test_the_step_traces_whole_and_once_for_all_positions(config: ModelConfig) -
         return graph
 
     torch._dynamo.reset()
-    module = seeded(config)
-    step = torch.compile(decode_step, fullgraph=True, dynamic=False, backend=backend)
-    found = run(model(module, Recorder(), step).session(), PROMPTS[1])
+    module = seeded(tiny_config(**VARIANTS[variant], max_context=600))
+    both, tokens = model(module, Recorder(), compiled_step(backend)), PROMPTS[1]
+    for length in (None, 520, 300):
+        session = both.session(length)
+        if length:
+            session.prefill([3] * (length - len(tokens) - 1))
+            session.truncate(0)  # the memory stays
+        torch.testing.assert_close(run(session, tokens), reference_logits(module, tokens), atol=1e-4, rtol=1e-4)
     assert len(traced) == 1
-    torch.testing.assert_close(found, reference_logits(module, PROMPTS[1]), atol=1e-4, rtol=1e-4)
+
+
+def test_a_sequence_that_ends_leaves_its_graph_to_the_next_one() -> None:
+    module, recorder = seeded(tiny_config()), Recorder()
+    loaded = model(module, recorder)
+    for tokens in PROMPTS[1:]:
+        session = loaded.session()
+        session.prefill(tokens)
+        torch.testing.assert_close(session.decode(7), reference_logits(module, (*tokens, 7))[-1], atol=1e-4, rtol=1e-4)
+        session.close()
+        del session
+    assert recorder.recorded == 1
+
+
+def test_no_more_memory_is_kept_for_sequences_to_come_than_for_two() -> None:
+    recorder = Recorder()
+    loaded = model(seeded(tiny_config()), recorder)
+    for _ in range(2):
+        sessions = [loaded.session() for _ in range(4)]
+        for session in sessions:
+            session.decode(3)
+        del sessions, session
+    assert recorder.recorded == 4 + (4 - SPARE)
+
+
+def test_models_are_compiled_however_many_there_were_before() -> None:
+    """The compiler counts its work by the code, and gives up at eight."""
+    for seed in range(10):
+        module = seeded(tiny_config(), seed)
+        found = model(module, Recorder(), compiled_step("eager")).session().decode(5)
+        torch.testing.assert_close(found, reference_logits(module, (5,))[-1], atol=1e-4, rtol=1e-4)
