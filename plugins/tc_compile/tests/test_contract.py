@@ -33,3 +33,12 @@ class TestEveryArchitecture(OfSomeDtypes):
 class TestHalfPrecision(OfSomeDtypes):
     variants = ("sliding-layers",)
     dtypes = frozenset({"bf16", "fp16"})
+
+
+class TestOnCuda(OfSomeDtypes):
+    """With recorded graphs."""
+
+    variants = ("llama", "sliding-layers", "longrope")
+
+    def devices_and_dtypes(self) -> tuple[frozenset[str], frozenset[str]]:
+        return frozenset({"cuda"}), frozenset({"fp32", "bf16"})
