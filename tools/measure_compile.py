@@ -53,7 +53,7 @@ def random_model(shape: str, dtype: str) -> Transformer:
         values = torch.empty(parameter.shape, dtype=TORCH_DTYPES[dtype]).uniform_(-0.02, 0.02)
         setattr(module.get_submodule(owner), attribute, torch.nn.Parameter(values + ("norm" in name), False))
     module.lm_head.weight = module.model.embed_tokens.weight
-    module.model.rotary = type(module.model.rotary)(config)
+    module.model.rotary = type(module.model.rotary)(config).to(module.model.norm.weight.device)
     return module
 
 

@@ -6,6 +6,7 @@ what they were packed from is let go. What they stand for does not change.
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 from collections.abc import Callable, Sequence
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from torchchat_core import kernels
 from torchchat_core.kernels.layers import joined_bias
-from torchchat_core.quantization.layers import QuantizedLinear, rounded_rows
+from torchchat_core.quantization.layers import GROUP_STEP, QuantizedLinear, rounded_rows
 
 ATEN_GROUPS = (32, 64, 128, 256)  # that the products of four-bit weights take
 # Elsewhere core's kernels are plain C++, and ATen's own are faster where they take the weights.
@@ -49,6 +50,8 @@ def fastest(layer: QuantizedLinear, dtype: torch.dtype, with_kernels: bool) -> n
         return AtenInt4Linear(layer, dtype, torch.ops.aten._weight_int4pack_mm_for_cpu, _packed_for_cpu)
     if device == "cpu" and with_kernels:
         return PanelLinear(layer)
+    if device == "cuda" and layer.columns % GROUP_STEP == 0 and importlib.util.find_spec("triton"):
+        return TritonLinear(layer)
     if device == "cuda" and _one_scale_a_row(layer) and dtype != torch.float16:
         return RowScaledLinear(layer, dtype)
     if device == "cuda" and _whole_groups_of_four_bits(layer) and _fits_tinygemm(layer, dtype):
@@ -135,6 +138,19 @@ class PanelLinears(nn.Module):
         products: tuple[Tensor, ...] = torch.ops.torchchat.quantized_linears(
             x, packed, self.bias, self.sizes, self.bits, self.group_size, self.asymmetric).split(self.sizes, 1)
         return products
+
+
+class TritonLinear(RunningLinear):
+    """Core's GPU kernels, which read weights as they are stored, whatever their format."""
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__(layer)
+        self.stored = layer
+
+    def multiply(self, x: Tensor) -> Tensor:
+        from torchchat_core.kernels.triton_products import product
+
+        return product(rounded_rows(x) if self.stored.format.activations == "int8" else x, self.stored, self.bias)
 
 
 class EightBitRows(RunningLinear):
