@@ -1,4 +1,5 @@
-"""Products with integer weights on a GPU, in Triton: of one row, of a few rows, and the weights themselves for many.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-any-return"
+"""Products with integer weights on a GPU, in Triton: of one row; for more, the weights are dequantised once for all.
 
 The weights are read as they are stored (`quantization.layers.IntegerWeights`): nothing is packed, whatever the group
 size and the dtype. Columns are taken in pieces of 32, since every group is made of whole ones; of four bits, a byte
@@ -10,19 +11,22 @@ Triton comes with PyTorch for CUDA on Linux. Its kernels are compiled when they 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from torchchat_core.quantization.layers import GROUP_STEP, QuantizedLinear
 
-FEW_ROWS = 16  # up to here weights are multiplied as they are read; beyond, they are dequantised once for all rows
+TINY_COLUMNS = 128  # of a tile of tinygemm
+TINY_ROWS = 8
 ROWS_OF_PROGRAM = 4  # of the weights, in the product of one row
+BLOCK = 1024  # columns that a program dequantises
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _piece(values, scales, centres, row, rows, piece, pieces, columns, groups, group_pieces, BITS: tl.constexpr,
-           CENTRED: tl.constexpr):  # type: ignore[no-untyped-def]
+           CENTRED: tl.constexpr):
     """Pieces of one row: even and odd columns, each [pieces, 16] float32, of eight bits as halves of the piece."""
     column = tl.arange(0, 16)
     row = tl.minimum(row, rows - 1)  # what a program has beyond the last row is not stored
@@ -44,9 +48,9 @@ def _piece(values, scales, centres, row, rows, piece, pieces, columns, groups, g
     return first, second
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _one_row(x, values, scales, centres, bias, out, rows, columns, groups, group_pieces, BITS: tl.constexpr,
-             CENTRED: tl.constexpr, BIASED: tl.constexpr, PIECES: tl.constexpr):  # type: ignore[no-untyped-def]
+             CENTRED: tl.constexpr, BIASED: tl.constexpr, PIECES: tl.constexpr):
     """out [rows] = weights [rows, columns] x [columns] + bias; a program has four rows, and x in registers for them."""
     row = tl.program_id(0).to(tl.int64) * 4
     pieces = columns // 32
@@ -81,8 +85,8 @@ def _one_row(x, values, scales, centres, bias, out, rows, columns, groups, group
     _store(out, bias, row + 3, rows, tl.sum(sum3), BIASED)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _store(out, bias, row, rows, total, BIASED: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _store(out, bias, row, rows, total, BIASED: tl.constexpr):
     at = row + tl.arange(0, 1)
     result = total + tl.zeros((1,), tl.float32)
     if BIASED:
@@ -90,53 +94,9 @@ def _store(out, bias, row, rows, total, BIASED: tl.constexpr):  # type: ignore[n
     tl.store(out + at, result.to(out.dtype.element_ty), mask=at < rows)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _few_rows(x, values, scales, centres, bias, out, count, rows, columns, groups, group_size, BITS: tl.constexpr,
-              CENTRED: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr,
-              COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """out [count, rows] = x [count, columns] weights^T + bias, count at most 16; a program has ROWS of the weights.
-
-    COLUMNS divides neither the columns nor a group always: scales are taken column by column.
-    """
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    token = tl.arange(0, 16)
-    known_row, known_token = row < rows, token < count
-    total = tl.zeros((16, ROWS), tl.float32)
-    half = tl.arange(0, COLUMNS)
-    step: tl.constexpr = 2 if BITS == 4 else 1
-    for start in range(0, columns, COLUMNS * step):
-        first = start + half * step
-        there = first < columns
-        group = row[:, None] * groups + first[None, :] // group_size
-        inside = known_row[:, None] & there[None, :]
-        scale = tl.load(scales + group, mask=inside, other=0.0).to(tl.float32)
-        at = row[:, None] * (columns // step) + (first // step)[None, :]
-        stored = tl.load(values + at, mask=inside, other=0)
-        x_at = token[:, None] * columns + first[None, :]
-        seen = known_token[:, None] & there[None, :]
-        if BITS == 4:
-            weights = ((stored & 15).to(tl.float32) - 8.0) * scale
-            others = ((stored >> 4).to(tl.float32) - 8.0) * scale
-            if CENTRED:
-                centre = tl.load(centres + group, mask=inside, other=0.0).to(tl.float32)
-                weights, others = weights + centre, others + centre
-            x1 = tl.load(x + x_at + 1, mask=seen, other=0.0)
-            total += tl.dot(x1, tl.trans(others.to(x1.dtype)), input_precision="ieee")
-        else:
-            weights = (stored.to(tl.float32) - 128.0) * scale
-            if CENTRED:
-                weights = weights + tl.load(centres + group, mask=inside, other=0.0).to(tl.float32)
-        x0 = tl.load(x + x_at, mask=seen, other=0.0)
-        total += tl.dot(x0, tl.trans(weights.to(x0.dtype)), input_precision="ieee")
-    if BIASED:
-        total += tl.load(bias + row, mask=known_row, other=0.0).to(tl.float32)[None, :]
-    tl.store(out + token[:, None] * rows + row[None, :], total.to(out.dtype.element_ty),
-             mask=known_token[:, None] & known_row[None, :])
-
-
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _dequantise(values, scales, centres, out, columns, groups, group_size, BITS: tl.constexpr, CENTRED: tl.constexpr,
-                COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+                COLUMNS: tl.constexpr):
     """out [rows, columns], a program for each row and COLUMNS of its columns."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -154,39 +114,59 @@ def _dequantise(values, scales, centres, out, columns, groups, group_size, BITS:
     tl.store(out + row * columns + column, weights.to(out.dtype.element_ty), mask=there)
 
 
-def fits(layer: QuantizedLinear) -> bool:
-    """Whether its rows are made of whole pieces."""
-    return layer.columns % GROUP_STEP == 0
+@triton.jit
+def _dequantise_tiles(packed, pairs, out, rows, columns, group_size, COLUMNS: tl.constexpr):
+    """As `_dequantise`, of weights in tinygemm's layout for NVIDIA's tensor cores: `dequantised_tiles`."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = column < columns
+    tile = (row // 8) * (columns // 128) + column // 128
+    within = column % 16
+    lane = (row % 8) * 4 + within // 2 % 4
+    word = tl.load(packed + (tile * 32 + lane) * 4 + column % 128 // 32, mask=there, other=0)
+    nibble = within % 2 * 4 + column % 32 // 16 * 2 + within // 8
+    stored = ((word >> nibble * 4) & 15).to(tl.float32) - 8.0
+    pair = pairs + ((column // group_size) * rows + row) * 2
+    scale = tl.load(pair, mask=there, other=0.0).to(tl.float32)
+    centre = tl.load(pair + 1, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + row * columns + column, (stored * scale + centre).to(out.dtype.element_ty), mask=there)
 
 
 def product(x: Tensor, layer: QuantizedLinear, bias: Tensor | None) -> Tensor:
-    """x [n, columns] -> [n, rows], in the dtype of x; sums are of float32."""
-    count, rows, columns = x.shape[0], layer.rows, layer.columns
-    if count > FEW_ROWS:
-        return torch.nn.functional.linear(x, dequantised(layer, x.dtype), bias)
-    out = torch.empty((count, rows), dtype=x.dtype, device=x.device)
-    groups, size = layer.scales.shape[1], layer.format.columns_of_group(columns)
-    centres = layer.scales if layer.centres is None else layer.centres  # a pointer that is not read
-    flags = {"BITS": layer.format.bits, "CENTRED": layer.centres is not None, "BIASED": bias is not None}
-    x, added = x.contiguous(), out if bias is None else bias
-    if count == 1:
-        _one_row[(-(-rows // ROWS_OF_PROGRAM),)](
-            x, layer.values, layer.scales, centres, added, out, rows, columns, groups, size // GROUP_STEP, **flags,
-            PIECES=64, num_warps=2)
-        return out
-    block = 32 if rows >= 8192 else 16
-    _few_rows[(-(-rows // block),)](
-        x, layer.values, layer.scales, centres, added, out, count, rows, columns, groups, size, **flags, ROWS=block,
-        COLUMNS=64, num_warps=4, num_stages=4)
+    """x [n, columns] -> [n, rows], in the dtype of x; sums are of float32. The columns are a multiple of 32."""
+    if x.shape[0] > 1:
+        return F.linear(x, dequantised(layer, x.dtype), bias)
+    rows, columns = layer.rows, layer.columns
+    out = torch.empty((1, rows), dtype=x.dtype, device=x.device)
+    _one_row[(-(-rows // ROWS_OF_PROGRAM),)](
+        x.contiguous(), layer.values, layer.scales, layer.scales if layer.centres is None else layer.centres,
+        out if bias is None else bias, out, rows, columns, layer.scales.shape[1],
+        layer.format.columns_of_group(columns) // GROUP_STEP, BITS=layer.format.bits,
+        CENTRED=layer.centres is not None, BIASED=bias is not None, PIECES=16 if layer.format.bits == 4 else 32,
+        num_warps=2)
     return out
 
 
 def dequantised(layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
     """`QuantizedLayer.dequantised` in one pass: [rows, columns]."""
-    rows, columns, block = layer.rows, layer.columns, 1024
+    rows, columns = layer.rows, layer.columns
     out = torch.empty((rows, columns), dtype=dtype, device=layer.values.device)
-    _dequantise[(rows, -(-columns // block))](
+    _dequantise[(rows, -(-columns // BLOCK))](
         layer.values, layer.scales, layer.scales if layer.centres is None else layer.centres, out, columns,
         layer.scales.shape[1], layer.format.columns_of_group(columns), BITS=layer.format.bits,
-        CENTRED=layer.centres is not None, COLUMNS=block, num_warps=4)
+        CENTRED=layer.centres is not None, COLUMNS=BLOCK, num_warps=4)
+    return out
+
+
+def dequantised_tiles(packed: Tensor, pairs: Tensor, group_size: int) -> Tensor:
+    """The weights [rows, columns], in the dtype of `pairs`, of ATen's `_weight_int4pack_mm` on NVIDIA's GPUs.
+
+    `packed` [rows / 8, columns / 128, 32, 4] int32: tiles of 8 rows and 128 columns, as `_convert_weight_to_int4pack`
+    makes them with eight inner tiles: of a row, the lane 4 row + l has the columns 2l, 2l + 8 and those behind them of
+    each 16, two sixteens to a word, even columns in its lower half. `pairs` [groups, rows, 2] are scales and centres.
+    """
+    rows, columns = packed.shape[0] * TINY_ROWS, packed.shape[1] * TINY_COLUMNS
+    out = torch.empty((rows, columns), dtype=pairs.dtype, device=packed.device)
+    _dequantise_tiles[(rows, -(-columns // BLOCK))](packed, pairs, out, rows, columns, group_size, COLUMNS=BLOCK,
+                                                    num_warps=4)
     return out

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ ATEN_GROUPS = (32, 64, 128, 256)  # that the products of four-bit weights take
 HAS_KERNEL_INSTRUCTIONS = platform.machine().lower() in ("x86_64", "amd64")
 TILE_COLUMNS = 128  # of tinygemm, with eight inner tiles
 INNER_TILES = 8
+TINYGEMM_ROWS = 24  # beyond, dequantising is quicker (tools/compare_cuda.py)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def prepare(model: nn.Module, dtype: torch.dtype) -> None:
@@ -47,15 +49,21 @@ def fastest(layer: QuantizedLinear, dtype: torch.dtype, with_kernels: bool) -> n
     if device == "cpu" and _one_scale_a_row(layer):
         return AtenInt8Linear(layer, dtype)
     if device == "cpu" and _whole_groups_of_four_bits(layer) and layer.rows % 16 == 0:
-        return AtenInt4Linear(layer, dtype, torch.ops.aten._weight_int4pack_mm_for_cpu, _packed_for_cpu)
+        return AtenInt4Linear(layer, dtype)
     if device == "cpu" and with_kernels:
         return PanelLinear(layer)
-    if device == "cuda" and layer.columns % GROUP_STEP == 0 and importlib.util.find_spec("triton"):
+    if device == "cuda":
+        return _fastest_on_cuda(layer, dtype)
+    return layer
+
+
+def _fastest_on_cuda(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Module:
+    if _whole_groups_of_four_bits(layer) and _fits_tinygemm(layer, dtype):
+        return TinygemmLinear(layer, dtype)
+    if HAS_TRITON and layer.columns % GROUP_STEP == 0:
         return TritonLinear(layer)
-    if device == "cuda" and _one_scale_a_row(layer) and dtype != torch.float16:
+    if _one_scale_a_row(layer) and dtype != torch.float16:
         return RowScaledLinear(layer, dtype)
-    if device == "cuda" and _whole_groups_of_four_bits(layer) and _fits_tinygemm(layer, dtype):
-        return AtenInt4Linear(layer, dtype, torch.ops.aten._weight_int4pack_mm, _packed_for_cuda)
     return layer
 
 
@@ -141,7 +149,7 @@ class PanelLinears(nn.Module):
 
 
 class TritonLinear(RunningLinear):
-    """Core's GPU kernels, which read weights as they are stored, whatever their format."""
+    """Core's GPU kernels, which read weights as they are stored, whatever their format and the dtype."""
 
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__(layer)
@@ -194,29 +202,48 @@ class RowScaledLinear(EightBitRows):
 
 
 class AtenInt4Linear(RunningLinear):
-    """ATen's product with four-bit weights in groups: of the CPU, or tinygemm on CUDA."""
+    """ATen's product with four-bit weights in groups, on the CPU."""
 
-    def __init__(self, layer: QuantizedLinear, dtype: torch.dtype, product: Callable[..., Tensor],
-                 pack: Callable[[Tensor], Tensor]) -> None:
+    packed: Tensor
+    scales: Tensor
+    group_size: int
+
+    def __init__(self, layer: QuantizedLinear, dtype: torch.dtype) -> None:
         super().__init__(layer)
-        self.group_size, self.rounds = layer.format.group_size, layer.format.activations == "int8"
-        self.product = product
+        self.group_size = layer.format.columns_of_group(layer.columns)
+        self.rounds = layer.format.activations == "int8"
         centres = torch.zeros_like(layer.scales) if layer.centres is None else layer.centres
         pairs = torch.stack((layer.scales.to(dtype), centres.to(dtype)), dim=2)  # [rows, groups, 2]
-        self.register_buffer("packed", pack(layer.stored()))
+        self.register_buffer("packed", self.pack(layer.stored()))
         self.register_buffer("scales", pairs.transpose(0, 1).contiguous())
 
     def multiply(self, x: Tensor) -> Tensor:
-        x = rounded_rows(x) if self.rounds else x
-        product = self.product(x, self.packed, self.group_size, self.scales)
+        product = self.product(rounded_rows(x) if self.rounds else x)
         return product if self.bias is None else product + self.bias
 
+    def pack(self, stored: Tensor) -> Tensor:
+        """The integers [rows, columns], as the product takes them."""
+        packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(stored.int(), INNER_TILES)
+        return packed
 
-def _packed_for_cpu(stored: Tensor) -> Tensor:
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(stored.int(), INNER_TILES)  # type: ignore[no-any-return]
+    def product(self, x: Tensor) -> Tensor:
+        """x [n, in] times the weights, without the bias."""
+        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size, self.scales)
+        return product
 
 
-def _packed_for_cuda(stored: Tensor) -> Tensor:
-    """tinygemm wants two to a byte, the even column in the upper half."""
-    pairs = stored[:, ::2] << 4 | stored[:, 1::2]
-    return torch.ops.aten._convert_weight_to_int4pack(pairs, INNER_TILES)  # type: ignore[no-any-return]
+class TinygemmLinear(AtenInt4Linear):
+    """ATen's product on CUDA, whose time grows with the rows: many are multiplied with dequantised weights."""
+
+    def pack(self, stored: Tensor) -> Tensor:
+        pairs = stored[:, ::2] << 4 | stored[:, 1::2]  # the even column in the upper half
+        packed: Tensor = torch.ops.aten._convert_weight_to_int4pack(pairs, INNER_TILES)
+        return packed
+
+    def product(self, x: Tensor) -> Tensor:
+        if x.shape[0] > TINYGEMM_ROWS and HAS_TRITON and torch.version.hip is None:
+            from torchchat_core.kernels.triton_products import dequantised_tiles
+
+            return F.linear(x, dequantised_tiles(self.packed, self.scales, self.group_size))
+        product: Tensor = torch.ops.aten._weight_int4pack_mm(x, self.packed, self.group_size, self.scales)
+        return product

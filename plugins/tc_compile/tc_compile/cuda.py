@@ -2,85 +2,111 @@
 
 A recorded graph knows shapes and addresses, so it belongs to one size of a cache and to its memory. The cache grows by
 doubling: a sequence needs a handful of graphs, and what they attend to is at most twice what is held. A sequence that
-ends leaves its graphs and their memory to the next one. The compiled code behind them is the same for all sizes, and
-PyTorch keeps it across starts.
+ends leaves its graphs and their memory to the next one. The kernels in them are compiled once for each kind of layer,
+whatever the size of the cache, and PyTorch keeps them across starts.
 """
 
 from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.kv_cache import KVCache
-from torchchat_core.models.transformer import Transformer
+from torchchat_core.models.transformer import Attend, DecoderLayer, Transformer
 
 Replay = Callable[[], None]
-Step = Callable[..., Tensor]
+LayerStep = Callable[..., Tensor]  # `layer_step`, compiled
 WARM_UPS = 3  # before recording: kernels are chosen and workspaces taken then
 SPARE = 2  # recordings of one size that are kept for sequences to come
 
 
-class StaticAttention:
-    """An `Attend` for one token whose shapes never change: to all of the cache's memory, behind a mask.
+@dataclass(frozen=True)
+class LayerAttention:
+    """The `Attend` of one layer for one token, whose shapes never change: to all of the cache's memory, behind a mask.
 
-    `position` [1] int64 is where the token stands; keys and values of each layer are [kv_heads, capacity, head_dim].
     Written as sums of products in float32, which the compiler turns into kernels that spread over the whole GPU; those
     of `scaled_dot_product_attention` give one token's head to one multiprocessor.
     """
 
+    position: Tensor  # [1] int64, where the token stands
+    keys: Tensor  # [kv_heads, capacity, head_dim]
+    values: Tensor
+    scale: float
+    window: int | None
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ARG002 - an `Attend`
+        self.keys.index_copy_(1, self.position, key.transpose(0, 1))
+        self.values.index_copy_(1, self.position, value.transpose(0, 1))
+        grouped = query.view(self.keys.shape[0], -1, 1, query.shape[2])  # [kv_heads, group, 1, head_dim]
+        scores = (grouped.float() * self.keys[:, None].float()).sum(3) * self.scale  # [kv_heads, group, capacity]
+        weights = scores.masked_fill(~self._visible(), float("-inf")).softmax(2)
+        context = (weights[..., None] * self.values[:, None].float()).sum(2)  # [kv_heads, group, head_dim]
+        return context.to(query.dtype).reshape(1, -1)
+
+    def _visible(self) -> Tensor:
+        """True for the positions that the token sees: [capacity]."""
+        column = torch.arange(self.keys.shape[1], device=self.position.device)
+        visible = column <= self.position
+        return visible if self.window is None else visible & (column > self.position - self.window)
+
+
+class StaticAttention:
+    """An `Attend` of all layers, each with the memory of its cache."""
+
     def __init__(self, config: ModelConfig, position: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         self.config, self.position, self.keys, self.values = config, position, keys, values
 
+    def of(self, layer: int) -> LayerAttention:
+        return LayerAttention(self.position, self.keys[layer], self.values[layer], self.config.attention_scale,
+                              self.config.layer_window(layer))
+
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        keys, values = self.keys[layer], self.values[layer]
-        keys.index_copy_(1, self.position, key.transpose(0, 1))
-        values.index_copy_(1, self.position, value.transpose(0, 1))
-        grouped = query.view(keys.shape[0], -1, 1, query.shape[2])  # [kv_heads, group, 1, head_dim]
-        scores = (grouped.float() * keys[:, None].float()).sum(3) * self.config.attention_scale
-        weights = scores.masked_fill(~self._visible(layer, keys.shape[1]), float("-inf")).softmax(2)
-        context = (weights[..., None] * values[:, None].float()).sum(2)  # [kv_heads, group, head_dim]
-        return context.to(query.dtype).reshape(1, -1)
-
-    def _visible(self, layer: int, capacity: int) -> Tensor:
-        """True for the positions that the token sees: [capacity]."""
-        column = torch.arange(capacity, device=self.position.device)
-        visible = column <= self.position
-        window = self.config.layer_window(layer)
-        return visible if window is None else visible & (column > self.position - window)
+        return self.of(layer)(layer, query, key, value)
 
 
-def decode_step(module: Transformer, token: Tensor, position: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor],
-                extended: bool) -> Tensor:
-    """token and position [1] int64 -> logits [1, vocab] float32; key and value go into the caches."""
-    attend = StaticAttention(module.config, position, keys, values)
-    logits: Tensor = module(token, position, attend, extended=extended)
-    return logits.float()
+def layer_step(layer: DecoderLayer, hidden: Tensor, cos: Tensor, sin: Tensor, attend: LayerAttention) -> Tensor:
+    """hidden [1, hidden] -> [1, hidden]; key and value go into the cache."""
+    return cast(Tensor, layer(hidden, cos, sin, attend))
 
 
-def compiled_step(backend: str | Callable[..., object] = "inductor") -> Step:
-    """`decode_step`, compiled for one module and every size of its cache.
+class CompiledLayer(nn.Module):
+    """A layer whose step for one token is compiled, and which runs as it is for more."""
 
-    The compiler counts how often it compiles the same code, and gives up after some; so each model has code of its own.
-    Products with one row are compiled like everything else, and so take weights of int8 as they are.
+    def __init__(self, layer: DecoderLayer, step: LayerStep) -> None:
+        super().__init__()
+        self.layer, self.index, self.step = layer, layer.self_attn.index, step
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        if not isinstance(attend, StaticAttention):
+            return cast(Tensor, self.layer(hidden, cos, sin, attend))
+        own = attend.of(self.index)
+        for room in (own.keys, own.values):
+            torch._dynamo.mark_dynamic(room, 1)
+        return self.step(self.layer, hidden, cos, sin, own)
+
+
+def compile_layers_for_graphs(module: Transformer, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Puts a `CompiledLayer` in the place of each layer; layers that are alike share their code.
+
+    The compiler counts how often it compiles the same function, and gives up after some; so each kind of layer of each
+    model has a function of its own.
     """
-    own = types.FunctionType(decode_step.__code__.replace(), globals(), decode_step.__name__)
-    options = {"options": {"coordinate_descent_tuning": True}} if backend == "inductor" else {"backend": backend}
-    step = cast(Step, torch.compile(own, fullgraph=True, dynamic=False, **options))
-
-    def of_any_capacity(module: Transformer, token: Tensor, position: Tensor, keys: Sequence[Tensor],
-                        values: Sequence[Tensor], extended: bool) -> Tensor:
-        for each in (*keys, *values):
-            torch._dynamo.mark_dynamic(each, 1)
-        return step(module, token, position, keys, values, extended)
-
-    return of_any_capacity
+    steps: dict[object, LayerStep] = {}
+    compiled = []
+    for layer in cast(Iterable[DecoderLayer], module.model.layers):
+        kind = (module.config.layer_window(layer.self_attn.index), *(type(part) for part in layer.modules()))
+        if kind not in steps:
+            own = types.FunctionType(layer_step.__code__.replace(), globals(), layer_step.__name__)
+            steps[kind] = cast(LayerStep, torch.compile(own, fullgraph=True, dynamic=False, backend=backend))
+        compiled.append(CompiledLayer(layer, steps[kind]))
+    module.model.layers = nn.ModuleList(compiled)
 
 
 @dataclass(eq=False)
@@ -99,11 +125,10 @@ class Recording:
 class GraphDecoder:
     """What tc-eager's model calls for one token of one sequence; other steps go the ordinary way."""
 
-    def __init__(self, module: Transformer, device: str, step: Step | None = None,
+    def __init__(self, module: Transformer, device: str,
                  record: Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]] | None = None) -> None:
-        """`step` is `compiled_step()` unless another one is given, and `record` records CUDA graphs."""
+        """`record` records CUDA graphs unless something else is given."""
         self._module, self._device = module, device
-        self._step = step or compiled_step()
         self._record = record or CudaRecorder()
         self._used: dict[int, Recording] = {}  # by the id of the cache
         self._spare: list[Recording] = []
@@ -126,18 +151,18 @@ class GraphDecoder:
         recording = self._used.get(id(cache))
         if recording is not None and recording.key == key:
             return recording
-        if recording is None:
-            weakref.finalize(cache, _leave, weakref.ref(self), id(cache))
-        else:
+        if recording is not None:
             self.leave(id(cache))
-        recording = next((each for each in self._spare if each.key == key), None)
-        if recording is None:
-            recording = self._made(key, list(keys), list(values), cache.length)
+        found = next((each for each in self._spare if each.key == key), None)
+        if found is None:
+            found = self._made(key, list(keys), list(values), cache.length)
         else:
-            self._spare.remove(recording)
-            cache.move_to(recording.keys, recording.values)
-        self._used[id(cache)] = recording
-        return recording
+            self._spare.remove(found)
+            cache.move_to(found.keys, found.values)
+        self._used[id(cache)] = found
+        if recording is None:
+            weakref.finalize(cache, _leave, weakref.ref(self), id(cache)).atexit = False
+        return found
 
     def leave(self, cache: int) -> None:
         """Keeps what the cache of this id had for the next one, unless there are enough of them."""
@@ -154,7 +179,13 @@ class GraphDecoder:
             each[:, length:].zero_()
         token = torch.zeros(1, dtype=torch.int64, device=self._device)
         position = torch.full_like(token, length)
-        replay, logits = self._record(lambda: self._step(self._module, token, position, keys, values, key[1]))
+        attend = StaticAttention(self._module.config, position, keys, values)
+
+        def step() -> Tensor:
+            logits: Tensor = self._module(token, position, attend, extended=key[1])
+            return logits.float()
+
+        replay, logits = self._record(step)
         return Recording(key, keys, values, token, position, logits, replay)
 
 

@@ -8,7 +8,7 @@ from typing import cast
 
 from torch import nn
 
-from tc_compile.cuda import GraphDecoder
+from tc_compile.cuda import GraphDecoder, compile_layers_for_graphs
 from tc_compile.graphs import find_graph
 from tc_compile.layers import CompiledStack
 from tc_compile.signature import LayerSignature
@@ -35,6 +35,7 @@ class CompileExecutor:
     def load(self, request: LoadRequest) -> EagerModel:
         if request.device == "cuda":
             prepare(request.module, TORCH_DTYPES[request.dtype])
+            compile_layers_for_graphs(request.module)
             return EagerModel(request, CachedAttention, GraphDecoder(request.module, request.device))
         reason = kernels.load()
         if reason is not None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tc_compile.cuda import SPARE, GraphDecoder, Replay, compiled_step, decode_step
+from tc_compile.cuda import SPARE, GraphDecoder, Replay, compile_layers_for_graphs
 from tc_eager.executor import EagerModel, EagerSession
 from torchchat_core.models.attention import CachedAttention
 from torchchat_core.models.transformer import Transformer
@@ -34,8 +34,8 @@ class Recorder:
         return replay, logits
 
 
-def model(module: Transformer, recorder: Recorder, step: Callable[..., Tensor] = decode_step) -> EagerModel:
-    decoder = GraphDecoder(module, "cpu", step=step, record=recorder)
+def model(module: Transformer, recorder: Recorder) -> EagerModel:
+    decoder = GraphDecoder(module, "cpu", record=recorder)
     return EagerModel(LoadRequest(device="cpu", dtype="fp32", module=module), CachedAttention, decoder)
 
 
@@ -85,24 +85,25 @@ def test_a_sequence_that_was_cut_goes_on_from_there() -> None:
     torch.testing.assert_close(session.decode(7), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["llama", "sliding-layers"])
-def test_the_step_traces_whole_and_once_for_all_positions_and_sizes(variant: str) -> None:
+@pytest.mark.parametrize(("variant", "kinds"), [("llama", 1), ("sliding-layers", 2)])
+def test_each_kind_of_layer_is_compiled_once_for_all_positions_and_sizes(variant: str, kinds: int) -> None:
     traced: list[Any] = []
 
     def backend(graph: Any, example: Any) -> Any:
         traced.append(graph)
         return graph
 
-    torch._dynamo.reset()
-    module = seeded(tiny_config(**VARIANTS[variant], max_context=600))
-    both, tokens = model(module, Recorder(), compiled_step(backend)), PROMPTS[1]
+    tokens, module = PROMPTS[1], seeded(tiny_config(**VARIANTS[variant], max_context=600))
+    reference = reference_logits(module, tokens)
+    compile_layers_for_graphs(module, backend)
+    both = model(module, Recorder())
     for length in (None, 520, 300):
         session = both.session(length)
         if length:
             session.prefill([3] * (length - len(tokens) - 1))
             session.truncate(0)  # the memory stays
-        torch.testing.assert_close(run(session, tokens), reference_logits(module, tokens), atol=1e-4, rtol=1e-4)
-    assert len(traced) == 1
+        torch.testing.assert_close(run(session, tokens), reference, atol=1e-4, rtol=1e-4)
+    assert len(traced) == kinds
 
 
 def test_a_sequence_that_ends_leaves_its_graph_to_the_next_one() -> None:
@@ -132,5 +133,6 @@ def test_models_are_compiled_however_many_there_were_before() -> None:
     """The compiler counts its work by the code, and gives up at eight."""
     for seed in range(10):
         module = seeded(tiny_config(), seed)
-        found = model(module, Recorder(), compiled_step("eager")).session().decode(5)
-        torch.testing.assert_close(found, reference_logits(module, (5,))[-1], atol=1e-4, rtol=1e-4)
+        reference = reference_logits(module, (5,))[-1]
+        compile_layers_for_graphs(module, "eager")
+        torch.testing.assert_close(model(module, Recorder()).session().decode(5), reference, atol=1e-4, rtol=1e-4)
