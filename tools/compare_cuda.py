@@ -3,7 +3,7 @@
     python tools/compare_cuda.py [--shape Llama-3.2-1B] [--executor compile] [--recipe linear:int4] [--json]
 
 Every row is a model with random weights in bfloat16, quantised there where the row has a recipe: 64 tokens are decoded
-after a prompt of 128 and, for prefill, a prompt of 2048 is read; medians of five runs after one that is not counted.
+after a prompt of 128 and after one of 1984; medians of three runs after one that is not counted.
 Weights read are bytes of the weights a token times the rate, beside what the memory gives in the same process.
 transformers decodes the same shape greedily in bfloat16, operation by operation, and with a static cache, which it
 compiles itself.
@@ -33,7 +33,7 @@ from torchchat_core.specs import LoadRequest
 SHAPES["Llama-3.1-8B"] = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32,
                           "num_heads": 32, "num_kv_heads": 8, "head_dim": 128}
 RECIPES = ("none", "linear:int8", '{"linear:int4": {"groupsize": 128}}')
-PROMPT, LONG_PROMPT, NEW_TOKENS, ROUNDS = 128, 1984, 64, 5
+PROMPT, LONG_PROMPT, NEW_TOKENS, ROUNDS = 128, 1984, 64, 3
 
 
 def main() -> None:
