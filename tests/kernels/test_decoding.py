@@ -143,8 +143,7 @@ def test_parts_that_do_not_belong_together_are_refused(change: Callable[[Any], o
     parts, size = decoder_parts(module), module.config.hidden_size
     change(parts)
     with pytest.raises(RuntimeError, match=words):
-        made = torch.classes.torchchat.Decoder(size, parts.tensors, parts.numbers, parts.scalars)
-        made.run(torch.ones(1, size), torch.ones(8), torch.ones(8), [], [], 0)
+        torch.classes.torchchat.Decoder(size, parts.tensors, parts.numbers, parts.scalars)
 
 
 @pytest.mark.parametrize("wrong", ["hidden", "angles", "dtype", "capacity", "layers"])
