@@ -50,6 +50,14 @@ class Fields:
     def numbers(self, name: str, minimum: int, maximum: int) -> tuple[int, ...]:
         return tuple(self._number(name, value, minimum, maximum) for value in self._list(name))
 
+    def scalars(self, name: str, maximum: float) -> tuple[float, ...]:
+        """Numbers of at most `maximum` in either direction."""
+        values = self._list(name)
+        for value in values:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not -maximum <= value <= maximum:
+                raise self._wrong(name, value, f"a number from {-maximum:g} to {maximum:g}")
+        return tuple(float(value) for value in values)
+
     def boolean(self, name: str) -> bool:
         value = self.content.get(name)
         if not isinstance(value, bool):

@@ -16,7 +16,7 @@ SCHEMES = frozenset({"linear:int4", "linear:int8", "linear:a8w4dq", "linear:a8w8
 
 @hookimpl
 def torchchat_exporters() -> list[ExporterInfo]:
-    common: dict[str, Any] = {"devices": frozenset({"cpu"}), "dtypes": frozenset(DTYPES), "schemes": SCHEMES,
+    common: dict[str, Any] = {"devices": frozenset({"cpu", "cuda"}), "dtypes": frozenset(DTYPES), "schemes": SCHEMES,
                               "stands_alone": True}
     return [
         ExporterInfo(
@@ -48,7 +48,7 @@ def torchchat_executors() -> list[ExecutorInfo]:
             summary="files that AOTInductor compiled: no compiler is needed where they run",
             factory="tc_aoti.executor:AotiExecutor",
             reads=frozenset({PACKAGE, LIBRARY}),
-            devices=frozenset({"cpu"}),
+            devices=frozenset({"cpu", "cuda"}),
             dtypes=frozenset(DTYPES),
             schemes=frozenset({ANY_SCHEME}),
             abilities=frozenset({"score"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import tempfile
@@ -11,22 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 import torch.fx.experimental._config as tracing
 from torch.export import ExportedProgram
 
 from tc_aoti.programs import Program
+from tc_aoti.toolkit import cuda_toolkit, gpu_architecture
 from torchchat_core import progress
 from torchchat_core.artifacts import this_machine
 from torchchat_core.errors import TorchchatError
 from torchchat_core.small_files import cache_folder
 
 # Code for every x86 processor with AVX2, so that a file runs on other machines too; the kernels choose when they run.
-INSTRUCTIONS = "AVX2" if this_machine().machine == "x86_64" else None
-MARCH: dict[str, Any] = {"cpp.march": "x86-64-v3", "cpp.simdlen": 256} if INSTRUCTIONS else {}
+# Releases of PyTorch that cannot be told so compile for the processor that is there.
+IS_X86 = this_machine().machine == "x86_64"
+MARCH: dict[str, Any] = ({"cpp.march": "x86-64-v3", "cpp.simdlen": 256}
+                         if IS_X86 and hasattr(torch._inductor.config.cpp, "march") else {})
+INSTRUCTIONS = ("AVX2" if MARCH else torch.backends.cpu.get_cpu_capability()) if IS_X86 else None
 # What calls our operators is not what takes the time, and optimising it takes most of the compiler's.
 QUICK: dict[str, Any] = {"aot_inductor.compile_wrapper_opt_level": "O0", "cpp.vec_isa_ok": True}
 # One thread for what is fused: it is a few microseconds of work for one token, and our operators have their threads.
 OPTIONS: dict[str, Any] = {"cpp.threads": 1, "aot_inductor.package": True, **MARCH, **QUICK}
+GPU_OPTIONS: dict[str, Any] = {"aot_inductor.embed_kernel_binary": True}  # a program is one library, there too
 
 
 @dataclass(frozen=True)
@@ -51,10 +58,12 @@ def compile_program(program: Program) -> Compiled:
             warnings.simplefilter("ignore")
             with progress.task(f"tracing the program {program.name!r}"):
                 exported = _trace(program)
-            folder = cache_folder() / "aoti" / _key(exported)
+            options = OPTIONS if program.device.type == "cpu" else {**OPTIONS, **GPU_OPTIONS}
+            folder = cache_folder() / "aoti" / _key(exported, options, program.device)
             if not folder.exists():
-                with progress.task(f"compiling the program {program.name!r}"):
-                    _compile(exported, folder)
+                with (progress.task(f"compiling the program {program.name!r}"),
+                      cuda_toolkit() if program.device.type == "cuda" else contextlib.nullcontext()):
+                    _compile(exported, folder, options)
     except TorchchatError:
         raise
     except Exception as error:  # the compiler raises whatever it comes upon
@@ -75,14 +84,15 @@ def _trace(program: Program) -> ExportedProgram:
     return exported
 
 
-def _key(exported: ExportedProgram) -> str:
+def _key(exported: ExportedProgram, options: dict[str, Any], device: torch.device) -> str:
     """Of what was traced: every operation with its arguments and shapes, and what compiles it."""
-    digest = hashlib.sha256(repr((torch.__version__, torch.__config__.show(), sorted(OPTIONS.items()),
-                                  this_machine())).encode())
+    gpu = (torch.cuda.get_device_name(device), gpu_architecture()) if device.type == "cuda" else None
+    digest = hashlib.sha256(repr((torch.__version__, torch.__config__.show(), sorted(options.items()),
+                                  this_machine(), device.type, gpu)).encode())
     for node in exported.graph.nodes:
         digest.update(repr((node.op, str(node.target), node.args, node.kwargs, _form(node.meta.get("val")))).encode())
     for name, constant in sorted(exported.constants.items()):
-        content = constant.numpy().tobytes() if isinstance(constant, torch.Tensor) else repr(constant).encode()
+        content = constant.cpu().numpy().tobytes() if isinstance(constant, torch.Tensor) else repr(constant).encode()
         digest.update(name.encode() + content)
     return digest.hexdigest()[:32]
 
@@ -99,7 +109,7 @@ def _operators(exported: ExportedProgram) -> dict[str, str]:
             if operator.namespace == "torchchat"}
 
 
-def _compile(exported: ExportedProgram, folder: Path) -> None:
+def _compile(exported: ExportedProgram, folder: Path, options: dict[str, Any]) -> None:
     """Compiles beside `folder` and moves the result there, whole or not at all."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -107,9 +117,9 @@ def _compile(exported: ExportedProgram, folder: Path) -> None:
             made, work = Path(beside) / "made", Path(beside) / "work"
             made.mkdir()
             work.mkdir()
-            options = {**OPTIONS, "aot_inductor.output_path": str(work)}
             module = exported.module(check_guards=False)
-            files: Any = torch._inductor.aot_compile(module, *exported.example_inputs, options=options)
+            files: Any = torch._inductor.aot_compile(module, *exported.example_inputs, options={
+                **options, "aot_inductor.output_path": str(work)})
             _keep([Path(file) for file in files], made)
             if not folder.exists():  # another process may have been faster
                 made.rename(folder)

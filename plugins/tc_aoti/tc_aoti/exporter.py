@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from tc_aoti import LIBRARY, PACKAGE, __version__
 from tc_aoti.compiling import INSTRUCTIONS, Compiled, compile_program
-from tc_aoti.programs import Program, programs_of
+from tc_aoti.programs import Decoding, Program, programs_of
+from tc_aoti.toolkit import gpu_architecture
 from torchchat_core import progress
 from torchchat_core.archive import Archive
 from torchchat_core.artifacts import Content, Target, new_manifest, this_machine, whole_file, write_artifact
 from torchchat_core.errors import TorchchatError
 from torchchat_core.kernels.build import library_path
+from torchchat_core.quantization.layers import QuantizedEmbedding
 from torchchat_core.small_files import read_file
 from torchchat_core.specs import ExportRequest
 
@@ -38,9 +41,9 @@ class AotiExporter:
         programs = programs_of(request.module, request.dtype)
         compiled = [compile_program(program) for program in programs]
         tensors = {name: tensor for program in programs for name, tensor in program.weights.items()}
-        target = Target(device="cpu", system=this_machine().system, machine=this_machine().machine,
-                        instructions=INSTRUCTIONS)
-        runtime = {**_runtime(request, tensors, compiled),
+        target = Target(device=request.device, system=this_machine().system, machine=this_machine().machine,
+                        instructions=INSTRUCTIONS if request.device == "cpu" else gpu_architecture())
+        runtime = {**_runtime(request, tensors, compiled), "decoder": _decoder(programs),
                    "programs": {program.name: _places(program, made)
                                 for program, made in zip(programs, compiled, strict=True)}}
         manifest = new_manifest(request, self.kind, target, versions={"tc-aoti": __version__,
@@ -48,8 +51,8 @@ class AotiExporter:
         size = sum(tensor.nbytes for tensor in tensors.values())
         with progress.task("writing the file", total=size, unit="B") as task, whole_file(request.path) as path:
             entry = self.write(path, compiled[0])
-            contents = [Content.of(KERNELS, read_file(library_path())), *_code(programs, compiled),
-                        *_weights(tensors, task)]
+            operators = [Content.of(KERNELS, read_file(library_path()))] if runtime["operators"] else []
+            contents = [*operators, *_code(programs, compiled), *_weights(tensors, task)]
             write_artifact(path, manifest, contents, program=entry, root="" if entry is None else ROOT)
 
     def write(self, path: Path, program: Compiled) -> str | None:
@@ -86,7 +89,7 @@ class PackageExporter(AotiExporter):
 def _places(program: Program, made: Compiled) -> dict[str, Any]:
     """Where a program is, how many tokens it takes at a time, and the order of its inputs behind the cache."""
     return {"library": _library_name(program), "calls": f"programs/{program.name}.json" if made.calls else None,
-            "tokens": program.tokens, "weights": list(program.weights)}
+            "tokens": program.tokens, "seen": program.sees, "weights": list(program.weights)}
 
 
 def _library_name(program: Program) -> str:
@@ -110,10 +113,20 @@ def _runtime(request: ExportRequest, tensors: Mapping[str, Tensor], compiled: li
         "torch": torch.__version__.split("+")[0],
         "cache": {"layers": config.num_layers, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim},
         "original_context": scaling.original_context if scaling and scaling.kind == "longrope" else None,
-        "kernels": KERNELS, "operators": operators,
+        "instructions": INSTRUCTIONS, "kernels": KERNELS if operators else None, "operators": operators,
         "tensors": {name: {"entry": f"weights/{name}", "dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
                     for name, tensor in tensors.items()},
     }
+
+
+def _decoder(programs: list[Program]) -> dict[str, Any] | None:
+    """What core's decoder is made of, for readers that keep one, and need not call the program for one token."""
+    decoding = next((program for program in programs if isinstance(program, Decoding)), None)
+    if decoding is None:
+        return None
+    parts, embedding = decoding.parts, decoding.embedding
+    return {"tensors": decoding.order, "numbers": parts.numbers, "scalars": parts.scalars,
+            "embedding": asdict(embedding.format) if isinstance(embedding, QuantizedEmbedding) else None}
 
 
 def _weights(tensors: Mapping[str, Tensor], task: progress.Task) -> Iterator[Content]:
@@ -123,7 +136,7 @@ def _weights(tensors: Mapping[str, Tensor], task: progress.Task) -> Iterator[Con
 
 def _pieces(tensor: Tensor, task: progress.Task) -> Iterator[memoryview]:
     """The bytes of a tensor in the order of its elements, little-endian as the machines are that this writes for."""
-    numbers: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    numbers: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     data = memoryview(numbers)
     for start in range(0, len(data), PIECE):
         piece = data[start : start + PIECE]

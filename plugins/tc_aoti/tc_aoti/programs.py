@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,26 +34,30 @@ class Program(nn.Module, ABC):
 
     name: str
     tokens: int | None  # that it takes at a time; None: any number
+    sees = False  # whether the positions that are seen are an input
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         self.config, self.weights, self.dtype = config, weights, dtype
+        self.device = next(iter(weights.values())).device
 
     def example(self) -> tuple[Any, ...]:
         """Inputs to trace it with."""
         config, count = self.config, self.tokens or EXAMPLE_TOKENS
         shape = (config.num_kv_heads, EXAMPLE_CAPACITY, config.head_dim)
-        cache = [[torch.zeros(shape, dtype=self.dtype) for _ in range(config.num_layers)] for _ in range(2)]
-        return (torch.zeros(count, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), *self.rows_example(), *cache,
-                list(self.weights.values()))
+        with self.device:
+            cache = [[torch.zeros(shape, dtype=self.dtype) for _ in range(config.num_layers)] for _ in range(2)]
+            return (torch.zeros(count, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), *self.more_example(),
+                    *cache, list(self.weights.values()))
 
     def dynamic_shapes(self) -> tuple[Any, ...]:
         """Which sizes of the inputs are open."""
         count, open_size = None if self.tokens else {0: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC}
         caches = [[{1: torch.export.Dim.DYNAMIC}] * self.config.num_layers] * 2
-        return (count, None, *(open_size for _ in self.rows_example()), *caches, [None] * len(self.weights))
+        return (count, None, *(open_size for _ in self.more_example()), *caches, [None] * len(self.weights))
 
-    def rows_example(self) -> tuple[Tensor, ...]:
+    def more_example(self) -> tuple[Tensor, ...]:
+        """Inputs between place and the cache, whose first size is open."""
         return ()
 
     @abstractmethod
@@ -72,7 +76,7 @@ class Layers(Program):
         super().__init__(module.config, {**dict(module.named_parameters()), **dict(module.named_buffers())}, dtype)
         self.__dict__["module"] = module  # whose weights are inputs, and no part of this one
 
-    def rows_example(self) -> tuple[Tensor, ...]:
+    def more_example(self) -> tuple[Tensor, ...]:
         return (torch.zeros(EXAMPLE_ROWS, dtype=torch.int64),)
 
     def forward(self, tokens: Tensor, place: Tensor, rows: Tensor, keys: list[Tensor], values: list[Tensor],
@@ -110,11 +114,16 @@ class Decoding(Program):
         self.order = [names.get(tensor.data_ptr(), f"decoder.{index}") for index, tensor in enumerate(parts.tensors)]
         self.__dict__["embedding"], self.__dict__["rotary"] = embedding, module.model.rotary
 
+    @property
+    def embedding(self) -> nn.Module:
+        """Whose weights are inputs, and no part of this one."""
+        return cast(nn.Module, self.__dict__["embedding"])
+
     def forward(self, tokens: Tensor, place: Tensor, keys: list[Tensor], values: list[Tensor], weights: list[Tensor]
                 ) -> Tensor:
         named = dict(zip(self.weights, weights, strict=True))
         cos, sin = _called(self.__dict__["rotary"], "model.rotary.", named, (place[:1], place[1]))
-        hidden: Tensor = _called(self.__dict__["embedding"], "model.embed_tokens.", named, (tokens,))
+        hidden: Tensor = _called(self.embedding, "model.embed_tokens.", named, (tokens,))
         if self.config.embedding_multiplier != 1.0:
             hidden = hidden * self.config.embedding_multiplier
         logits: Tensor = torch.ops.torchchat.decode_token(hidden, cos, sin, [named[name] for name in self.order],
@@ -152,14 +161,18 @@ def _called(module: nn.Module, prefix: str, named: dict[str, Tensor], arguments:
 def programs_of(module: Transformer, dtype: str) -> list[Program]:
     """The programs of a model, which stays as it is: what runs fast takes the place of its layers in a copy.
 
-    The second program, for one token, is there where core's decoder knows all of the layers. Raises `TorchchatError`
-    where the kernels cannot be built.
+    On a CPU the second program, for one token, is there where core's decoder knows all of the layers. Raises
+    `TorchchatError` where the kernels that they call cannot be built.
     """
+    tensors = [*module.parameters(), *module.buffers()]
+    module = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})  # weights are shared
+    if module.model.norm.weight.device.type != "cpu":
+        from tc_aoti.plain_programs import plain_programs_of
+
+        return plain_programs_of(module, TORCH_DTYPES[dtype])
     reason = kernels.load()
     if reason is not None:
         raise TorchchatError(f"AOTInductor's files call core's CPU kernels: {reason}")
-    tensors = [*module.parameters(), *module.buffers()]
-    module = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})  # weights are shared
     prepare(module, TORCH_DTYPES[dtype])
     use_kernel_linear(module)
     can_decode = decodes(module)

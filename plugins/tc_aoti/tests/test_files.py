@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -15,16 +16,20 @@ from typing import Any
 import pytest
 import torch
 
-from tc_aoti import compiling, executor
+from tc_aoti import compiling, executor, exporter, loading
 from tc_aoti.executor import AotiExecutor, AotiModel
 from tc_aoti.exporter import LibraryExporter
+from tc_aoti.plain_programs import plain_programs_of
+from tc_aoti.programs import Program
 from torchchat_core import kernels
 from torchchat_core.artifacts import open_artifact
 from torchchat_core.errors import TorchchatError
+from torchchat_core.models.transformer import Transformer
+from torchchat_core.models.weights import TORCH_DTYPES
 from torchchat_core.pipeline import ModelRequest, open_model
 from torchchat_core.plugins import load_registry
 from torchchat_core.specs import ExportRequest, LoadRequest
-from torchchat_core.testing.models import seeded, tiny_config
+from torchchat_core.testing.models import reference_logits, seeded, tiny_config, variant_config
 
 FORMS = ("m.pt2", "m.so")
 TOKENS = [1, 403, 407, 261, 378, 432, 383]
@@ -102,10 +107,9 @@ def test_pytorchs_own_loader_runs_the_package(stories: Path) -> None:
     cache = artifact.manifest.runtime["cache"]
     keys, values = ([torch.zeros(cache["kv_heads"], 32, cache["head_dim"]) for _ in range(cache["layers"])]
                     for _ in range(2))
-    assert ours._programs is not None
     program = torch._inductor.aoti_load_package(str(stories / "m.pt2"))
     logits = program(torch.tensor(TOKENS), torch.tensor([0, 0]), torch.tensor([len(TOKENS) - 1]), keys, values,
-                     ours._programs[0].weights)
+                     ours._programs["any"].weights)
     torch.testing.assert_close(logits[0], ours.session().prefill(TOKENS))
 
 
@@ -134,7 +138,7 @@ def test_a_processor_without_the_instructions_is_refused(stories: Path, monkeypa
 
 
 def test_another_pytorch_is_refused(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor.torch, "__version__", "9.1.0")
+    monkeypatch.setattr(loading.torch, "__version__", "9.1.0")
     with pytest.raises(TorchchatError, match=r"was compiled for PyTorch \d+\.\d+, and this is 9\.1"):
         load(stories / "m.so")
 
@@ -204,3 +208,28 @@ def test_the_manifest_names_no_path_of_the_machine_that_made_the_file(stories: P
     artifact = open_artifact(stories / "m.so")
     assert str(Path.home()) not in json.dumps(artifact.content)
     assert os.sep not in artifact.manifest.model
+
+
+# ---- programs of PyTorch's operators alone, as CUDA has them ------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["sliding-layers", "longrope"])
+def test_programs_without_kernels_say_what_the_model_says(variant: str, tmp_path: Path, compiler: None,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled for the CPU here: the graph is that of CUDA."""
+    def plain(module: Transformer, dtype: str) -> list[Program]:
+        return plain_programs_of(copy.deepcopy(module), TORCH_DTYPES[dtype])
+
+    monkeypatch.setattr(exporter, "programs_of", plain)
+    config = variant_config(variant)
+    path = tmp_path / "m.so"
+    LibraryExporter().export(ExportRequest(module=seeded(config), path=path, device="cpu", dtype="fp32"))
+    runtime = open_artifact(path).manifest.runtime
+    assert (runtime["kernels"], runtime["operators"], runtime["decoder"]) == (None, {}, None)
+    tokens = [(7 * i) % 96 for i in range(24)]
+    session = load(path).session()
+    expected = reference_logits(seeded(config), tokens)
+    given = [session.score(tokens[:9]), session.prefill(tokens[9:17])[None], session.decode(tokens[17])[None]]
+    session.truncate(12)
+    given += [session.score(tokens[12:20]), *(session.decode(token)[None] for token in tokens[20:])]
+    torch.testing.assert_close(torch.cat(given), expected[[*range(9), 16, 17, *range(12, 24)]], rtol=1e-4, atol=1e-4)
