@@ -10,11 +10,14 @@ Triton comes with PyTorch for CUDA on Linux. Its kernels are compiled when they 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import triton_op, wrap_triton
 
 from torchchat_core.quantization.layers import GROUP_STEP, QuantizedLinear
 
@@ -133,31 +136,53 @@ def _dequantise_tiles(packed, pairs, out, rows, columns, group_size, COLUMNS: tl
 
 
 def product(x: Tensor, layer: QuantizedLinear, bias: Tensor | None) -> Tensor:
-    """x [n, columns] -> [n, rows], in the dtype of x; sums are of float32. The columns are a multiple of 32."""
-    if x.shape[0] > 1:
-        return F.linear(x, dequantised(layer, x.dtype), bias)
-    rows, columns = layer.rows, layer.columns
-    out = torch.empty((1, rows), dtype=x.dtype, device=x.device)
-    _one_row[(-(-rows // ROWS_OF_PROGRAM),)](
-        x.contiguous(), layer.values, layer.scales, layer.scales if layer.centres is None else layer.centres,
-        out if bias is None else bias, out, rows, columns, layer.scales.shape[1],
-        layer.format.columns_of_group(columns) // GROUP_STEP, BITS=layer.format.bits,
-        CENTRED=layer.centres is not None, BIASED=bias is not None, PIECES=16 if layer.format.bits == 4 else 32,
-        num_warps=2)
-    return out
+    """x [n, columns] -> [n, rows], in the dtype of x; sums are of float32. The columns are a multiple of 32.
+
+    Where n is open, as in exported graphs, it counts as many.
+    """
+    if isinstance(x.shape[0], int) and x.shape[0] == 1:
+        return one_row_product(x, layer.values, layer.scales, layer.centres, bias, layer.columns, layer.format.bits,
+                               layer.format.columns_of_group(layer.columns))
+    return F.linear(x, dequantised(layer, x.dtype), bias)
 
 
 def dequantised(layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
     """`QuantizedLayer.dequantised` in one pass: [rows, columns]."""
-    rows, columns = layer.rows, layer.columns
-    out = torch.empty((rows, columns), dtype=dtype, device=layer.values.device)
-    _dequantise[(rows, -(-columns // BLOCK))](
-        layer.values, layer.scales, layer.scales if layer.centres is None else layer.centres, out, columns,
-        layer.scales.shape[1], layer.format.columns_of_group(columns), BITS=layer.format.bits,
-        CENTRED=layer.centres is not None, COLUMNS=BLOCK, num_warps=4)
+    return dequantised_values(layer.values, layer.scales, layer.centres, layer.columns, layer.format.bits,
+                              layer.format.columns_of_group(layer.columns), dtype)
+
+
+def _traced(kernel: Any) -> Any:
+    """The kernel as graphs take it; the interpreter's functions are run as they are."""
+    return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
+
+
+@triton_op("torchchat::one_row_product", mutates_args={})
+def one_row_product(x: Tensor, values: Tensor, scales: Tensor, centres: Tensor | None, bias: Tensor | None,
+                    columns: int, bits: int, group_size: int) -> Tensor:
+    """x [1, columns] times the weights of an `IntegerWeights`: [1, rows]."""
+    rows = values.shape[0]
+    out = torch.empty((1, rows), dtype=x.dtype, device=x.device)
+    _traced(_one_row)[(-(-rows // ROWS_OF_PROGRAM),)](
+        x.contiguous(), values, scales, scales if centres is None else centres, scales if bias is None else bias, out,
+        rows, columns, scales.shape[1], group_size // GROUP_STEP, BITS=bits, CENTRED=centres is not None,
+        BIASED=bias is not None, PIECES=16 if bits == 4 else 32, num_warps=2)
     return out
 
 
+@triton_op("torchchat::dequantised_values", mutates_args={})
+def dequantised_values(values: Tensor, scales: Tensor, centres: Tensor | None, columns: int, bits: int,
+                       group_size: int, dtype: torch.dtype) -> Tensor:
+    """The weights [rows, columns] of an `IntegerWeights`."""
+    rows = values.shape[0]
+    out = torch.empty((rows, columns), dtype=dtype, device=values.device)
+    _traced(_dequantise)[(rows, -(-columns // BLOCK))](
+        values, scales, scales if centres is None else centres, out, columns, scales.shape[1], group_size, BITS=bits,
+        CENTRED=centres is not None, COLUMNS=BLOCK, num_warps=4)
+    return out
+
+
+@triton_op("torchchat::dequantised_tiles", mutates_args={})
 def dequantised_tiles(packed: Tensor, pairs: Tensor, group_size: int) -> Tensor:
     """The weights [rows, columns], in the dtype of `pairs`, of ATen's `_weight_int4pack_mm` on NVIDIA's GPUs.
 
@@ -167,6 +192,6 @@ def dequantised_tiles(packed: Tensor, pairs: Tensor, group_size: int) -> Tensor:
     """
     rows, columns = packed.shape[0] * TINY_ROWS, packed.shape[1] * TINY_COLUMNS
     out = torch.empty((rows, columns), dtype=pairs.dtype, device=packed.device)
-    _dequantise_tiles[(rows, -(-columns // BLOCK))](packed, pairs, out, rows, columns, group_size, COLUMNS=BLOCK,
-                                                    num_warps=4)
+    _traced(_dequantise_tiles)[(rows, -(-columns // BLOCK))](packed, pairs, out, rows, columns, group_size,
+                                                             COLUMNS=BLOCK, num_warps=4)
     return out

@@ -241,7 +241,8 @@ class TinygemmLinear(AtenInt4Linear):
         return packed
 
     def product(self, x: Tensor) -> Tensor:
-        if x.shape[0] > TINYGEMM_ROWS and HAS_TRITON and torch.version.hip is None:
+        few = isinstance(x.shape[0], int) and x.shape[0] <= TINYGEMM_ROWS  # open in exported graphs
+        if not few and HAS_TRITON and torch.version.hip is None:
             from torchchat_core.kernels.triton_products import dequantised_tiles
 
             return F.linear(x, dequantised_tiles(self.packed, self.scales, self.group_size))
