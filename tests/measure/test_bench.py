@@ -106,7 +106,7 @@ def _row(executor: str = "eager", decode: tuple[float, float] = (90.0, 110.0), r
     rates = Rates(prefill=rate, decode=rate, first_token=Spread(median=0.5, lowest=0.25, highest=1.0), warm_up=1.0,
                   prompt_tokens=8, new_tokens=4, repeats=2)
     return Row(executor=executor, qualified_executor=f"tc-{executor}:{executor}", device="cpu", dtype="fp32",
-               recipe=recipe, schemes=(recipe,) if recipe else (), reference="file:/m", load_s=0.5, compile_s=2.0,
+               recipe=recipe, schemes=(recipe,) if recipe else (), made_by=recipe, reference="file:/m", load_s=0.5, compile_s=2.0,
                rates=rates, peak_rss_bytes=300_000_000, peak_device_bytes=None, weight_bytes=5000, token_bytes=4000,
                memory_speed=1e6)
 
@@ -210,8 +210,9 @@ def test_what_was_asked_for_by_name_and_fails_gives_status_1(torchchat: Run) -> 
     assert "no folder" in torchchat("bench", "--plot", "/no/such/folder/a.png").err
 
 
-def test_what_is_saved_is_what_auto_takes_for_that_model_dtype_and_schemes(testdata: Path,
-                                                                          make_plugin: Callable[..., Any]) -> None:
+def test_what_is_saved_is_what_auto_takes_for_that_model_dtype_and_recipe(testdata: Path,
+                                                                         make_plugin: Callable[..., Any]) -> None:
+    pytest.importorskip("tc_quant_int4", reason="tc-quant-int4 is not installed")
     make_plugin('''
 from torchchat_core.hookspecs import hookimpl
 from torchchat_core.specs import ExecutorInfo
@@ -220,11 +221,11 @@ from torchchat_core.specs import ExecutorInfo
 def torchchat_executors():
     return [ExecutorInfo(name="swift", summary="eager by another name", factory="tc_eager.executor:EagerExecutor",
                          reads=frozenset({"module"}), devices=frozenset({"cpu"}), dtypes=frozenset({"fp32", "bf16"}),
-                         order=90)]
+                         schemes=frozenset({"linear:int4"}), order=90)]
 ''')
     registry, path = load_registry(), str(testdata / "hf/stories260K")
     reference = reference_of(resolve(path, registry))
-    remember_executor(reference, "cpu", "fp32", (), "made-plugin:swift")
+    remember_executor(reference, "cpu", "fp32", None, "made-plugin:swift")
 
     def chosen(**changes: Any) -> str:
         request = ModelRequest(**{"model": path, "device": "cpu", "dtype": "fp32", **changes})
@@ -232,23 +233,27 @@ def torchchat_executors():
             return opened.executor.name
 
     assert chosen() == "swift"
+    remember_executor(reference, "cpu", "fp32", "linear:int4", "made-plugin:swift")
+    assert chosen(quantize='{"linear:int4": {"groupsize": 32}}') == "swift"  # which is what it has anyway
+    assert chosen(quantize='{"linear:int4": {"groupsize": 64}}') == "eager"
     assert chosen(executor="eager") == "eager"
     assert chosen(dtype="bf16") == "eager"
-    remember_executor(reference, "cpu", "fp32", (), "gone:executor")
+    remember_executor(reference, "cpu", "fp32", None, "gone:executor")
     assert chosen() == "eager"
 
 
 def test_a_damaged_record_counts_as_none(tmp_path: Path) -> None:
-    path = remember_executor("file:/m", "cpu", "fp32", ("b", "a"), "x:y")
-    assert remembered_executor("file:/m", "cpu", "fp32", ("a", "b", "a")) == "x:y"
-    assert remembered_executor("file:/m", "cpu", "fp32", ()) is None
+    path = remember_executor("file:/m", "cpu", "fp32", "linear:int4", "x:y")
+    assert remembered_executor("file:/m", "cpu", "fp32", "linear:int4") == "x:y"
+    assert remembered_executor("file:/m", "cpu", "fp32", 'linear:int4 {"groupsize": 64}') is None
+    assert remembered_executor("file:/m", "cpu", "fp32", None) is None
     for content in ("", "[]", '{"executors": 3}', '{"executors": {"k": []}}'):
         path.write_text(content)
-        assert remembered_executor("file:/m", "cpu", "fp32", ("a", "b")) is None
+        assert remembered_executor("file:/m", "cpu", "fp32", "linear:int4") is None
 
 
 def test_save_remembers_the_fastest_of_what_was_measured(torchchat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "measure_way", lambda _way, *_given: _row())
     done = torchchat("bench", "--save", *FEW)
     assert "eager is the fastest on cpu in fp32" in done.err
-    assert remembered_executor("file:/m", "cpu", "fp32", ()) == "tc-eager:eager"
+    assert remembered_executor("file:/m", "cpu", "fp32", None) == "tc-eager:eager"

@@ -126,14 +126,15 @@ def test_sequences_that_are_too_short_for_anything_are_refused() -> None:
         exercises(text_windows([1, 2, 3], 1, 3), 2, 8)
 
 
-def test_limits_depend_on_dtypes_and_schemes() -> None:
-    int8, int4 = ("linear:int8",), ("linear:int4",)
-    assert limits_for(("fp32", "fp32"), ((), ())) is EXACT
-    assert limits_for(("fp32", "bf16"), ((), ())) is HALF
+def test_limits_depend_on_dtypes_and_recipes() -> None:
+    int8, int4 = "linear:int8", "linear:int4"
+    assert limits_for(("fp32", "fp32"), (None, None)) is EXACT
+    assert limits_for(("fp32", "bf16"), (None, None)) is HALF
     assert limits_for(("fp32", "fp32"), (int8, int8)) is QUANTISED
     assert limits_for(("fp32", "bf16"), (int8, int8)) is RECIPES
-    assert limits_for(("fp32", "fp32"), ((), int8)) is RECIPES
+    assert limits_for(("fp32", "fp32"), (None, int8)) is RECIPES
     assert limits_for(("bf16", "bf16"), (int8, int4)) is RECIPES
+    assert limits_for(("bf16", "bf16"), (int4, f'{int4} {{"groupsize": 64}}')) is RECIPES
     assert EXACT.changed(mean_kl=None, top_1=0.5).top_1 == 0.5
     with pytest.raises(TorchchatError, match="the limit mean_kl is -1"):
         EXACT.changed(mean_kl=-1.0)

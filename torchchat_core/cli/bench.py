@@ -94,7 +94,7 @@ def _save(rows: list[Row], registry: Registry) -> None:
     from torchchat_core.measure.benchmark import fastest
 
     for row in fastest(rows, registry):
-        path = remember_executor(row.reference, row.device, row.dtype, row.schemes, row.qualified_executor)
+        path = remember_executor(row.reference, row.device, row.dtype, row.made_by, row.qualified_executor)
         what = f" with {row.recipe}" if row.recipe else ""
         click.echo(f"saved in {path}: {row.executor} is the fastest on {row.device} in {row.dtype}{what}", err=True)
 

@@ -53,6 +53,7 @@ class Row:
     dtype: str
     recipe: str | None
     schemes: tuple[str, ...]
+    made_by: str | None  # what quantised its layers, written out: pipeline.OpenedModel.recipe
     reference: str  # of the model: products.reference_of
     load_s: float  # from files to a model that can run, with what was compiled before at hand; importing left out
     compile_s: float
@@ -131,10 +132,10 @@ def row_of(found: Mapping[str, Any], recipe: str | None, first_load: float) -> R
 
 
 def fastest(rows: list[Row], registry: Registry) -> list[Row]:
-    """Of each recipe the row that decodes fastest; of those that no other one beats, the one that auto would take."""
+    """Of each recipe, however it was written, the row that decodes fastest; of those that no other one beats, the one that auto would take."""
     best = []
-    for recipe in dict.fromkeys((row.recipe, row.device, row.dtype) for row in rows):
-        those = [row for row in rows if (row.recipe, row.device, row.dtype) == recipe]
+    for recipe in dict.fromkeys((row.made_by, row.device, row.dtype) for row in rows):
+        those = [row for row in rows if (row.made_by, row.device, row.dtype) == recipe]
         unbeaten = [row for row in those if not any(other.rates.decode.beats(row.rates.decode) for other in those)]
         best.append(min(unbeaten, key=lambda row: (registry.find(ExecutorInfo, row.qualified_executor).order,
                                                    -row.rates.decode.median)))
@@ -171,7 +172,7 @@ def run(registry: Registry, request: Mapping[str, Any], prompt_tokens: int, new_
         peaks = peak_rss_bytes(), _peak_device_bytes(opened.model.device)
         return {
             "executor": opened.executor.name, "qualified_executor": qualified, "device": opened.model.device,
-            "dtype": opened.model.dtype, "schemes": opened.schemes, "reference": reference, "load_s": seconds,
+            "dtype": opened.model.dtype, "schemes": opened.schemes, "made_by": opened.recipe, "reference": reference, "load_s": seconds,
             "rates": dataclasses.asdict(rates), "peak_rss_bytes": peaks[0], "peak_device_bytes": peaks[1],
             "weight_bytes": opened.weight_bytes, "token_bytes": opened.token_bytes,
             "memory_speed": _memory_speed(opened.model.device)}

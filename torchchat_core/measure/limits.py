@@ -41,11 +41,12 @@ QUANTISED = Limits(kind="the same recipe", largest_difference=None, mean_kl=5e-3
 RECIPES = Limits(kind="different recipes", largest_difference=None, mean_kl=0.1, p99_kl=1.0, top_1=0.85)
 
 
-def limits_for(dtypes: tuple[str, str], schemes: tuple[tuple[str, ...], tuple[str, ...]]) -> Limits:
-    """Those for a pair, from the dtypes that they compute in and the schemes of their quantised layers."""
-    if set(schemes[0]) != set(schemes[1]) or (schemes[0] and dtypes[0] != dtypes[1]):  # other weights in either case
+def limits_for(dtypes: tuple[str, str], recipes: tuple[str | None, str | None]) -> Limits:
+    """Those for a pair, from the dtypes that they compute in and what their layers were quantised by, as of
+    `pipeline.OpenedModel`."""
+    if recipes[0] != recipes[1] or (recipes[0] and dtypes[0] != dtypes[1]):  # other weights in either case
         return RECIPES
-    if schemes[0]:
+    if recipes[0]:
         return QUANTISED
     return EXACT if dtypes == ("fp32", "fp32") else HALF
 

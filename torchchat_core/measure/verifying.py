@@ -33,14 +33,15 @@ class Side:
     device: str
     dtype: str
     schemes: tuple[str, ...]  # of its quantised layers
+    recipe: str | None  # what they were made by
 
     def __str__(self) -> str:
-        return ", ".join([self.model, self.executor, self.device, self.dtype, *self.schemes])
+        return ", ".join([self.model, self.executor, self.device, self.dtype, *([self.recipe] if self.recipe else [])])
 
     @classmethod
     def of(cls, opened: OpenedModel) -> Side:
         return cls(model=opened.name, executor=opened.executor.name, device=opened.model.device,
-                   dtype=opened.model.dtype, schemes=opened.schemes)
+                   dtype=opened.model.dtype, schemes=opened.schemes, recipe=opened.recipe)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ class _Recording:
                                  f"leave --window out, or make it smaller than {self.window}")
         _run_through(opened, self.exercise, self.summed.observed(opened.model, self.exercise, _scores(opened)))
         tokenizer, side, found = opened.text_format.tokenizer, Side.of(opened), self.summed.result
-        limits = limits_for((self.side.dtype, side.dtype), (self.side.schemes, side.schemes)).changed(**asked)
+        limits = limits_for((self.side.dtype, side.dtype), (self.side.recipe, side.recipe)).changed(**asked)
         apart = found.first_difference
         one, other = (tokenizer.decode([token]) for token in apart.tokens) if apart else ("", "")
         return Verification(first=self.side, second=side, text=self.text, window=self.window, agreement=found,
