@@ -106,9 +106,9 @@ def _row(executor: str = "eager", decode: tuple[float, float] = (90.0, 110.0), r
     rates = Rates(prefill=rate, decode=rate, first_token=Spread(median=0.5, lowest=0.25, highest=1.0), warm_up=1.0,
                   prompt_tokens=8, new_tokens=4, repeats=2)
     return Row(executor=executor, qualified_executor=f"tc-{executor}:{executor}", device="cpu", dtype="fp32",
-               recipe=recipe, schemes=(recipe,) if recipe else (), made_by=recipe, reference="file:/m", load_s=0.5, compile_s=2.0,
-               rates=rates, peak_rss_bytes=300_000_000, peak_device_bytes=None, weight_bytes=5000, token_bytes=4000,
-               memory_speed=1e6)
+               recipe=recipe, schemes=(recipe,) if recipe else (), made_by=recipe, reference="file:/m", load_s=0.5,
+               compile_s=2.0, rates=rates, peak_rss_bytes=300_000_000, peak_device_bytes=None,
+               weight_bytes=5000, token_bytes=4000, memory_speed=1e6)
 
 
 def test_the_bandwidth_is_what_tokens_read_and_the_share_that_of_the_memory() -> None:

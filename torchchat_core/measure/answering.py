@@ -34,7 +34,7 @@ def answers(opened: OpenedModel, prompts: Sequence[Prompt], name: str) -> list[s
     jobs = [Job(prompt=prompt.tokens, options=prompt.options, stream=place) for place, prompt in enumerate(prompts)]
     found: dict[int, str] = {}
     try:
-        for job in sorted(jobs, key=lambda job: job.prompt):  # those that begin alike follow each other
+        for job in sorted(jobs, key=lambda job: prompts[job.stream].tokens):  # those that begin alike follow each other
             batch.add(job)
         with progress.task(name, total=len(jobs)) as task:
             while len(found) < len(jobs):

@@ -132,7 +132,8 @@ def row_of(found: Mapping[str, Any], recipe: str | None, first_load: float) -> R
 
 
 def fastest(rows: list[Row], registry: Registry) -> list[Row]:
-    """Of each recipe, however it was written, the row that decodes fastest; of those that no other one beats, the one that auto would take."""
+    """Of each recipe, however it was written, the row that decodes fastest; of those that no other one beats, the one
+    that auto would take."""
     best = []
     for recipe in dict.fromkeys((row.made_by, row.device, row.dtype) for row in rows):
         those = [row for row in rows if (row.made_by, row.device, row.dtype) == recipe]
@@ -172,9 +173,10 @@ def run(registry: Registry, request: Mapping[str, Any], prompt_tokens: int, new_
         peaks = peak_rss_bytes(), _peak_device_bytes(opened.model.device)
         return {
             "executor": opened.executor.name, "qualified_executor": qualified, "device": opened.model.device,
-            "dtype": opened.model.dtype, "schemes": opened.schemes, "made_by": opened.recipe, "reference": reference, "load_s": seconds,
-            "rates": dataclasses.asdict(rates), "peak_rss_bytes": peaks[0], "peak_device_bytes": peaks[1],
-            "weight_bytes": opened.weight_bytes, "token_bytes": opened.token_bytes,
+            "dtype": opened.model.dtype, "schemes": opened.schemes, "made_by": opened.recipe, "reference": reference,
+            "load_s": seconds, "rates": dataclasses.asdict(rates),
+            "peak_rss_bytes": peaks[0], "peak_device_bytes": peaks[1], "weight_bytes": opened.weight_bytes,
+            "token_bytes": opened.token_bytes,
             "memory_speed": _memory_speed(opened.model.device)}
 
 

@@ -70,8 +70,8 @@ class Step:
 
     def __str__(self) -> str:
         """The scheme, and what is said beyond its defaults: 'linear:int4 {"groupsize": 64}'."""
-        said = {} if self.options is None else {
-            each.name: value for each in fields(self.options) if (value := getattr(self.options, each.name)) != each.default}
+        known = () if self.options is None else fields(self.options)
+        said = {each.name: value for each in known if (value := getattr(self.options, each.name)) != each.default}
         if self.selection.layers is not None:
             said[LAYERS] = sorted(self.selection.layers)
         if self.selection.excepted:
