@@ -18,7 +18,7 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.fastest import remember_executor, remembered_executor
 from torchchat_core.measure import benchmark
 from torchchat_core.measure.bandwidth import read_speed
-from torchchat_core.measure.benchmark import Failed, Row, fastest, ways
+from torchchat_core.measure.benchmark import Failed, Row, fastest, passed_over, ways
 from torchchat_core.measure.benchmark_plot import draw_png, html_page
 from torchchat_core.measure.benchmark_report import as_csv, as_json, table_lines
 from torchchat_core.measure.processes import in_own_process, request_arguments, request_of
@@ -146,7 +146,7 @@ def test_all_means_every_executor_and_every_recipe_that_is_installed() -> None:
 
 def test_tables_csv_json_and_pictures_show_the_same_rows() -> None:
     rows, failed = [_row(), _row("compile", recipe="linear:int4")], [Failed(executor="<b>", recipe="r", reason="why")]
-    lines = list(table_lines("m", rows, failed))
+    lines = list(table_lines("m", rows, failed, width=200))
     assert lines[0] == "m"
     assert "not measured: <b> with r: why" in lines
     assert any("100 \u00b110 %" in line and "500 ms" in line and "40 %" in line for line in lines)
@@ -158,6 +158,24 @@ def test_tables_csv_json_and_pictures_show_the_same_rows() -> None:
     assert "<script>x" not in page
     assert "<b>" not in page
     assert page.count("<tr") == 3
+
+
+def test_a_table_that_is_wider_than_the_terminal_becomes_two() -> None:
+    rows = [_row("executorch", recipe="embedding:int4"), _row("compile", recipe="linear:a8w4dq")]
+    wide, narrow = (list(table_lines("m", rows, [], width)) for width in (200, 80))
+    assert max(map(len, wide)) > 80 >= max(map(len, narrow))
+    assert "all on cpu, fp32" in wide
+    heads = [line.split() for line in narrow if line.startswith("executor ")]
+    assert [head[:2] for head in heads] == [["executor", "recipe"]] * 2
+    whole = next(line.split() for line in wide if line.startswith("executor "))
+    assert set(heads[0]) | set(heads[1]) == set(whole)
+
+
+def test_executors_that_read_other_files_are_told_of() -> None:
+    found = passed_over(ModelRequest(executor="all", device="cpu"), load_registry())
+    assert not {each.executor for each in found} & {"eager", "compile"}
+    assert all(f"--executor {each.executor} exports the model once" in (each.fix or "") for each in found)
+    assert passed_over(ModelRequest(device="cpu"), load_registry()) == []
 
 
 def test_a_picture_of_rows_is_drawn() -> None:
@@ -198,7 +216,7 @@ def torchchat_executors():
     assert row["decode_tps"]["lowest"] <= row["decode_tps"]["median"] <= row["decode_tps"]["highest"]
     assert row["peak_rss_bytes"] > 100_000_000
     assert row["share"] > 0
-    assert [each["executor"] for each in found["failed"]] == ["crashing"]
+    assert found["failed"][0]["executor"] == "crashing"
     assert "SIGABRT" in found["failed"][0]["reason"]
 
 

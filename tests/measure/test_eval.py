@@ -244,13 +244,14 @@ def test_what_a_task_that_draws_does_not_say_is_as_lm_evals_own_model_has_it() -
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--include-path", "/no/such/folder"), "there is no folder '/no/such/folder'"),
     (("--output", "/no/such/folder/out.json"), "no file can be written there"),
-    ((), "the data of wikitext cannot be had"),
+    ((), "the data of wikitext cannot be had: Couldn't reach 'EleutherAI/wikitext_document_level' on the Hub; there "
+         "is no network (it is unplugged), and it is not kept here"),
 ])
 def test_what_cannot_be_evaluated_is_told_in_one_sentence(arguments: tuple[str, ...], message: str, torchchat: Run,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     from torchchat_core.measure import evaluation
 
-    monkeypatch.setattr(evaluation, "connection_fault", lambda _host, _port: "there is no network")
+    monkeypatch.setattr(evaluation, "connection_fault", lambda _host, _port: "it is unplugged")
     monkeypatch.setattr("urllib.request.getproxies", dict)
     done = torchchat("eval", *COMMON, *arguments)
     assert done.code == 1
@@ -265,6 +266,13 @@ def test_a_task_that_there_is_not_is_refused_with_what_is_near(monkeypatch: pyte
     with pytest.raises(TorchchatError, match="lm-eval has no task 'wikitexd'") as told:
         evaluation.Wish(tasks=("arc_easy", "wikitexd")).manager()
     assert told.value.fix == "did you mean wikitext?"
+
+
+def test_a_task_in_a_folder_of_its_own_is_found_without_reading_all_the_others() -> None:
+    from torchchat_core.measure.evaluation import Wish
+
+    assert Wish(tasks=("wikitext",)).manager().all_tasks == ["wikitext"]
+    assert set(Wish(tasks=("wikitext", "hellaswag")).manager().all_subtasks) == {"wikitext", "hellaswag"}
 
 
 def test_without_lm_eval_it_says_how_to_get_it(torchchat: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,6 +274,14 @@ def test_wrong_words_are_told(arguments: tuple[str, ...], code: int, message: st
     assert message in done.err
 
 
+@pytest.mark.parametrize("other", ["no-such-model", "executor=nope", "quantize=nope"])
+def test_what_the_other_side_cannot_be_is_told_before_the_first_is_run(other: str, torchchat: Run) -> None:
+    done = torchchat("verify", "embedded", other, *COMMON)
+    assert done.code == 1
+    assert "there is no " in done.err
+    assert " steps" not in done.err
+
+
 def test_models_of_different_vocabularies_are_refused(testdata: Path, torchchat: Run) -> None:
     done = torchchat("verify", testdata / "hf/stories260K", testdata / "hf/TinyStories-656K", *COMMON)
     assert done.code == 1
@@ -289,7 +297,8 @@ def test_the_report_names_both_sides_and_limits_that_are_given_decide(testdata: 
     assert "they agree, by the limits for 16 bits" in done.out
     done = torchchat(*run, "--max-difference", "1e-9")
     assert done.code == 1
-    assert "they DISAGREE: the largest difference of logits is" in done.out
+    assert "they DISAGREE, by the limits for 16 bits: difference 1e-09" in done.out
+    assert "\n  the largest difference of logits is " in done.out
 
 
 def test_a_second_model_that_holds_less_is_given_shorter_windows(testdata: Path, tmp_path: Path) -> None:

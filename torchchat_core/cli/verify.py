@@ -134,7 +134,7 @@ def _grid(request: ModelRequest, registry: Registry, flags: Mapping[str, Any], s
     if table is not None:
         beside = registry.find(ExecutorInfo, wanted[0].against.executor).name
         table.begin(f"{request.model or request.checkpoint_path or 'the default model'}: {len(wanted)} ways to run it, "
-                    f"each beside {beside}; {text.description}")
+                    f"each beside {beside}\n{text.description}")
     with tempfile.TemporaryDirectory() as folder:
         grid = Grid(Path(folder), registry)
         for index, pair in enumerate(wanted, 1):

@@ -110,6 +110,17 @@ def _executors(request: ModelRequest, registry: Registry) -> list[str]:
     return [name for _, name in sorted(found)]
 
 
+def passed_over(request: ModelRequest, registry: Registry) -> list[Failed]:
+    """Of "all" executors, those that read other files than the model's."""
+    if request.executor != ALL:
+        return []
+    taken = set(_executors(request, registry))
+    others = [info for qualified, info in registry.settled(ExecutorInfo) if not taken & {qualified, info.name}]
+    return [Failed(executor=info.name, recipe=None, reason=f"it runs {', '.join(sorted(info.reads))} files alone",
+                   fix=f"--executor {info.name} exports the model once and measures it; or give it an exported file")
+            for info in sorted(others, key=lambda info: info.order)]
+
+
 def measure_way(way: Way, registry: Registry, prompt_tokens: int = PROMPT_TOKENS, new_tokens: int = NEW_TOKENS,
                 repeats: int = REPEATS) -> Row:
     """Raises `TorchchatError` where it cannot run."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import huggingface_hub.constants
+import lm_eval.tasks
 from lm_eval import simple_evaluate
 from lm_eval import utils as windows
 from lm_eval.api.model import TemplateLM
@@ -32,6 +33,7 @@ TALKATIVE = ("lm_eval", "huggingface_hub", "datasets")  # loggers: what they war
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 TRANSFORMERS = {"temperature": 1.0, "top_k": 50}  # what its generate() draws with where neither task nor model says
 SEED = 1234  # lm-eval's own
+TASKS = Path(lm_eval.tasks.__file__).parent  # where lm-eval has them
 
 
 class TorchchatLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types of its own for it
@@ -167,6 +169,10 @@ class Wish:
             own = TaskManager(include_path=str(self.include), include_defaults=False)
             if set(self.tasks) <= set(own.all_tasks):  # reading all of lm-eval's own takes ten seconds
                 return own
+        elif folders := [path for name in self.tasks if (path := TASKS / name).is_dir()]:  # with tasks of that name
+            some = TaskManager(include_path=[str(path) for path in folders], include_defaults=False)
+            if set(self.tasks) <= set(some.all_subtasks):  # groups and tags may have members elsewhere
+                return some
         manager = TaskManager(include_path=str(self.include) if self.include is not None else None)
         for name in self.tasks:
             if name not in manager.all_tasks:
@@ -180,8 +186,9 @@ def evaluate(opened: OpenedModel, wish: Wish, manager: TaskManager, recipe: str 
 
     Raises `TorchchatError` where the data of a task cannot be had, and for tasks that the model cannot do.
     """
+    fault = None
     try:
-        with quiet(TALKATIVE), offline_without_network():
+        with quiet(TALKATIVE), offline_without_network() as fault:
             found = simple_evaluate(model=TorchchatLM(opened, SEED if wish.seed is None else wish.seed),
                                     tasks=list(wish.tasks), num_fewshot=wish.shots, limit=wish.limit,
                                     task_manager=manager, log_samples=False, **wish.seeds)
@@ -191,7 +198,9 @@ def evaluate(opened: OpenedModel, wish: Wish, manager: TaskManager, recipe: str 
         if not _is_about_data(error):
             raise
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise TorchchatError(f"the data of {', '.join(wish.tasks)} cannot be had: {first:.200}",
+        first = first.removesuffix(" (OfflineModeIsEnabled)")
+        network = f"; there is no network ({fault}), and it is not kept here" if fault is not None else ""
+        raise TorchchatError(f"the data of {', '.join(wish.tasks)} cannot be had: {first:.200}{network}",
                              "connect to the network once, after which it is kept; or evaluate a task of your own with "
                              "--include-path, or torchchat perplexity on a text") from error
     if found is None:
@@ -217,18 +226,19 @@ def quiet(names: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def offline_without_network() -> Iterator[None]:
-    """Within it, where the hub cannot be reached, only kept data is looked for: trying again takes minutes."""
-    through_proxy = bool(urllib.request.getproxies())
-    if through_proxy or connection_fault(*hub_endpoint()) is None:
-        yield
+def offline_without_network() -> Iterator[str | None]:
+    """Within it, where the hub cannot be reached, only kept data is looked for: trying again takes minutes. Gives why
+    it cannot be reached."""
+    fault = connection_fault(*hub_endpoint()) if not urllib.request.getproxies() else None
+    if fault is None:
+        yield None
         return
     places = [(datasets.config, "HF_HUB_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE")]
     before = [getattr(module, name) for module, name in places]
     for module, name in places:
         setattr(module, name, True)
     try:
-        yield
+        yield fault
     finally:
         for (module, name), value in zip(places, before, strict=True):
             setattr(module, name, value)

@@ -18,8 +18,10 @@ from torchchat_core.measure.divergence import reference_file
 from torchchat_core.measure.limits import Limits, limits_for, objections
 from torchchat_core.measure.passages import Continuation, Exercise, Rows, exercises
 from torchchat_core.measure.text import MeasuredText, encoded, text_windows, window_size
-from torchchat_core.pipeline import ModelRequest, OpenedModel, open_model
+from torchchat_core.pipeline import ModelRequest, OpenedModel, fetch_files, open_model
 from torchchat_core.plugins import Registry
+from torchchat_core.quantization.recipe import parse_recipe
+from torchchat_core.specs import ExecutorInfo
 
 GREEDY_TOKENS = 32
 
@@ -75,6 +77,7 @@ def verify(first: ModelRequest, second: ModelRequest, registry: Registry, text: 
 
     Raises `TorchchatError` where one of the two cannot be run, and for models of different vocabularies.
     """
+    _check(second, registry)
     longest = sys.maxsize
     while True:  # once more where the second model holds less than was recorded
         with ExitStack() as stack:
@@ -85,6 +88,15 @@ def verify(first: ModelRequest, second: ModelRequest, registry: Registry, text: 
                     longest = opened.max_seq_length
                     continue
                 return recording.verification(opened, dict(limits or {}))
+
+
+def _check(request: ModelRequest, registry: Registry) -> None:
+    """What can be told before the first model is run, which may take minutes."""
+    fetch_files(request, registry)
+    if request.executor != "auto":
+        registry.find(ExecutorInfo, request.executor)
+    if request.quantize is not None:
+        parse_recipe(request.quantize, registry)
 
 
 @dataclass(frozen=True, kw_only=True)
