@@ -190,7 +190,7 @@ def test_memory_is_read_at_a_speed() -> None:
 # ---- the command line ---------------------------------------------------------------------------------------------
 
 
-def test_every_way_is_measured_and_one_that_crashes_costs_its_row(torchchat: Run, testdata: Path,
+def test_every_way_is_measured_and_one_that_crashes_or_fills_the_memory_costs_its_row(torchchat: Run, testdata: Path,
                                                                   make_plugin: Callable[..., Any]) -> None:
     make_plugin('''
 from torchchat_core.hookspecs import hookimpl
@@ -200,10 +200,15 @@ class Crashing:
     def load(self, request):
         __import__("os").abort()
 
+class Filling:
+    def load(self, request):
+        __import__("torch").empty(1 << 60)
+
 @hookimpl
 def torchchat_executors():
-    return [ExecutorInfo(name="crashing", summary="ends the process", factory=__name__ + ":Crashing",
-                         reads=frozenset({"module"}), devices=frozenset({"cpu"}), dtypes=frozenset({"fp32"}), order=90)]
+    return [ExecutorInfo(name=name, summary="does not get far", factory=f"{__name__}:{name.title()}", order=90,
+                         reads=frozenset({"module"}), devices=frozenset({"cpu"}), dtypes=frozenset({"fp32"}))
+            for name in ("crashing", "filling")]
 ''')
     done = torchchat("-p", "no:tc-compile", "bench", testdata / "hf/stories260K", "--executor", "all", "-d", "fp32",
                      "--device", "cpu", *FEW, "--json")
@@ -216,8 +221,9 @@ def torchchat_executors():
     assert row["decode_tps"]["lowest"] <= row["decode_tps"]["median"] <= row["decode_tps"]["highest"]
     assert row["peak_rss_bytes"] > 100_000_000
     assert row["share"] > 0
-    assert found["failed"][0]["executor"] == "crashing"
+    assert [each["executor"] for each in found["failed"][:2]] == ["crashing", "filling"]
     assert "SIGABRT" in found["failed"][0]["reason"]
+    assert "you tried to allocate" in found["failed"][1]["reason"]
 
 
 def test_what_was_asked_for_by_name_and_fails_gives_status_1(torchchat: Run) -> None:
