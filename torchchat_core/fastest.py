@@ -1,7 +1,7 @@
 """What `torchchat bench --save` found to run a model fastest on this machine, which `--executor auto` then takes.
 
 Executors do not change what a model says beyond rounding, so that this is a matter of speed alone. A record counts for
-one model, machine, device, dtype and set of schemes; a damaged one counts as none.
+one model, machine, device, dtype and recipe; a damaged one counts as none.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,21 @@ from torchchat_core.small_files import cache_folder, read_json, write_whole
 RECORD = "fastest.json"
 
 
-def remembered_executor(reference: str, device: str, dtype: str, schemes: Iterable[str]) -> str | None:
-    """The qualified name of the fastest executor for such a model; None where none was saved."""
-    found = _records().get(_key(reference, device, dtype, schemes))
+def remembered_executor(reference: str, device: str, dtype: str, recipe: str | None) -> str | None:
+    """The qualified name of the fastest executor for such a model; None where none was saved.
+
+    `recipe`: as of `pipeline.OpenedModel`.
+    """
+    found = _records().get(_key(reference, device, dtype, recipe))
     return found if isinstance(found, str) else None
 
 
-def remember_executor(reference: str, device: str, dtype: str, schemes: Iterable[str], executor: str) -> Path:
+def remember_executor(reference: str, device: str, dtype: str, recipe: str | None, executor: str) -> Path:
     """Saves the fastest executor in place of a former one; the record's path.
 
     Raises `TorchchatError` where it cannot be written.
     """
-    records = {**_records(), _key(reference, device, dtype, schemes): executor}
+    records = {**_records(), _key(reference, device, dtype, recipe): executor}
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -48,8 +50,8 @@ def _records() -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _key(reference: str, device: str, dtype: str, schemes: Iterable[str]) -> str:
-    return " | ".join([reference, _machine(), device, dtype, ", ".join(sorted(set(schemes))) or "unquantised"])
+def _key(reference: str, device: str, dtype: str, recipe: str | None) -> str:
+    return " | ".join([reference, _machine(), device, dtype, recipe or "unquantised"])
 
 
 def _machine() -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torchchat_core.artifacts import PLUGINS, Artifact, Manifest, open_artifact
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
-from torchchat_core.quantization.recipe import parse_recipe
+from torchchat_core.quantization.recipe import parse_recipe, stored_recipe
 from torchchat_core.specs import ExecutorInfo, LoadedModel, LoadRequest, ModelFiles
 from torchchat_core.support import choose_executor
 from torchchat_core.text_content import text_format_of
@@ -47,7 +47,8 @@ def open_exported(request: ModelRequest, files: ModelFiles, registry: Registry) 
     try:
         yield OpenedModel(name=files.ref.text, model=model, text_format=text_format, executor=executor,
                           max_seq_length=limit, weight_bytes=manifest.weight_bytes,
-                          token_bytes=_token_bytes(manifest), schemes=tuple(manifest.schemes))
+                          token_bytes=_token_bytes(manifest), schemes=tuple(manifest.schemes), recipe=stored_recipe(
+                              manifest.recipe, manifest.schemes, registry, manifest.target.device, manifest.dtype))
     finally:
         model.close()
 

@@ -21,7 +21,7 @@ from torchchat_core.plugins import Registry
 from torchchat_core.products import reference_of
 from torchchat_core.quantization.calibration import CalibrationText, read_calibration
 from torchchat_core.quantization.keeping import KeptCheckpoint, KeptReport, keep_quantised
-from torchchat_core.quantization.recipe import Recipe, RecipeReport, RecipeText, parse_recipe
+from torchchat_core.quantization.recipe import Recipe, RecipeReport, RecipeText, parse_recipe, stored_recipe
 from torchchat_core.quantization.replacing import stored_bytes, token_bytes
 from torchchat_core.quantization.saved import refuse_quantised
 from torchchat_core.small_files import expanded
@@ -79,6 +79,7 @@ class OpenedModel:
     weight_bytes: int  # of all weights as they are stored, before the executor packs them; shared ones count once
     token_bytes: int  # of them, what one token reads: all but the input embedding, unless the output shares it
     schemes: tuple[str, ...] = ()  # of its quantised layers: "linear:int4", "embedding:int8"
+    recipe: str | None = None  # what they were made by, as the text of a `Recipe`
     quantisation: RecipeReport | None = None  # where a recipe was applied
     kept: KeptReport | None = None  # where the file's own quantised layers were kept
 
@@ -107,7 +108,9 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
     dtype = choose_dtype(_wished_dtype(request, wished), device, checkpoint.dtype)
     recipe = _settled(wished, request, checkpoint, registry, device, dtype)
     schemes = _schemes(recipe, checkpoint)
-    executor = _executor(request, files, device, dtype, schemes, registry, is_layered(checkpoint))
+    made_by = str(recipe) if recipe is not None and recipe.steps else stored_recipe(
+        getattr(checkpoint, "recipe", None), schemes, registry, device, dtype)
+    executor = _executor(request, files, device, dtype, schemes, made_by, registry, is_layered(checkpoint))
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
     windows = _calibration(request, files, checkpoint, registry)
     report = recipe.apply(module, windows) if recipe is not None else None
@@ -116,17 +119,17 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
     try:
         yield OpenedModel(name=files.ref.text, model=model, text_format=text_format, executor=executor,
                           max_seq_length=limit, weight_bytes=sizes[0], token_bytes=sizes[1],
-                          schemes=schemes, quantisation=report,
+                          schemes=schemes, recipe=made_by, quantisation=report,
                           kept=checkpoint.report if isinstance(checkpoint, KeptCheckpoint) else None)
     finally:
         model.close()
 
 
 def _executor(request: ModelRequest, files: ModelFiles, device: str, dtype: str, schemes: tuple[str, ...],
-              registry: Registry, stored: bool) -> ExecutorInfo:
+              recipe: str | None, registry: Registry, stored: bool) -> ExecutorInfo:
     """The one that was asked for; for "auto", what `torchchat bench --save` found to be the fastest, where it fits."""
     if request.executor == "auto":
-        fastest = remembered_executor(reference_of(files.ref), device, dtype, schemes)
+        fastest = remembered_executor(reference_of(files.ref), device, dtype, recipe)
         if fastest is not None:
             with contextlib.suppress(TorchchatError):  # it may be installed no more
                 return choose_executor(fastest, device, dtype, schemes, registry, stored)

@@ -18,7 +18,7 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.fastest import remember_executor, remembered_executor
 from torchchat_core.measure import benchmark
 from torchchat_core.measure.bandwidth import read_speed
-from torchchat_core.measure.benchmark import Failed, Row, fastest, ways
+from torchchat_core.measure.benchmark import Failed, Row, fastest, passed_over, ways
 from torchchat_core.measure.benchmark_plot import draw_png, html_page
 from torchchat_core.measure.benchmark_report import as_csv, as_json, table_lines
 from torchchat_core.measure.processes import in_own_process, request_arguments, request_of
@@ -106,9 +106,9 @@ def _row(executor: str = "eager", decode: tuple[float, float] = (90.0, 110.0), r
     rates = Rates(prefill=rate, decode=rate, first_token=Spread(median=0.5, lowest=0.25, highest=1.0), warm_up=1.0,
                   prompt_tokens=8, new_tokens=4, repeats=2)
     return Row(executor=executor, qualified_executor=f"tc-{executor}:{executor}", device="cpu", dtype="fp32",
-               recipe=recipe, schemes=(recipe,) if recipe else (), reference="file:/m", load_s=0.5, compile_s=2.0,
-               rates=rates, peak_rss_bytes=300_000_000, peak_device_bytes=None, weight_bytes=5000, token_bytes=4000,
-               memory_speed=1e6)
+               recipe=recipe, schemes=(recipe,) if recipe else (), made_by=recipe, reference="file:/m", load_s=0.5,
+               compile_s=2.0, rates=rates, peak_rss_bytes=300_000_000, peak_device_bytes=None,
+               weight_bytes=5000, token_bytes=4000, memory_speed=1e6)
 
 
 def test_the_bandwidth_is_what_tokens_read_and_the_share_that_of_the_memory() -> None:
@@ -146,7 +146,7 @@ def test_all_means_every_executor_and_every_recipe_that_is_installed() -> None:
 
 def test_tables_csv_json_and_pictures_show_the_same_rows() -> None:
     rows, failed = [_row(), _row("compile", recipe="linear:int4")], [Failed(executor="<b>", recipe="r", reason="why")]
-    lines = list(table_lines("m", rows, failed))
+    lines = list(table_lines("m", rows, failed, width=200))
     assert lines[0] == "m"
     assert "not measured: <b> with r: why" in lines
     assert any("100 \u00b110 %" in line and "500 ms" in line and "40 %" in line for line in lines)
@@ -158,6 +158,24 @@ def test_tables_csv_json_and_pictures_show_the_same_rows() -> None:
     assert "<script>x" not in page
     assert "<b>" not in page
     assert page.count("<tr") == 3
+
+
+def test_a_table_that_is_wider_than_the_terminal_becomes_two() -> None:
+    rows = [_row("executorch", recipe="embedding:int4"), _row("compile", recipe="linear:a8w4dq")]
+    wide, narrow = (list(table_lines("m", rows, [], width)) for width in (200, 80))
+    assert max(map(len, wide)) > 80 >= max(map(len, narrow))
+    assert "all on cpu, fp32" in wide
+    heads = [line.split() for line in narrow if line.startswith("executor ")]
+    assert [head[:2] for head in heads] == [["executor", "recipe"]] * 2
+    whole = next(line.split() for line in wide if line.startswith("executor "))
+    assert set(heads[0]) | set(heads[1]) == set(whole)
+
+
+def test_executors_that_read_other_files_are_told_of() -> None:
+    found = passed_over(ModelRequest(executor="all", device="cpu"), load_registry())
+    assert not {each.executor for each in found} & {"eager", "compile"}
+    assert all(f"--executor {each.executor} exports the model once" in (each.fix or "") for each in found)
+    assert passed_over(ModelRequest(device="cpu"), load_registry()) == []
 
 
 def test_a_picture_of_rows_is_drawn() -> None:
@@ -172,7 +190,7 @@ def test_memory_is_read_at_a_speed() -> None:
 # ---- the command line ---------------------------------------------------------------------------------------------
 
 
-def test_every_way_is_measured_and_one_that_crashes_costs_its_row(torchchat: Run, testdata: Path,
+def test_every_way_is_measured_and_one_that_crashes_or_fills_the_memory_costs_its_row(torchchat: Run, testdata: Path,
                                                                   make_plugin: Callable[..., Any]) -> None:
     make_plugin('''
 from torchchat_core.hookspecs import hookimpl
@@ -182,10 +200,15 @@ class Crashing:
     def load(self, request):
         __import__("os").abort()
 
+class Filling:
+    def load(self, request):
+        __import__("torch").empty(1 << 60)
+
 @hookimpl
 def torchchat_executors():
-    return [ExecutorInfo(name="crashing", summary="ends the process", factory=__name__ + ":Crashing",
-                         reads=frozenset({"module"}), devices=frozenset({"cpu"}), dtypes=frozenset({"fp32"}), order=90)]
+    return [ExecutorInfo(name=name, summary="does not get far", factory=f"{__name__}:{name.title()}", order=90,
+                         reads=frozenset({"module"}), devices=frozenset({"cpu"}), dtypes=frozenset({"fp32"}))
+            for name in ("crashing", "filling")]
 ''')
     done = torchchat("-p", "no:tc-compile", "bench", testdata / "hf/stories260K", "--executor", "all", "-d", "fp32",
                      "--device", "cpu", *FEW, "--json")
@@ -198,8 +221,9 @@ def torchchat_executors():
     assert row["decode_tps"]["lowest"] <= row["decode_tps"]["median"] <= row["decode_tps"]["highest"]
     assert row["peak_rss_bytes"] > 100_000_000
     assert row["share"] > 0
-    assert [each["executor"] for each in found["failed"]] == ["crashing"]
+    assert [each["executor"] for each in found["failed"][:2]] == ["crashing", "filling"]
     assert "SIGABRT" in found["failed"][0]["reason"]
+    assert "you tried to allocate" in found["failed"][1]["reason"]
 
 
 def test_what_was_asked_for_by_name_and_fails_gives_status_1(torchchat: Run) -> None:
@@ -210,8 +234,9 @@ def test_what_was_asked_for_by_name_and_fails_gives_status_1(torchchat: Run) -> 
     assert "no folder" in torchchat("bench", "--plot", "/no/such/folder/a.png").err
 
 
-def test_what_is_saved_is_what_auto_takes_for_that_model_dtype_and_schemes(testdata: Path,
-                                                                          make_plugin: Callable[..., Any]) -> None:
+def test_what_is_saved_is_what_auto_takes_for_that_model_dtype_and_recipe(testdata: Path,
+                                                                         make_plugin: Callable[..., Any]) -> None:
+    pytest.importorskip("tc_quant_int4", reason="tc-quant-int4 is not installed")
     make_plugin('''
 from torchchat_core.hookspecs import hookimpl
 from torchchat_core.specs import ExecutorInfo
@@ -220,11 +245,11 @@ from torchchat_core.specs import ExecutorInfo
 def torchchat_executors():
     return [ExecutorInfo(name="swift", summary="eager by another name", factory="tc_eager.executor:EagerExecutor",
                          reads=frozenset({"module"}), devices=frozenset({"cpu"}), dtypes=frozenset({"fp32", "bf16"}),
-                         order=90)]
+                         schemes=frozenset({"linear:int4"}), order=90)]
 ''')
     registry, path = load_registry(), str(testdata / "hf/stories260K")
     reference = reference_of(resolve(path, registry))
-    remember_executor(reference, "cpu", "fp32", (), "made-plugin:swift")
+    remember_executor(reference, "cpu", "fp32", None, "made-plugin:swift")
 
     def chosen(**changes: Any) -> str:
         request = ModelRequest(**{"model": path, "device": "cpu", "dtype": "fp32", **changes})
@@ -232,23 +257,27 @@ def torchchat_executors():
             return opened.executor.name
 
     assert chosen() == "swift"
+    remember_executor(reference, "cpu", "fp32", "linear:int4", "made-plugin:swift")
+    assert chosen(quantize='{"linear:int4": {"groupsize": 32}}') == "swift"  # which is what it has anyway
+    assert chosen(quantize='{"linear:int4": {"groupsize": 64}}') == "eager"
     assert chosen(executor="eager") == "eager"
     assert chosen(dtype="bf16") == "eager"
-    remember_executor(reference, "cpu", "fp32", (), "gone:executor")
+    remember_executor(reference, "cpu", "fp32", None, "gone:executor")
     assert chosen() == "eager"
 
 
 def test_a_damaged_record_counts_as_none(tmp_path: Path) -> None:
-    path = remember_executor("file:/m", "cpu", "fp32", ("b", "a"), "x:y")
-    assert remembered_executor("file:/m", "cpu", "fp32", ("a", "b", "a")) == "x:y"
-    assert remembered_executor("file:/m", "cpu", "fp32", ()) is None
+    path = remember_executor("file:/m", "cpu", "fp32", "linear:int4", "x:y")
+    assert remembered_executor("file:/m", "cpu", "fp32", "linear:int4") == "x:y"
+    assert remembered_executor("file:/m", "cpu", "fp32", 'linear:int4 {"groupsize": 64}') is None
+    assert remembered_executor("file:/m", "cpu", "fp32", None) is None
     for content in ("", "[]", '{"executors": 3}', '{"executors": {"k": []}}'):
         path.write_text(content)
-        assert remembered_executor("file:/m", "cpu", "fp32", ("a", "b")) is None
+        assert remembered_executor("file:/m", "cpu", "fp32", "linear:int4") is None
 
 
 def test_save_remembers_the_fastest_of_what_was_measured(torchchat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "measure_way", lambda _way, *_given: _row())
     done = torchchat("bench", "--save", *FEW)
     assert "eager is the fastest on cpu in fp32" in done.err
-    assert remembered_executor("file:/m", "cpu", "fp32", ()) == "tc-eager:eager"
+    assert remembered_executor("file:/m", "cpu", "fp32", None) == "tc-eager:eager"

@@ -183,31 +183,75 @@ def test_answers_that_are_made_together_are_those_made_one_after_the_other(opene
     assert not any("." in text for text in together)
 
 
+def test_answers_that_are_drawn_are_the_same_again_with_the_same_seed_and_different_from_each_other(
+        testdata: Path, torchchat: Run, tmp_path: Path) -> None:
+    documents = [{"question": QUESTIONS[0]}] * 3  # the same prompt three times
+    (tmp_path / "made_drawn_seen.py").write_text(
+        "def seen(document, results):\n    return {'answer': results[0]}\n\n"
+        "def joined(items):\n    return '|'.join(items)\n")
+    _made_task(tmp_path, "made_drawn", documents, output_type="generate_until", doc_to_text="{{question}}",
+               doc_to_target="", generation_kwargs={"until": ["."], "max_gen_toks": 12, "do_sample": True},
+               metric_list=[])
+    task = json.loads((tmp_path / "made_drawn.yaml").read_text())
+    (tmp_path / "made_drawn.yaml").write_text("\n".join([
+        *(f"{key}: {json.dumps(value)}" for key, value in task.items() if key != "metric_list"),
+        "process_results: !function made_drawn_seen.seen", "metric_list:", "  - metric: answer",
+        "    aggregation: !function made_drawn_seen.joined", "    higher_is_better: true", ""]))
+
+    def drawn(*more: str) -> str:
+        done = torchchat("eval", testdata / "hf/TinyStories-656K", *COMMON, "--tasks", "made_drawn", "--include-path",
+                         tmp_path, "--json", *more)
+        found: str = json.loads(done.out)["results"]["made_drawn"]["answer,none"]
+        return found
+
+    first = drawn()
+    assert len(set(first.split("|"))) == 3
+    assert drawn() == first
+    assert drawn("--seed", "7") != first
+
+
 # ---- what cannot be -----------------------------------------------------------------------------------------------
 
 
 def test_settings_of_tasks_become_ours_and_unknown_ones_are_refused() -> None:
     from torchchat_core.measure.evaluation import NEW_TOKENS, generation_options
 
-    plain = generation_options({"until": "\n\n"})
+    plain = generation_options({"until": "\n\n"}, {"temperature": 0.6, "repetition_penalty": 1.1})
     assert (plain.stop, plain.max_new_tokens, plain.sampling.temperature) == (("\n\n",), NEW_TOKENS, 0.0)
-    greedy = generation_options({"until": ["a", ""], "do_sample": False, "temperature": 0.7, "max_gen_toks": 5})
+    assert plain.sampling.repetition_penalty == 1.0
+    greedy = generation_options({"until": ["a", ""], "do_sample": False, "temperature": 0.7, "max_gen_toks": 5}, {})
     assert (greedy.stop, greedy.max_new_tokens, greedy.sampling.temperature) == (("a",), 5, 0.0)
-    assert generation_options({"temperature": 0.7, "top_k": 3}).sampling.top_k == 3
+    assert generation_options({"temperature": 0.7, "top_k": 3}, {}).sampling.top_k == 3
     with pytest.raises(TorchchatError, match="generates with 'num_beams', which torchchat does not know"):
-        generation_options({"num_beams": 4})
+        generation_options({"num_beams": 4}, {})
+
+
+def test_what_a_task_that_draws_does_not_say_is_as_lm_evals_own_model_has_it() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers import GenerationConfig
+
+    from torchchat_core.measure.evaluation import generation_options
+
+    theirs = GenerationConfig._get_default_generation_params()
+    names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    drawn = generation_options({"do_sample": True}, {}, seed=5).sampling
+    assert {name: getattr(drawn, name) for name in names} == {name: theirs[name] for name in names}
+    assert drawn.seed == 5
+    drawn = generation_options({"do_sample": True, "temperature": 0.2}, {"temperature": 0.6, "top_p": 0.9}).sampling
+    assert (drawn.temperature, drawn.top_p, drawn.top_k) == (0.2, 0.9, 50)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--include-path", "/no/such/folder"), "there is no folder '/no/such/folder'"),
     (("--output", "/no/such/folder/out.json"), "no file can be written there"),
-    ((), "the data of wikitext cannot be had"),
+    ((), "the data of wikitext cannot be had: Couldn't reach 'EleutherAI/wikitext_document_level' on the Hub; there "
+         "is no network (it is unplugged), and it is not kept here"),
 ])
 def test_what_cannot_be_evaluated_is_told_in_one_sentence(arguments: tuple[str, ...], message: str, torchchat: Run,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     from torchchat_core.measure import evaluation
 
-    monkeypatch.setattr(evaluation, "connection_fault", lambda _host, _port: "there is no network")
+    monkeypatch.setattr(evaluation, "connection_fault", lambda _host, _port: "it is unplugged")
     monkeypatch.setattr("urllib.request.getproxies", dict)
     done = torchchat("eval", *COMMON, *arguments)
     assert done.code == 1
@@ -222,6 +266,13 @@ def test_a_task_that_there_is_not_is_refused_with_what_is_near(monkeypatch: pyte
     with pytest.raises(TorchchatError, match="lm-eval has no task 'wikitexd'") as told:
         evaluation.Wish(tasks=("arc_easy", "wikitexd")).manager()
     assert told.value.fix == "did you mean wikitext?"
+
+
+def test_a_task_in_a_folder_of_its_own_is_found_without_reading_all_the_others() -> None:
+    from torchchat_core.measure.evaluation import Wish
+
+    assert Wish(tasks=("wikitext",)).manager().all_tasks == ["wikitext"]
+    assert set(Wish(tasks=("wikitext", "hellaswag")).manager().all_subtasks) == {"wikitext", "hellaswag"}
 
 
 def test_without_lm_eval_it_says_how_to_get_it(torchchat: Run, monkeypatch: pytest.MonkeyPatch) -> None:

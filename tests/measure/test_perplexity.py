@@ -36,16 +36,17 @@ def test_the_real_models_have_the_golden_perplexity_within_a_tenth_of_a_percent(
 
 
 @pytest.mark.parametrize(("plugin", "suffix"), [("tc_aoti", ".pt2"), ("tc_executorch", ".pte")])
+@pytest.mark.parametrize("model", ["stories260K", "TinyStories-656K"])
 def test_an_exported_model_has_the_golden_perplexity_and_agrees_with_the_one_it_was_made_of(
-        plugin: str, suffix: str, testdata: Path, torchchat: Callable[..., Any], tmp_path: Path) -> None:
+        model: str, plugin: str, suffix: str, testdata: Path, torchchat: Callable[..., Any], tmp_path: Path) -> None:
     pytest.importorskip(plugin, reason=f"{plugin} is not installed")
-    path, source = tmp_path / f"model{suffix}", testdata / "hf/stories260K"
+    path, source = tmp_path / f"model{suffix}", testdata / "hf" / model
     exported = torchchat("export", source, "-d", "fp32", "-o", path)
     assert exported.code == 0, exported.err
     golden = json.loads((testdata / "golden/perplexity.json").read_text())["results"]
     for text, name in TEXTS.items():
         found = json.loads(torchchat("perplexity", path, "--file", testdata / "text" / name, "--json").out)
-        assert found["perplexity"] == pytest.approx(golden[text]["stories260K"]["ppl"], rel=0.001)
+        assert found["perplexity"] == pytest.approx(golden[text][model.replace("-", "_")]["ppl"], rel=1e-5)
     agreed = torchchat("verify", source, path, "-d", "fp32", "--executor", "eager", "--device", "cpu")
     assert agreed.code == 0, agreed.out + agreed.err
 

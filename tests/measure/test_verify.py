@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -15,8 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from torchchat_core.cli.verify import other_request
 from torchchat_core.errors import TorchchatError
+from torchchat_core.measure import grid
 from torchchat_core.measure.agreement import AgreementSum, recorded
 from torchchat_core.measure.divergence import Reference, reference_file
+from torchchat_core.measure.grid import EXPORT, Grid, pairs
 from torchchat_core.measure.limits import EXACT, HALF, QUANTISED, RECIPES, limits_for, objections
 from torchchat_core.measure.passages import Continuation, Passage, exercises
 from torchchat_core.measure.text import text_windows
@@ -126,14 +129,15 @@ def test_sequences_that_are_too_short_for_anything_are_refused() -> None:
         exercises(text_windows([1, 2, 3], 1, 3), 2, 8)
 
 
-def test_limits_depend_on_dtypes_and_schemes() -> None:
-    int8, int4 = ("linear:int8",), ("linear:int4",)
-    assert limits_for(("fp32", "fp32"), ((), ())) is EXACT
-    assert limits_for(("fp32", "bf16"), ((), ())) is HALF
+def test_limits_depend_on_dtypes_and_recipes() -> None:
+    int8, int4 = "linear:int8", "linear:int4"
+    assert limits_for(("fp32", "fp32"), (None, None)) is EXACT
+    assert limits_for(("fp32", "bf16"), (None, None)) is HALF
     assert limits_for(("fp32", "fp32"), (int8, int8)) is QUANTISED
     assert limits_for(("fp32", "bf16"), (int8, int8)) is RECIPES
-    assert limits_for(("fp32", "fp32"), ((), int8)) is RECIPES
+    assert limits_for(("fp32", "fp32"), (None, int8)) is RECIPES
     assert limits_for(("bf16", "bf16"), (int8, int4)) is RECIPES
+    assert limits_for(("bf16", "bf16"), (int4, f'{int4} {{"groupsize": 64}}')) is RECIPES
     assert EXACT.changed(mean_kl=None, top_1=0.5).top_1 == 0.5
     with pytest.raises(TorchchatError, match="the limit mean_kl is -1"):
         EXACT.changed(mean_kl=-1.0)
@@ -270,6 +274,14 @@ def test_wrong_words_are_told(arguments: tuple[str, ...], code: int, message: st
     assert message in done.err
 
 
+@pytest.mark.parametrize("other", ["no-such-model", "executor=nope", "quantize=nope"])
+def test_what_the_other_side_cannot_be_is_told_before_the_first_is_run(other: str, torchchat: Run) -> None:
+    done = torchchat("verify", "embedded", other, *COMMON)
+    assert done.code == 1
+    assert "there is no " in done.err
+    assert " steps" not in done.err
+
+
 def test_models_of_different_vocabularies_are_refused(testdata: Path, torchchat: Run) -> None:
     done = torchchat("verify", testdata / "hf/stories260K", testdata / "hf/TinyStories-656K", *COMMON)
     assert done.code == 1
@@ -285,7 +297,8 @@ def test_the_report_names_both_sides_and_limits_that_are_given_decide(testdata: 
     assert "they agree, by the limits for 16 bits" in done.out
     done = torchchat(*run, "--max-difference", "1e-9")
     assert done.code == 1
-    assert "they DISAGREE: the largest difference of logits is" in done.out
+    assert "they DISAGREE, by the limits for 16 bits: difference 1e-09" in done.out
+    assert "\n  the largest difference of logits is " in done.out
 
 
 def test_a_second_model_that_holds_less_is_given_shorter_windows(testdata: Path, tmp_path: Path) -> None:
@@ -308,13 +321,72 @@ def test_the_grid_holds_every_executor_against_the_reference_in_processes_of_the
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     crashing = STALE.replace("stale", "crashing").replace("super().load(request)", "__import__('os').abort()")
     make_plugin(f"FAULT = None\n{crashing}", distribution="crashing-plugin")
-    done = torchchat("-p", "no:tc-compile", "-p", "no:tc-aoti", "-p", "no:tc-quant-int8", "verify",
-                     testdata / "hf/stories260K", "--all", *COMMON)
+    plugins = [word for name in ("compile", "aoti", "quant-int8", "quant-int4", "executorch")
+               for word in ("-p", f"no:tc-{name}")]
+    done = torchchat(*plugins, "verify", testdata / "hf/stories260K", "--all", *COMMON)
     assert done.code == 1
     lines = done.out.splitlines()
-    assert lines[0].split()[:2] == ["combination", "difference"]
-    assert any(line.startswith("made-plugin:stale on cpu in fp32 ") and line.endswith("DISAGREES") for line in lines)
-    assert any("crashing-plugin:crashing on cpu in fp32: the process was ended by SIGABRT" in line for line in lines)
+    assert "2 ways to run it, each beside eager" in lines[0]
+    assert lines[2].split() == ["executor", "runs", "on", "scheme", "max", "diff", "mean", "KL", "top-1", "verdict"]
+    assert lines[3].split() == ["crashing", "cpu", "fp32", "-", "failed"]
+    assert lines[4].startswith("  the process was ended by SIGABRT")
+    assert lines[5].startswith("stale ")
+    assert lines[5].endswith("DISAGREES")
+    assert lines[6].startswith("  the largest difference of logits is ")
+    assert lines[-1] == "0 of 2 agree, 1 disagree, 1 did not run"
+    assert max(map(len, lines[2:4])) <= 80
+
+
+EXPORTING = '''
+from torchchat_core.hookspecs import hookimpl
+from torchchat_core.specs import ExecutorInfo, ExporterInfo
+
+COMMON = dict(devices=frozenset({"cpu"}), dtypes=frozenset({"fp32"}))
+
+@hookimpl
+def torchchat_executors():
+    return [ExecutorInfo(name=name, summary="reads boxes", factory="tc_eager.executor:EagerExecutor",
+                         reads=frozenset({"box"}), order=90, **COMMON) for name in ("one", "other")]
+
+@hookimpl
+def torchchat_exporters():
+    return [ExporterInfo(name="boxer", summary="writes boxes", factory="tc_eager.executor:EagerExecutor", writes="box",
+                         suffix=".box", **COMMON)]
+'''
+
+
+def test_a_file_that_several_executors_run_is_exported_once_and_is_gone_before_the_next(
+        make_plugin: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_plugin(EXPORTING)
+    registry = load_registry()
+    request = ModelRequest(model="m", device="cpu")
+    found = [pair for pair in pairs(request, registry) if pair.executor in ("one", "other")]
+    assert [pair.runtime for pair in found] == ["one .box", "other .box"]
+    asked: list[str] = []
+
+    def run(task: str, arguments: Any, _registry: Any) -> Any:
+        asked.append(task.partition(":")[2])
+        if task == EXPORT:
+            assert list(tmp_path.iterdir()) == []
+            Path(arguments["path"]).write_text(arguments["request"]["dtype"])
+            return {}
+        assert arguments["second"]["model"] == str(tmp_path / "model.box")
+        assert arguments["second"]["executor"] in ("made-plugin:one", "made-plugin:other")
+        return {"agree": (tmp_path / "model.box").read_text() == arguments["first"]["dtype"]}
+
+    monkeypatch.setattr(grid, "in_own_process", run)
+    made = Grid(tmp_path, registry)
+    assert all(made.verified(pair, {})["agree"] for pair in found)
+    other = dataclasses.replace(found[0], second=dataclasses.replace(found[0].second, max_seq_length=7))
+    assert made.verified(other, {})["agree"]
+    assert asked == ["export_second", "verify_pair", "verify_pair", "export_second", "verify_pair"]
+
+    def refuse(_task: str, _arguments: Any, _registry: Any) -> Any:
+        raise TorchchatError("the disk is full", "make room")
+
+    monkeypatch.setattr(grid, "in_own_process", refuse)
+    with pytest.raises(TorchchatError, match="it cannot be exported: the disk is full"):
+        made.verified(found[0], {})
 
 
 def test_the_reference_keeps_rows_on_disk_in_the_order_in_which_they_came() -> None:

@@ -16,7 +16,7 @@ from torchchat_core.models.transformer import Transformer
 from torchchat_core.pipeline import ModelRequest, open_model
 from torchchat_core.plugins import Registry
 from torchchat_core.quantization.layers import QuantizedEmbedding, QuantizedLinear
-from torchchat_core.quantization.recipe import RecipeReport, parse_recipe, read_recipe, recipe_names
+from torchchat_core.quantization.recipe import RecipeReport, parse_recipe, read_recipe, recipe_names, stored_recipe
 from torchchat_core.testing.models import seeded, tiny_config
 
 
@@ -159,3 +159,25 @@ def test_weights_that_are_not_finite_are_left_alone(registry: Registry) -> None:
     report = read_recipe("linear:int8", registry, "cpu", "fp32").apply(model)
     assert [(layer.name, layer.reason) for layer in report.left] == [
         ("lm_head", "it has weights that are not finite")]
+
+
+def test_recipes_that_say_the_same_have_one_text_and_those_that_do_not_have_others(registry: Registry) -> None:
+    def text(recipe: str) -> str:
+        return str(read_recipe(recipe, registry, "cpu", "fp32"))
+
+    assert text("linear:int4") == "linear:int4"
+    assert text('{"linear:int4": {"groupsize": 32, "bitwidth": 4}, "version": 1}') == "linear:int4"
+    assert text('{"linear:int4": {"groupsize": 64}}') == 'linear:int4 {"groupsize": 64}'
+    one, other = '"linear:int4": {"except": ["a", "b"]}', '"embedding": {"bitwidth": 4, "groupsize": 0}'
+    assert text(f"{{{one}, {other}}}") == text(f"{{{other}, {one}}}")
+    assert '"except": ["a", "b"]' in text(f"{{{one}}}")
+
+
+def test_what_is_stored_is_named_by_the_recipe_that_was_written_down(registry: Registry) -> None:
+    schemes = ("linear:int4",)
+    named = stored_recipe({"linear:int4": {"groupsize": 32}}, schemes, registry, "cpu", "fp32")
+    assert named == str(read_recipe("linear:int4", registry, "cpu", "fp32"))
+    assert stored_recipe(None, (), registry, "cpu", "fp32") is None
+    assert stored_recipe(None, schemes, registry, "cpu", "fp32") == "linear:int4 as stored"
+    unknown = stored_recipe({"linear:int3": {}}, ("linear:int3",), registry, "cpu", "fp32")
+    assert unknown == '{"linear:int3": {}}'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ def bench(registry: Registry, /, **flags: Any) -> int:
     nothing could be measured, or what was asked for by name.
     """
     from torchchat_core.cli.plots import plot_path
-    from torchchat_core.measure.benchmark import ALL, ways
+    from torchchat_core.measure.benchmark import ALL, passed_over, ways
 
     if flags["as_json"] and flags["as_csv"]:
         raise click.UsageError("--json and --csv exclude each other")
@@ -51,6 +52,7 @@ def bench(registry: Registry, /, **flags: Any) -> int:
     with shown_progress():
         wanted = ways(request, registry)
         rows, failed = _measured(wanted, registry, flags)
+        failed += passed_over(request, registry)
     name = request.model or request.checkpoint_path or "the default model"
     _print(name, rows, failed, flags)
     if flags["save"]:
@@ -85,7 +87,7 @@ def _print(name: str, rows: Sequence[Row], failed: Sequence[Failed], flags: dict
         for line in failed_lines(failed):
             click.echo(f"not measured: {line}", err=True)
     else:
-        for line in table_lines(name, rows, failed):
+        for line in table_lines(name, rows, failed, shutil.get_terminal_size().columns):
             click.echo(line)
 
 
@@ -94,7 +96,7 @@ def _save(rows: list[Row], registry: Registry) -> None:
     from torchchat_core.measure.benchmark import fastest
 
     for row in fastest(rows, registry):
-        path = remember_executor(row.reference, row.device, row.dtype, row.schemes, row.qualified_executor)
+        path = remember_executor(row.reference, row.device, row.dtype, row.made_by, row.qualified_executor)
         what = f" with {row.recipe}" if row.recipe else ""
         click.echo(f"saved in {path}: {row.executor} is the fastest on {row.device} in {row.dtype}{what}", err=True)
 

@@ -26,6 +26,8 @@ from torchchat_core.small_files import expanded, write_whole
 @click.option("--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples before each question [default: "
                                                                              "what the task says].")
 @click.option("--include-path", metavar="DIR", help="A folder of tasks of your own, as lm-eval's YAML files.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), metavar="N", help="Of examples and of answers that a task "
+              "draws by chance [default: lm-eval's own seeds].")
 @click.option("--output", metavar="FILE", help="Write lm-eval's results as JSON, with model, recipe and versions.")
 @click.option("--json", "as_json", is_flag=True, help="Print the same JSON.")
 @click.pass_obj
@@ -46,7 +48,8 @@ def evaluate(registry: Registry, /, **flags: Any) -> None:
 
     names = tuple(name for text in flags["tasks"] or ("wikitext",) for name in text.split(",") if name)
     include = expanded(flags["include_path"]) if flags["include_path"] is not None else None
-    wish = Wish(tasks=names, limit=flags["limit"], shots=flags["num_fewshot"], include=include)
+    wish = Wish(tasks=names, limit=flags["limit"], shots=flags["num_fewshot"], include=include,
+                seed=flags["seed"])
     manager = wish.manager()
     with opened_model(flags, registry) as opened, shown_progress():
         found = run(opened, wish, manager, flags["quantize"])

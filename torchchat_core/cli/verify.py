@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +19,7 @@ from torchchat_core.plugins import Registry
 from torchchat_core.small_files import expanded
 
 if TYPE_CHECKING:
+    from torchchat_core.measure.grid import Grid, Pair
     from torchchat_core.pipeline import ModelRequest
 
 CHARACTERS = 4000
@@ -113,65 +116,96 @@ def _change(word: str, registry: Registry) -> tuple[str, str]:
 
 
 def _grid(request: ModelRequest, registry: Registry, flags: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
-    from torchchat_core.measure.grid import pairs
-    from torchchat_core.measure.tables import aligned
+    from torchchat_core.measure.grid import Grid, pairs
     from torchchat_core.progress import task
+    from torchchat_core.specs import ExecutorInfo
 
     if request.quantize is not None:
         raise click.UsageError("--all goes through every scheme; leave --quantize out")
-    text_of(flags, CHARACTERS)  # one that cannot be read is told before anything is run
-    wanted = list(pairs(request, registry))
+    text = text_of(flags, CHARACTERS)  # one that cannot be read is told before anything is run
+    wanted = pairs(request, registry)
     if not wanted:
         raise TorchchatError("there is nothing to compare: one executor, one device, one dtype",
                              "install another one: torchchat plugins")
+    file = str(expanded(flags["file"]).absolute()) if flags["file"] is not None else None
+    arguments = {"file": file, "characters": flags["characters"] or CHARACTERS, **settings}
+    table = None if flags["as_json"] else _Table(wanted)
     found = []
-    with shown_progress(), task("verifying", total=len(wanted)) as done:
-        for pair in wanted:
-            found.append(_verified(pair, registry, flags, settings))
-            done.advance(1)
-    if flags["as_json"]:
+    if table is not None:
+        beside = registry.find(ExecutorInfo, wanted[0].against.executor).name
+        table.begin(f"{request.model or request.checkpoint_path or 'the default model'}: {len(wanted)} ways to run it, "
+                    f"each beside {beside}\n{text.description}")
+    with tempfile.TemporaryDirectory() as folder:
+        grid = Grid(Path(folder), registry)
+        for index, pair in enumerate(wanted, 1):
+            with shown_progress(), task(f"{index} of {len(wanted)}: {pair}"):
+                found.append(_verified(pair, grid, arguments))
+            if table is not None:
+                table.add(pair, found[-1])
+    if table is None:
         click.echo(json.dumps({"pairs": found}))
     else:
-        for line in aligned([COLUMNS, *map(_cells, found)]):
-            click.echo(line)
-        for line in _reasons(found):
-            click.echo(line)
+        table.end()
     return int(not all(each.get("agree") for each in found))
 
 
-def _verified(pair: Any, registry: Registry, flags: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    from torchchat_core.measure.grid import TASK
-    from torchchat_core.measure.processes import in_own_process, request_arguments
-
-    file = str(expanded(flags["file"]).absolute()) if flags["file"] is not None else None
-    arguments = {"first": request_arguments(pair.first), "second": request_arguments(pair.second), "file": file,
-                 "exporter": pair.exporter, "characters": flags["characters"] or CHARACTERS, **settings}
-    named = {"combination": pair.name, "against": pair.against}
+def _verified(pair: Pair, grid: Grid, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    named = {"combination": str(pair), "against": str(pair.against)}
     try:
-        return {**named, **in_own_process(TASK, arguments, registry)}
+        return {**named, **grid.verified(pair, arguments)}
     except TorchchatError as error:
         return {**named, "agree": None, "error": error.message, "try": error.fix}
 
 
-COLUMNS = ("combination", "difference", "mean KL", "p99 KL", "same top-1", "greedy", "verdict")
+class _Table:
+    """Prints rows as they come: what runs takes seconds, and what has to be exported minutes."""
+
+    HEADS = ("executor", "runs on", "scheme", "max diff", "mean KL", "top-1", "verdict")
+    FIGURES = (8, 7, 7, 9)  # widths of the last columns
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        names = [self.HEADS[:3], *map(self._names, pairs)]
+        self._widths = (*(max(map(len, column)) for column in zip(*names, strict=True)), *self.FIGURES)
+        self._counts = {"agrees": 0, "DISAGREES": 0, "failed": 0}
+
+    @staticmethod
+    def _names(pair: Pair) -> tuple[str, ...]:
+        return pair.runtime, f"{pair.way.device} {pair.way.dtype}", pair.way.scheme or "-"
+
+    def begin(self, title: str) -> None:
+        click.echo(f"{title}\n")
+        self._print(self.HEADS)
+
+    def add(self, pair: Pair, row: Mapping[str, Any]) -> None:
+        """The row and, where it did not go well, why."""
+        verdict = {True: "agrees", False: "DISAGREES", None: "failed"}[row["agree"]]
+        self._counts[verdict] += 1
+        figures = ("", "", "")
+        if row["agree"] is not None:
+            top = f"{100 * row['top_1']:.2f}".removesuffix(".00")
+            figures = (_figure(row["largest_difference"]), _figure(row["mean_kl"]), f"{top} %")
+        self._print((*self._names(pair), *figures, verdict))
+        for line in _reasons(row):
+            click.echo(f"  {line}")
+
+    def _print(self, cells: Sequence[str]) -> None:
+        aligned = [text.ljust(width) if place < 3 else text.rjust(width)
+                   for place, (text, width) in enumerate(zip(cells, self._widths, strict=True))]
+        click.echo("  ".join(aligned).rstrip())
+
+    def end(self) -> None:
+        agree, disagree, failed = self._counts.values()
+        click.echo(f"\n{agree} of {agree + disagree + failed} agree, {disagree} disagree, {failed} did not run")
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
+def _figure(value: float | None) -> str:
+    return "inf" if value is None else f"{value:.2g}"
+
+
+def _reasons(row: Mapping[str, Any]) -> Iterator[str]:
     if row["agree"] is None:
-        return [row["combination"], "", "", "", "", "", "did not run"]
-
-    def figure(name: str) -> str:
-        return "infinite" if row[name] is None else f"{row[name]:.2g}"
-
-    return [row["combination"], figure("largest_difference"), figure("mean_kl"), figure("p99_kl"),
-            f"{100 * row['top_1']:.2f} %", f"{row['greedy_agreed']}/{row['greedy_tokens']}",
-            "agrees" if row["agree"] else "DISAGREES"]
-
-
-def _reasons(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Below the table: why rows did not run, and what is wrong with those that disagree."""
-    for row in found:
-        if row["agree"] is None:
-            yield f"did not run: {row['combination']}: {row['error']}" + (f" (try: {row['try']})" if row["try"] else "")
-        elif not row["agree"]:
-            yield f"{row['combination']}, against {row['against']}: {'; '.join(row['objections'])}"
+        yield row["error"]
+        if row["try"]:
+            yield f"try: {row['try']}"
+    elif not row["agree"]:
+        yield from row["objections"]

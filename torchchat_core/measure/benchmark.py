@@ -53,6 +53,7 @@ class Row:
     dtype: str
     recipe: str | None
     schemes: tuple[str, ...]
+    made_by: str | None  # what quantised its layers, written out: pipeline.OpenedModel.recipe
     reference: str  # of the model: products.reference_of
     load_s: float  # from files to a model that can run, with what was compiled before at hand; importing left out
     compile_s: float
@@ -109,6 +110,17 @@ def _executors(request: ModelRequest, registry: Registry) -> list[str]:
     return [name for _, name in sorted(found)]
 
 
+def passed_over(request: ModelRequest, registry: Registry) -> list[Failed]:
+    """Of "all" executors, those that read other files than the model's."""
+    if request.executor != ALL:
+        return []
+    taken = set(_executors(request, registry))
+    others = [info for qualified, info in registry.settled(ExecutorInfo) if not taken & {qualified, info.name}]
+    return [Failed(executor=info.name, recipe=None, reason=f"it runs {', '.join(sorted(info.reads))} files alone",
+                   fix=f"--executor {info.name} exports the model once and measures it; or give it an exported file")
+            for info in sorted(others, key=lambda info: info.order)]
+
+
 def measure_way(way: Way, registry: Registry, prompt_tokens: int = PROMPT_TOKENS, new_tokens: int = NEW_TOKENS,
                 repeats: int = REPEATS) -> Row:
     """Raises `TorchchatError` where it cannot run."""
@@ -131,10 +143,11 @@ def row_of(found: Mapping[str, Any], recipe: str | None, first_load: float) -> R
 
 
 def fastest(rows: list[Row], registry: Registry) -> list[Row]:
-    """Of each recipe the row that decodes fastest; of those that no other one beats, the one that auto would take."""
+    """Of each recipe, however it was written, the row that decodes fastest; of those that no other one beats, the one
+    that auto would take."""
     best = []
-    for recipe in dict.fromkeys((row.recipe, row.device, row.dtype) for row in rows):
-        those = [row for row in rows if (row.recipe, row.device, row.dtype) == recipe]
+    for recipe in dict.fromkeys((row.made_by, row.device, row.dtype) for row in rows):
+        those = [row for row in rows if (row.made_by, row.device, row.dtype) == recipe]
         unbeaten = [row for row in those if not any(other.rates.decode.beats(row.rates.decode) for other in those)]
         best.append(min(unbeaten, key=lambda row: (registry.find(ExecutorInfo, row.qualified_executor).order,
                                                    -row.rates.decode.median)))
@@ -171,9 +184,10 @@ def run(registry: Registry, request: Mapping[str, Any], prompt_tokens: int, new_
         peaks = peak_rss_bytes(), _peak_device_bytes(opened.model.device)
         return {
             "executor": opened.executor.name, "qualified_executor": qualified, "device": opened.model.device,
-            "dtype": opened.model.dtype, "schemes": opened.schemes, "reference": reference, "load_s": seconds,
-            "rates": dataclasses.asdict(rates), "peak_rss_bytes": peaks[0], "peak_device_bytes": peaks[1],
-            "weight_bytes": opened.weight_bytes, "token_bytes": opened.token_bytes,
+            "dtype": opened.model.dtype, "schemes": opened.schemes, "made_by": opened.recipe, "reference": reference,
+            "load_s": seconds, "rates": dataclasses.asdict(rates),
+            "peak_rss_bytes": peaks[0], "peak_device_bytes": peaks[1], "weight_bytes": opened.weight_bytes,
+            "token_bytes": opened.token_bytes,
             "memory_speed": _memory_speed(opened.model.device)}
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,20 +17,45 @@ from torchchat_core.measure.benchmark import Failed, Row
 from torchchat_core.measure.comparing import shortened
 from torchchat_core.measure.tables import aligned, conditions_text, rate_text
 
-COLUMNS = ("executor", "recipe", "runs on", "decode t/s", "prefill t/s", "first token", "load", "compile", "memory",
-           "a token reads", "reads", "of the memory's")
-NAME_WIDTH = 30
+COLUMNS = ("executor", "recipe", "runs on", "decode t/s", "prefill t/s", "TTFT", "load", "compile", "memory",
+           "per token", "reads", "share")
+NAMES = COLUMNS[:3]
+NARROW = (("decode t/s", "prefill t/s", "TTFT", "reads", "share"), ("load", "compile", "memory", "per token"))
+NAME_WIDTH, WIDTH = 30, 80
+LEGEND = "per token: weights that a token reads; reads: that times the decoding speed; share: of what the memory gives"
 
 
-def table_lines(model: str, rows: Sequence[Row], failed: Sequence[Failed]) -> Iterator[str]:
-    """The whole report as text."""
+def table_lines(model: str, rows: Sequence[Row], failed: Sequence[Failed], width: int = WIDTH) -> Iterator[str]:
+    """The whole report as text: a table, or two below each other where one is wider than `width`."""
     yield model
     if rows:
-        yield method_line(rows[0])
-        yield ""
-        yield from aligned([COLUMNS, *([text for text, _ in cells(row)] for row in rows)])
+        yield from textwrap.wrap(method_line(rows[0]), max(width, 40))
+        yield from _tables(rows, width)
+        yield from textwrap.wrap(LEGEND, max(width, 40))
+    if rows and failed:
         yield ""
     yield from (f"not measured: {line}" for line in failed_lines(failed))
+
+
+def _tables(rows: Sequence[Row], width: int) -> Iterator[str]:
+    columns = dict(zip(COLUMNS, zip(*([text for text, _ in cells(row)] for row in rows), strict=True), strict=True))
+    names = [name for name in NAMES if name == "executor" or len(set(columns[name])) > 1 or len(rows) == 1]
+    if "runs on" not in names:  # said once
+        yield f"all on {columns['runs on'][0]}"
+    if "recipe" not in names and columns["recipe"][0] != "-":
+        yield f"all with {columns['recipe'][0]}"
+    figures = COLUMNS[len(NAMES) :]
+    whole = list(_table(columns, [*names, *figures]))
+    tables = [whole] if max(map(len, whole)) <= width else [list(_table(columns, [*names, *some])) for some in NARROW]
+    for lines in tables:
+        yield ""
+        yield from lines
+    yield ""
+
+
+def _table(columns: Mapping[str, Sequence[str]], names: Sequence[str]) -> Iterator[str]:
+    rows = zip(*(columns[name] for name in names), strict=True)
+    return aligned([names, *rows], left=sum(name in NAMES for name in names))
 
 
 def method_line(row: Row) -> str:

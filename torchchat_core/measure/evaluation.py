@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import huggingface_hub.constants
+import lm_eval.tasks
 from lm_eval import simple_evaluate
 from lm_eval import utils as windows
 from lm_eval.api.model import TemplateLM
@@ -30,6 +31,9 @@ LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 LOADERS = ("datasets", "huggingface_hub", "httpx", "httpx2", "requests", "aiohttp")  # whose errors are about data
 TALKATIVE = ("lm_eval", "huggingface_hub", "datasets")  # loggers: what they warn of while they retry, the error says
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+TRANSFORMERS = {"temperature": 1.0, "top_k": 50}  # what its generate() draws with where neither task nor model says
+SEED = 1234  # lm-eval's own
+TASKS = Path(lm_eval.tasks.__file__).parent  # where lm-eval has them
 
 
 class TorchchatLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types of its own for it
@@ -39,10 +43,12 @@ class TorchchatLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types of 
     BOS, or the end token where there is none, and BOS itself is not scored.
     """
 
-    def __init__(self, opened: OpenedModel) -> None:
+    def __init__(self, opened: OpenedModel, seed: int = SEED) -> None:
+        """`seed`: of answers that are drawn."""
         super().__init__()
         opened.executor.require("score")
         self._opened = opened
+        self._seed = seed
         self._tokenizer = opened.text_format.tokenizer
 
     @property
@@ -103,7 +109,7 @@ class TorchchatLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types of 
         prompts = []
         for request in requests:
             text, settings = request.args
-            options = generation_options(settings)
+            options = generation_options(settings, self._opened.text_format.defaults, self._seed)
             room = self.max_length - (options.max_new_tokens or NEW_TOKENS)
             if room < 1:
                 raise TorchchatError(f"a task asks for {options.max_new_tokens} tokens; the model holds "
@@ -112,17 +118,24 @@ class TorchchatLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types of 
         return answers(self._opened, prompts, "answers")
 
 
-def generation_options(settings: Mapping[str, Any]) -> GenerationOptions:
-    """A task's settings as ours: greedy unless it says otherwise. Raises `TorchchatError` for unknown ones."""
+def generation_options(settings: Mapping[str, Any], defaults: Mapping[str, Any], seed: int = SEED
+                       ) -> GenerationOptions:
+    """A task's settings as ours: greedy unless it says otherwise.
+
+    What a task that draws does not say is taken from the model's `defaults`, and then from transformers' own, as
+    lm-eval's `hf` model does. Raises `TorchchatError` for unknown settings.
+    """
     known = {"until", "do_sample", *LENGTHS, *SAMPLING}
     unknown = sorted(settings.keys() - known)
     if unknown:
         raise TorchchatError(f"a task generates with {unknown[0]!r}, which torchchat does not know; known are "
                              f"{', '.join(sorted(known))}", did_you_mean(unknown[0], known))
     until = settings.get("until") or []
-    chosen = {name: settings[name] for name in SAMPLING if settings.get(name) is not None}
-    if not settings.get("do_sample", chosen.get("temperature", 0) > 0):
-        chosen = {"temperature": 0.0}
+    asked = {name: settings[name] for name in SAMPLING if settings.get(name) is not None}
+    draws = settings.get("do_sample")
+    if draws is None:
+        draws = asked.get("temperature", 0) > 0
+    chosen = {**TRANSFORMERS, **defaults, "seed": seed, **asked} if draws else {"temperature": 0.0}
     length = next((settings[name] for name in LENGTHS if settings.get(name) is not None), NEW_TOKENS)
     return GenerationOptions(sampling=SamplingOptions(**chosen), max_new_tokens=int(length),
                              stop=tuple(each for each in ([until] if isinstance(until, str) else until) if each))
@@ -139,6 +152,13 @@ class Wish:
     limit: float | None = None  # documents of each task; below 1 a share of them
     shots: int | None = None  # examples before each question; None: as the task says
     include: Path | None = None  # folder of tasks of one's own
+    seed: int | None = None  # of examples, of documents that are drawn, and of answers; None: lm-eval's own
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        """As lm-eval takes them."""
+        names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+        return {} if self.seed is None else dict.fromkeys(names, self.seed)
 
     def manager(self) -> TaskManager:
         """Knows all tasks. Raises `TorchchatError` for names of tasks that there are not."""
@@ -149,6 +169,10 @@ class Wish:
             own = TaskManager(include_path=str(self.include), include_defaults=False)
             if set(self.tasks) <= set(own.all_tasks):  # reading all of lm-eval's own takes ten seconds
                 return own
+        elif folders := [path for name in self.tasks if (path := TASKS / name).is_dir()]:  # with tasks of that name
+            some = TaskManager(include_path=[str(path) for path in folders], include_defaults=False)
+            if set(self.tasks) <= set(some.all_subtasks):  # groups and tags may have members elsewhere
+                return some
         manager = TaskManager(include_path=str(self.include) if self.include is not None else None)
         for name in self.tasks:
             if name not in manager.all_tasks:
@@ -162,17 +186,21 @@ def evaluate(opened: OpenedModel, wish: Wish, manager: TaskManager, recipe: str 
 
     Raises `TorchchatError` where the data of a task cannot be had, and for tasks that the model cannot do.
     """
+    fault = None
     try:
-        with quiet(TALKATIVE), offline_without_network():
-            found = simple_evaluate(model=TorchchatLM(opened), tasks=list(wish.tasks), num_fewshot=wish.shots,
-                                    limit=wish.limit, task_manager=manager, log_samples=False)
+        with quiet(TALKATIVE), offline_without_network() as fault:
+            found = simple_evaluate(model=TorchchatLM(opened, SEED if wish.seed is None else wish.seed),
+                                    tasks=list(wish.tasks), num_fewshot=wish.shots, limit=wish.limit,
+                                    task_manager=manager, log_samples=False, **wish.seeds)
     except TorchchatError:
         raise
     except Exception as error:
         if not _is_about_data(error):
             raise
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise TorchchatError(f"the data of {', '.join(wish.tasks)} cannot be had: {first:.200}",
+        first = first.removesuffix(" (OfflineModeIsEnabled)")
+        network = f"; there is no network ({fault}), and it is not kept here" if fault is not None else ""
+        raise TorchchatError(f"the data of {', '.join(wish.tasks)} cannot be had: {first:.200}{network}",
                              "connect to the network once, after which it is kept; or evaluate a task of your own with "
                              "--include-path, or torchchat perplexity on a text") from error
     if found is None:
@@ -198,18 +226,19 @@ def quiet(names: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def offline_without_network() -> Iterator[None]:
-    """Within it, where the hub cannot be reached, only kept data is looked for: trying again takes minutes."""
-    through_proxy = bool(urllib.request.getproxies())
-    if through_proxy or connection_fault(*hub_endpoint()) is None:
-        yield
+def offline_without_network() -> Iterator[str | None]:
+    """Within it, where the hub cannot be reached, only kept data is looked for: trying again takes minutes. Gives why
+    it cannot be reached."""
+    fault = connection_fault(*hub_endpoint()) if not urllib.request.getproxies() else None
+    if fault is None:
+        yield None
         return
     places = [(datasets.config, "HF_HUB_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE")]
     before = [getattr(module, name) for module, name in places]
     for module, name in places:
         setattr(module, name, True)
     try:
-        yield
+        yield fault
     finally:
         for (module, name), value in zip(places, before, strict=True):
             setattr(module, name, value)

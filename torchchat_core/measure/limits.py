@@ -38,14 +38,16 @@ class Limits:
 EXACT = Limits(kind="float32", largest_difference=5e-4, mean_kl=2e-10, p99_kl=2e-9, top_1=0.995)
 HALF = Limits(kind="16 bits", largest_difference=None, mean_kl=2e-3, p99_kl=2e-2, top_1=0.95)
 QUANTISED = Limits(kind="the same recipe", largest_difference=None, mean_kl=5e-3, p99_kl=5e-2, top_1=0.93)
-RECIPES = Limits(kind="different recipes", largest_difference=None, mean_kl=0.1, p99_kl=1.0, top_1=0.85)
+RECIPES = Limits(kind="different recipes, or dtypes under one", largest_difference=None, mean_kl=0.1, p99_kl=1.0,
+                 top_1=0.85)
 
 
-def limits_for(dtypes: tuple[str, str], schemes: tuple[tuple[str, ...], tuple[str, ...]]) -> Limits:
-    """Those for a pair, from the dtypes that they compute in and the schemes of their quantised layers."""
-    if set(schemes[0]) != set(schemes[1]) or (schemes[0] and dtypes[0] != dtypes[1]):  # other weights in either case
+def limits_for(dtypes: tuple[str, str], recipes: tuple[str | None, str | None]) -> Limits:
+    """Those for a pair, from the dtypes that they compute in and what their layers were quantised by, as of
+    `pipeline.OpenedModel`."""
+    if recipes[0] != recipes[1] or (recipes[0] and dtypes[0] != dtypes[1]):  # other weights in either case
         return RECIPES
-    if schemes[0]:
+    if recipes[0]:
         return QUANTISED
     return EXACT if dtypes == ("fp32", "fp32") else HALF
 
@@ -58,10 +60,10 @@ def objections(found: Agreement, limits: Limits) -> Iterator[str]:
         ("p99_kl", "the KL divergence at the 99th percentile", found.p99_kl, limits.p99_kl),
     ]:
         if limit is not None and not value <= limit:
-            yield f"{words} is {value:.3g}; the limit for {limits.kind} is {limit:g} (--max-{_flag(name)})"
+            yield f"{words} is {value:.3g}; the limit is {limit:g} (--max-{_flag(name)})"
     if limits.top_1 is not None and not found.top_1 >= limits.top_1:
-        yield f"the same token is likeliest at {100 * found.top_1:.2f} % of the positions; for {limits.kind} it has " \
-              f"to be {100 * limits.top_1:g} % (--min-top-1)"
+        yield f"the same token is likeliest at {100 * found.top_1:.2f} % of the positions; it has to be " \
+              f"{100 * limits.top_1:g} % (--min-top-1)"
 
 
 def _flag(name: str) -> str:

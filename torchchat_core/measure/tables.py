@@ -10,12 +10,13 @@ from torchchat_core import __version__
 from torchchat_core.measure.rates import Rate
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Rows as lines whose columns stand below each other: the first one at its left edge, the others at their right."""
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> Iterator[str]:
+    """Rows as lines whose columns stand below each other: the first `left` at their left edges, the others at their
+    right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        first, *others = zip(row, widths, strict=True)
-        yield "  ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)]).rstrip()
+        yield "  ".join(text.ljust(width) if place < left else text.rjust(width)
+                        for place, (text, width) in enumerate(zip(row, widths, strict=True))).rstrip()
 
 
 def rate_text(rate: Rate) -> str:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from torchchat_core.measure.limits import RECIPES
 from torchchat_core.measure.verifying import Side, Verification
 
 
@@ -29,7 +30,10 @@ def verification_lines(found: Verification) -> Iterator[str]:
     if found.agrees:
         yield f"they agree, by the limits for {limits_text(found)}"
     else:
-        yield from (f"they DISAGREE: {each}" for each in found.objections)
+        yield f"they DISAGREE, by the limits for {limits_text(found)}:"
+        yield from (f"  {each}" for each in found.objections)
+        if found.limits.kind == RECIPES.kind:
+            yield "  their weights are not the same: what quantising costs is told by torchchat quantize MODEL --report"
 
 
 def _difference_lines(found: Verification) -> Iterator[str]:

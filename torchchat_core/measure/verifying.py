@@ -18,8 +18,10 @@ from torchchat_core.measure.divergence import reference_file
 from torchchat_core.measure.limits import Limits, limits_for, objections
 from torchchat_core.measure.passages import Continuation, Exercise, Rows, exercises
 from torchchat_core.measure.text import MeasuredText, encoded, text_windows, window_size
-from torchchat_core.pipeline import ModelRequest, OpenedModel, open_model
+from torchchat_core.pipeline import ModelRequest, OpenedModel, fetch_files, open_model
 from torchchat_core.plugins import Registry
+from torchchat_core.quantization.recipe import parse_recipe
+from torchchat_core.specs import ExecutorInfo
 
 GREEDY_TOKENS = 32
 
@@ -33,14 +35,15 @@ class Side:
     device: str
     dtype: str
     schemes: tuple[str, ...]  # of its quantised layers
+    recipe: str | None  # what they were made by
 
     def __str__(self) -> str:
-        return ", ".join([self.model, self.executor, self.device, self.dtype, *self.schemes])
+        return ", ".join([self.model, self.executor, self.device, self.dtype, *([self.recipe] if self.recipe else [])])
 
     @classmethod
     def of(cls, opened: OpenedModel) -> Side:
         return cls(model=opened.name, executor=opened.executor.name, device=opened.model.device,
-                   dtype=opened.model.dtype, schemes=opened.schemes)
+                   dtype=opened.model.dtype, schemes=opened.schemes, recipe=opened.recipe)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,7 @@ def verify(first: ModelRequest, second: ModelRequest, registry: Registry, text: 
 
     Raises `TorchchatError` where one of the two cannot be run, and for models of different vocabularies.
     """
+    _check(second, registry)
     longest = sys.maxsize
     while True:  # once more where the second model holds less than was recorded
         with ExitStack() as stack:
@@ -84,6 +88,15 @@ def verify(first: ModelRequest, second: ModelRequest, registry: Registry, text: 
                     longest = opened.max_seq_length
                     continue
                 return recording.verification(opened, dict(limits or {}))
+
+
+def _check(request: ModelRequest, registry: Registry) -> None:
+    """What can be told before the first model is run, which may take minutes."""
+    fetch_files(request, registry)
+    if request.executor != "auto":
+        registry.find(ExecutorInfo, request.executor)
+    if request.quantize is not None:
+        parse_recipe(request.quantize, registry)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +124,7 @@ class _Recording:
                                  f"leave --window out, or make it smaller than {self.window}")
         _run_through(opened, self.exercise, self.summed.observed(opened.model, self.exercise, _scores(opened)))
         tokenizer, side, found = opened.text_format.tokenizer, Side.of(opened), self.summed.result
-        limits = limits_for((self.side.dtype, side.dtype), (self.side.schemes, side.schemes)).changed(**asked)
+        limits = limits_for((self.side.dtype, side.dtype), (self.side.recipe, side.recipe)).changed(**asked)
         apart = found.first_difference
         one, other = (tokenizer.decode([token]) for token in apart.tokens) if apart else ("", "")
         return Verification(first=self.side, second=side, text=self.text, window=self.window, agreement=found,

@@ -26,7 +26,14 @@ from torchchat_core.models.transformer import Transformer
 from torchchat_core.options import from_mapping
 from torchchat_core.plugins import Registry
 from torchchat_core.quantization.replacing import stored_bytes
-from torchchat_core.quantization.selection import Selection, check_selections, layers_of_sections, only
+from torchchat_core.quantization.selection import (
+    EXCEPT,
+    LAYERS,
+    Selection,
+    check_selections,
+    layers_of_sections,
+    only,
+)
 from torchchat_core.small_files import expanded, read_json
 from torchchat_core.specs import Calibration, LayerReport, QuantizerInfo, QuantReport
 
@@ -61,6 +68,16 @@ class Step:
             else quantizer.apply(model, self.options)
         return report
 
+    def __str__(self) -> str:
+        """The scheme, and what is said beyond its defaults: 'linear:int4 {"groupsize": 64}'."""
+        known = () if self.options is None else fields(self.options)
+        said = {each.name: value for each in known if (value := getattr(self.options, each.name)) != each.default}
+        if self.selection.layers is not None:
+            said[LAYERS] = sorted(self.selection.layers)
+        if self.selection.excepted:
+            said[EXCEPT] = sorted(self.selection.excepted)
+        return f"{self.scheme} {json.dumps(said, sort_keys=True, default=str)}" if said else self.scheme
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeReport:
@@ -88,6 +105,10 @@ class Recipe:
     @property
     def schemes(self) -> tuple[str, ...]:
         return tuple(step.scheme for step in self.steps)
+
+    def __str__(self) -> str:
+        """The same for two recipes that say the same, however they were written."""
+        return ", ".join(sorted(map(str, self.steps)))
 
     def apply(self, model: Transformer, calibration: Calibration | None = None) -> RecipeReport:
         """Replaces the layers of `model` in place; with a text last, so that they make up for the others' errors.
@@ -197,6 +218,21 @@ def _content(text: str, registry: Registry) -> Mapping[str, Any]:
                          f"here: {', '.join(known) or 'none'}",
                          _how_to_get(text) or did_you_mean(text, names)
                          or "give a recipe, a scheme, a JSON file, or a JSON object")
+
+
+def stored_recipe(content: Mapping[str, Any] | None, schemes: Sequence[str], registry: Registry, device: str,
+                  dtype: str) -> str | None:
+    """What made the quantised layers that a folder or an exported file holds, as the text of a `Recipe`; None without
+    such layers. Where nobody wrote it down, or what made them is not installed, that is said in its place."""
+    if not schemes:
+        return None
+    if content is not None:
+        try:
+            steps = parse_recipe(json.dumps(content), registry).steps(registry, device, dtype)
+            return str(Recipe(steps))
+        except TorchchatError:
+            return json.dumps(content, sort_keys=True)
+    return f"{', '.join(sorted(schemes))} as stored"
 
 
 @cache
