@@ -32,6 +32,16 @@ struct Chat::State {
 struct Text::State {
     std::shared_ptr<const LoadedFile> file;
     TokenSequence sequence;
+
+    // Another sequence, where this one is not of the limit that a prompt and an answer of so many tokens need.
+    void make_room(std::int64_t prompt, const std::optional<std::int64_t>& answer) {
+        const std::int64_t longest = file->manifest().max_seq_length;
+        const std::int64_t limit = std::min(file->backend->short_limit().value_or(longest), longest);
+        const bool fits = prompt < limit && answer.value_or(longest) <= limit - prompt;
+        if (const std::int64_t wanted = fits ? limit : longest; wanted != sequence.limit()) {
+            sequence = TokenSequence(file->backend->session(wanted));
+        }
+    }
 };
 
 namespace {
@@ -134,6 +144,7 @@ Answer Text::complete(std::string_view prompt, const Options& options, const OnT
     const TextFormat& format = state_->file->format;
     const std::vector<Token> ids = format.encode_plain(prompt, true);
     const Task task = {.prompt = ids, .at_start = prompt.empty()};
+    state_->make_room(static_cast<std::int64_t>(ids.size()), options.max_new_tokens);
     return generate(state_->sequence, *format.tokenizer, format.end_ids, task, state_->file->complete(options), on_text,
                     cancelled);
 }

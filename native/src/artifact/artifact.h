@@ -8,12 +8,16 @@
 #include <set>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "artifact/mapped_file.h"
 #include "artifact/zip.h"
 #include "tokenizers/tokenizer.h"
 
 namespace torchchat {
+
+inline constexpr std::string_view tokenizer_folder =
+    "tokenizer/";  // what entries with the tokenizer's files begin with
 
 // What the manifest says, checked.
 struct Manifest {
@@ -26,23 +30,25 @@ struct Manifest {
     std::optional<std::string> program;          // entry of the runtime's code; unset: the file's first bytes
     std::uint64_t program_bytes = 0;
     std::map<std::string, std::string, std::less<>> digests;  // entry below "torchchat/", or "program" -> SHA-256
+    std::vector<std::string> tokenizer_files;                 // entries below "torchchat/"
     std::optional<Token> bos_id;
     bool adds_bos = false;
     std::set<Token> end_ids;
     SamplingOptions sampling;    // as the model's makers recommend
     nlohmann::json chat_pieces;  // null: the model has no chat template
-    nlohmann::json runtime, config, target;
+    nlohmann::json runtime, target;
 };
 
 class Artifact {
   public:
     // Opens the file and compares every digest. Throws `Error` for a file that something else made, that is damaged,
-    // was changed, is of a later format, or was made for another kind of machine.
+    // was changed, is of a later format, of a kind that its ending does not announce, or was made for another kind of
+    // machine.
     explicit Artifact(const std::string& path);
 
     const Manifest& manifest() const { return manifest_; }
     const std::string& path() const { return file_.path(); }
-    // The content of an entry below "torchchat/", or "program". Throws where there is none.
+    // The content of an entry below "torchchat/", or "program". Throws where there is none, or no digest of it.
     std::string_view content(std::string_view name) const;
     // Its offset in the file.
     std::uint64_t offset(std::string_view name) const;
@@ -51,7 +57,9 @@ class Artifact {
 
   private:
     void find_manifest();
+    void check_ending() const;
     void check_digests() const;
+    void check_tokenizer_size() const;
 
     MappedFile file_;
     std::map<std::string, ZipEntry, std::less<>> entries_;
