@@ -1,12 +1,13 @@
 // The public interface over the layers below.
 #include <algorithm>
+#include <future>
 
 #include "artifact/artifact.h"
+#include "backends/runtimes.h"
 #include "conversation.h"
 #include "error.h"
 #include "generation.h"
 #include "sampler.h"
-#include "session.h"
 
 namespace torchchat {
 
@@ -61,11 +62,6 @@ TextFormat text_format(const Artifact& artifact) {
                             manifest.adds_bos);
 }
 
-std::shared_ptr<const Backend> load_backend(const std::shared_ptr<const Artifact>& artifact, const std::string& name,
-                                            int threads) {
-    return name == "aoti" ? load_aoti(artifact, threads) : load_executorch(artifact, threads);
-}
-
 std::string backend_of(const std::string& kind) {
     if (kind == "aoti-package" || kind == "aoti-dso") return "aoti";
     if (kind == "executorch") return "executorch";
@@ -84,8 +80,11 @@ Model Model::load(const std::string& path, const LoadOptions& options) {
     auto file = std::make_shared<LoadedFile>();
     file->artifact = std::make_shared<const Artifact>(path);
     file->backend_name = backend_of(file->manifest().kind);
+    // The runtime's libraries are loaded while the file's digests are computed and its tokenizer is read.
+    auto runtime = std::async(std::launch::async, runtime_called, file->backend_name);
     file->format = text_format(*file->artifact);
-    file->backend = load_backend(file->artifact, file->backend_name, options.threads);
+    file->artifact->check();
+    file->backend = runtime.get().load(file->artifact, options.threads);
     return Model(std::move(file));
 }
 

@@ -47,8 +47,4 @@ class Backend {
     virtual std::optional<std::int64_t> short_limit() const { return std::nullopt; }
 };
 
-// Throw `Error` where the file is of another machine or runtime, or where this program lacks the runtime.
-std::shared_ptr<const Backend> load_aoti(std::shared_ptr<const Artifact> artifact, int threads);
-std::shared_ptr<const Backend> load_executorch(std::shared_ptr<const Artifact> artifact, int threads);
-
 }  // namespace torchchat

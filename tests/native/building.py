@@ -54,8 +54,8 @@ def _package(name: str) -> Path | None:
 @functools.cache
 def sanitizing() -> Mapping[str, str] | None:
     """Settings that build with sanitizers, by clang where that has libFuzzer; None where no compiler has them."""
-    common = {"TORCHCHAT_SANITIZE": SANITIZERS, "TORCHCHAT_FUZZ": "ON", "TORCHCHAT_TESTS": "ON", "TORCHCHAT_AOTI": "OFF",
-              "CMAKE_BUILD_TYPE": "Release", "CMAKE_CXX_FLAGS_RELEASE": "-O1"}  # with assertions
+    common = {"TORCHCHAT_SANITIZE": SANITIZERS, "TORCHCHAT_FUZZ": "ON", "TORCHCHAT_TESTS": "ON",
+              "TORCHCHAT_AOTI": "OFF", "CMAKE_BUILD_TYPE": "Release", "CMAKE_CXX_FLAGS_RELEASE": "-O1"}  # asserts
     if _links("clang++", FUZZED, f"-fsanitize=fuzzer,{SANITIZERS}"):
         return {**common, "CMAKE_CXX_COMPILER": "clang++", "CMAKE_C_COMPILER": "clang"}
     return common if _links("c++", PLAIN, f"-fsanitize={SANITIZERS}") else None

@@ -27,8 +27,8 @@ TOKENIZER = "tokenizer/tokenizer.model"
 def file(tmp_path: Path) -> Path:
     """A small file that is in order, though no runtime runs it."""
     path = tmp_path / "m.pte"
-    text = TextContent(tokenizer={"tokenizer.model": b"a few letters"}, tokenizer_kind="sentencepiece", bos_id=1, eos_id=2,
-                       adds_bos=True, end_ids=(1, 2), sampling={"temperature": 0.5, "top_k": 3})
+    text = TextContent(tokenizer={"tokenizer.model": b"a few letters"}, tokenizer_kind="sentencepiece", bos_id=1,
+                       eos_id=2, adds_bos=True, end_ids=(1, 2), sampling={"temperature": 0.5, "top_k": 3})
     path.write_bytes(PROGRAM)
     write_artifact(path, Manifest(kind="executorch", model="m", config=tiny_config(), dtype="fp32", max_seq_length=5,
                                   target=Target(device="cpu"), text=text), [Content.of("weights/all", b"w" * 99)])

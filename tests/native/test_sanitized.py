@@ -13,7 +13,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
 from building import has_fuzzer
 from probing import Probe, ProbeError
 from test_chat_pieces import TEXTS, template_of

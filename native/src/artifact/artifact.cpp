@@ -62,7 +62,7 @@ Artifact::Artifact(const std::string& path) : file_(path), entries_(read_zip(fil
     check_ending();
     check_target(manifest_);
     check_tokenizer_size();
-    check_digests();
+    begin_checks();
 }
 
 // Of several manifests the first in the file, as in Python.
@@ -100,6 +100,11 @@ void Artifact::check_ending() const {
 }
 
 std::string_view Artifact::content(std::string_view name) const {
+    check(name);
+    return place(name);
+}
+
+std::string_view Artifact::place(std::string_view name) const {
     std::string entry = root_ + std::string(folder) + std::string(name);
     if (name == "program") {
         if (!manifest_.program) {
@@ -109,9 +114,6 @@ std::string_view Artifact::content(std::string_view name) const {
             return file_.bytes().substr(0, manifest_.program_bytes);
         }
         entry = *manifest_.program;
-    }
-    if (!manifest_.digests.contains(name)) {
-        throw Error("the file has no digest of " + shown(name), "copy or export the model again");
     }
     const auto found = entries_.find(entry);
     if (found == entries_.end()) throw Error("the file lacks " + shown(entry), "copy or export the model again");
@@ -133,7 +135,7 @@ TokenizerFiles Artifact::tokenizer_files() const {
 
 void Artifact::check_tokenizer_size() const {
     std::size_t size = 0;
-    for (const std::string& name : manifest_.tokenizer_files) size += content(name).size();  // of bytes in one file
+    for (const std::string& name : manifest_.tokenizer_files) size += place(name).size();  // of bytes in one file
     if (size <= largest_tokenizer) return;
     throw Error("the tokenizer's files have " + std::to_string(size) + " bytes; " + std::to_string(largest_tokenizer) +
                     " are the most",
@@ -141,22 +143,31 @@ void Artifact::check_tokenizer_size() const {
 }
 
 // By several threads: hashing gigabytes is most of the time that opening takes.
-void Artifact::check_digests() const {
-    std::vector<std::future<bool>> checks;
-    std::vector<std::string> names;
+void Artifact::begin_checks() {
+    constexpr std::size_t small = 1 << 20, most_threads = 64;
+    std::size_t threads = 0;
     for (const auto& [name, digest] : manifest_.digests) {
-        const std::string_view data = content(name);
-        const auto policy = data.size() > (1 << 20) && checks.size() < 64 ? std::launch::async : std::launch::deferred;
-        checks.push_back(std::async(policy, [data, &wanted = digest] { return sha256(data) == wanted; }));
-        names.push_back(name);
+        const auto holds = [data = place(name), &wanted = digest] { return sha256(data) == wanted; };
+        const bool apart = place(name).size() > small && threads++ < most_threads;
+        checks_[name] = std::async(apart ? std::launch::async : std::launch::deferred, holds).share();
     }
-    for (std::size_t index = 0; index < checks.size(); ++index) {
-        if (!checks[index].get()) {
-            throw Error(
-                "the file was changed after it was written: " + shown(names[index]) + " is not what its digest says",
+    for (const auto& [name, digest] : manifest_.digests) {
+        if (place(name).size() <= small) check(name);
+    }
+}
+
+void Artifact::check(std::string_view name) const {
+    const auto found = checks_.find(name);
+    if (found == checks_.end()) {
+        throw Error("the file has no digest of " + shown(name), "copy or export the model again");
+    }
+    if (found->second.get()) return;
+    throw Error("the file was changed after it was written: " + shown(name) + " is not what its digest says",
                 "copy or export the model again");
-        }
-    }
+}
+
+void Artifact::check() const {
+    for (const auto& [name, holds] : checks_) check(name);
 }
 
 }  // namespace torchchat

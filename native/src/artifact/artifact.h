@@ -1,6 +1,7 @@
 // A file that `torchchat export` wrote: its manifest, and where its entries lie. docs/artifacts.md specifies it.
 #pragma once
 
+#include <future>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -41,14 +42,16 @@ struct Manifest {
 
 class Artifact {
   public:
-    // Opens the file and compares every digest. Throws `Error` for a file that something else made, that is damaged,
-    // was changed, is of a later format, of a kind that its ending does not announce, or was made for another kind of
-    // machine.
+    // Opens the file and begins to compare digests, large entries' by other threads. Throws `Error` for a file that
+    // something else made, that is damaged, was changed, is of a later format, of a kind that its ending does not
+    // announce, or was made for another kind of machine.
     explicit Artifact(const std::string& path);
 
     const Manifest& manifest() const { return manifest_; }
     const std::string& path() const { return file_.path(); }
-    // The content of an entry below "torchchat/", or "program". Throws where there is none, or no digest of it.
+    // Waits until every digest is compared. Throws where one does not hold.
+    void check() const;
+    // The content of an entry below "torchchat/", or "program", whose digest holds. Throws where there is none.
     std::string_view content(std::string_view name) const;
     // Its offset in the file.
     std::uint64_t offset(std::string_view name) const;
@@ -58,13 +61,16 @@ class Artifact {
   private:
     void find_manifest();
     void check_ending() const;
-    void check_digests() const;
+    void begin_checks();
+    void check(std::string_view name) const;
+    std::string_view place(std::string_view name) const;  // of an entry whose digest may not be compared yet
     void check_tokenizer_size() const;
 
     MappedFile file_;
     std::map<std::string, ZipEntry, std::less<>> entries_;
     std::string root_;  // folder that the entries of "torchchat/" are in, with its slash, or nothing
     Manifest manifest_;
+    std::map<std::string, std::shared_future<bool>, std::less<>> checks_;  // whether each digest holds
 };
 
 // The manifest that `text` is. Throws `Error` where it is malformed.

@@ -19,9 +19,9 @@
 
 #include "artifact/artifact.h"
 #include "artifact/scratch_folder.h"
+#include "backends/runtimes.h"
 #include "error.h"
 #include "json.h"
-#include "session.h"
 
 namespace torchchat {
 namespace {
@@ -314,9 +314,7 @@ std::unique_ptr<Session> AotiBackend::session(std::int64_t limit) const {
     return std::make_unique<AotiSession>(shared_from_this(), limit);
 }
 
-}  // namespace
-
-std::shared_ptr<const Backend> load_aoti(std::shared_ptr<const Artifact> artifact, int threads) {
+std::shared_ptr<const Backend> load(std::shared_ptr<const Artifact> artifact, int threads) {
     if (threads > 0) at::set_num_threads(threads);
     try {
         return std::make_shared<const AotiBackend>(std::move(artifact));
@@ -325,4 +323,7 @@ std::shared_ptr<const Backend> load_aoti(std::shared_ptr<const Artifact> artifac
     }
 }
 
+}  // namespace
 }  // namespace torchchat
+
+extern "C" const torchchat::RuntimeModule torchchat_runtime = {torchchat::load};
