@@ -3,6 +3,7 @@
 # The package has the runtime as an extension module of Python, `_portable_lib`, which needs libpython and libtorch. So a
 # program that is linked with it is for trying and testing; one to ship takes ExecuTorch's build from source.
 find_package(Python3 REQUIRED COMPONENTS Interpreter Development.Embed)
+find_package(Libtorch REQUIRED)
 set(EXECUTORCH_ROOT "" CACHE PATH "The folder of Python's package executorch")
 if(NOT EXECUTORCH_ROOT)
     execute_process(
@@ -28,6 +29,6 @@ if(ExecutorchWheel_FOUND AND NOT TARGET ExecutorchWheel::ExecutorchWheel)
                    INTERFACE_COMPILE_DEFINITIONS C10_USING_CUSTOM_GENERATED_MACROS
                    # The operators register themselves when they are loaded; nothing else refers to them.
                    INTERFACE_LINK_LIBRARIES
-                   "-Wl,--no-as-needed;${ExecutorchWheel_RUNTIME};${ExecutorchWheel_OPERATORS};Python3::Python;-Wl,--as-needed")
+                   "-Wl,--no-as-needed;${ExecutorchWheel_RUNTIME};${ExecutorchWheel_OPERATORS};Python3::Python;-Wl,--as-needed;Libtorch::Libtorch")
 endif()
 mark_as_advanced(ExecutorchWheel_INCLUDE_DIR)

@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cstdlib>
 #include <functional>
+#include <limits>
 #include <map>
+#include <type_traits>
 #include <vector>
 
 namespace torchchat {
@@ -27,7 +30,7 @@ prompt; where that is a terminal, a chat begins.
   --seed N                 the same seed gives the same text, the same as in torchchat
   --stop TEXT              ends the answer; can be given several times
   --threads N              that compute
-  --json                   print one JSON object: text, token_ids, finish_reason, stats
+  --json                   print one JSON object for each answer: text, token_ids, finish_reason, stats
   --help, --version
 
 Exit status: 0 done; 1 failed; 2 wrong usage; 130 interrupted.
@@ -37,12 +40,21 @@ namespace {
 
 template <typename Number>
 Number parsed(const std::string& name, const std::string& text) {
+    constexpr bool is_whole = std::is_integral_v<Number>;
+    const bool is_negative = std::is_unsigned_v<Number> && text.size() > 1 && text.front() == '-';
     Number value{};
-    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-    if (error != std::errc() || end != text.data() + text.size()) {
-        throw UsageError(name + " needs a number, not '" + text + "'");
+    const auto [end, error] = std::from_chars(text.data() + (is_negative ? 1 : 0), text.data() + text.size(), value);
+    if (end != text.data() + text.size() || error == std::errc::invalid_argument) {
+        throw UsageError(name + " needs a " + (is_whole ? "whole " : "") + "number, not '" + text + "'");
     }
-    return value;
+    if constexpr (!is_whole) {
+        return error == std::errc() ? value : std::strtod(text.c_str(), nullptr);  // infinite, or nearly 0
+    } else if (is_negative || error != std::errc()) {
+        throw Error(name + " is " + text + "; it has to be " + std::to_string(std::numeric_limits<Number>::min()) +
+                    " to " + std::to_string(std::numeric_limits<Number>::max()));
+    } else {
+        return value;
+    }
 }
 
 using Setter = std::function<void(Arguments&, const std::string& name, const std::string& value)>;
@@ -87,7 +99,6 @@ const std::map<std::string, bool Arguments::*>& switches() {
 void check(const Arguments& arguments) {
     if (arguments.file.empty()) throw UsageError("there is no FILE");
     if (arguments.chat && arguments.prompt) throw UsageError("--prompt and --chat exclude each other");
-    if (arguments.chat && arguments.json) throw UsageError("--json is for one answer, and --chat has many");
     if (arguments.chat && arguments.raw) throw UsageError("--raw is for one prompt, and --chat has turns");
 }
 
@@ -96,9 +107,14 @@ void check(const Arguments& arguments) {
 Arguments parsed_arguments(int count, char** values) {
     const std::vector<std::string> given(values + std::min(count, 1), values + count);
     Arguments arguments;
+    bool options_ended = false;
     for (std::size_t index = 0; index < given.size(); ++index) {
         std::string name = given[index];
-        if (!name.starts_with("-") || name == "-") {
+        if (name == "--" && !options_ended) {
+            options_ended = true;
+            continue;
+        }
+        if (options_ended || !name.starts_with("-") || name == "-") {
             if (!arguments.file.empty()) throw UsageError("there are two files: " + arguments.file + " and " + name);
             arguments.file = name;
             continue;

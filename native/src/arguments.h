@@ -23,7 +23,7 @@ struct Arguments {
     Options options;
 };
 
-// Throws `UsageError`.
+// Throws `UsageError`, and `Error` for a number out of its range.
 Arguments parsed_arguments(int count, char** values);
 
 extern const char* const usage;

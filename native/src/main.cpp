@@ -1,13 +1,17 @@
 // torchchat-run: an exported model on the command line.
 #include <unistd.h>
 
+#include <array>
+#include <charconv>
 #include <csignal>
 #include <iostream>
 #include <iterator>
-#include <nlohmann/json.hpp>
 
+#include "answer_json.h"
 #include "arguments.h"
 #include "chat_template.h"
+#include "generation.h"
+#include "text/utf8.h"
 #include "torchchat/torchchat.h"
 
 namespace {
@@ -74,30 +78,19 @@ bool show(std::string_view text) {
     return std::cout.good();  // a reader that went away ends the answer
 }
 
-nlohmann::json answer_json(const Answer& answer) {
-    const auto optional = [](const std::optional<double>& value) {
-        return value ? nlohmann::json(*value) : nlohmann::json(nullptr);
-    };
-    const Statistics& statistics = answer.statistics;
-    return {{"text", answer.text},
-            {"token_ids", answer.token_ids},
-            {"finish_reason", answer.finish_reason},
-            {"stats",
-             {{"prompt_tokens", statistics.prompt_tokens},
-              {"prefilled_tokens", statistics.prefilled_tokens},
-              {"new_tokens", statistics.new_tokens},
-              {"ttft_s", statistics.ttft_s},
-              {"prefill_tps", optional(statistics.prefill_tps)},
-              {"decode_tps", optional(statistics.decode_tps)},
-              {"peak_rss_bytes", statistics.peak_rss_bytes}}}};
+std::string rounded(double value, int digits) {
+    std::array<char, 64> text = {};
+    const auto [end, error] =
+        std::to_chars(text.data(), text.data() + text.size(), value, std::chars_format::fixed, digits);
+    return {text.data(), error == std::errc() ? end : text.data()};
 }
 
 void show_statistics(const Answer& answer) {
     if (isatty(STDERR_FILENO) == 0) return;
     const Statistics& statistics = answer.statistics;
     std::cerr << statistics.new_tokens << " tokens";
-    if (statistics.decode_tps) std::cerr << " · " << static_cast<std::int64_t>(*statistics.decode_tps) << " tokens/s";
-    std::cerr << " · first after " << statistics.ttft_s << " s"
+    if (statistics.decode_tps) std::cerr << " · " << rounded(*statistics.decode_tps, 1) << " tokens/s";
+    std::cerr << " · first after " << rounded(statistics.ttft_s, 2) << " s"
               << (answer.finish_reason == "cancelled" ? " · interrupted"
                   : answer.finish_reason == "length"  ? " · cut at the limit"
                                                       : "")
@@ -109,10 +102,16 @@ void report(const Error& error) {
     if (!error.fix().empty()) std::cerr << "try: " << printable(error.fix()) << "\n";
 }
 
+// The text, where it is UTF-8.
+const std::string& checked(const std::string& text, std::string_view what) {
+    if (well_formed(text) == text) return text;
+    throw Error("the " + std::string(what) + " is not UTF-8 text", "convert it to UTF-8");
+}
+
 std::string read_prompt() {
     std::string text((std::istreambuf_iterator<char>(std::cin)), std::istreambuf_iterator<char>());
     if (text.ends_with('\n')) text.pop_back();
-    return text;
+    return checked(text, "prompt");
 }
 
 int answer_once(const Model& model, const Arguments& arguments, const std::string& prompt) {
@@ -126,7 +125,7 @@ int answer_once(const Model& model, const Arguments& arguments, const std::strin
         if (arguments.system) chat.set_system(*arguments.system);
         answer = chat.ask(prompt, options, on_text, was_pressed);
     } else {
-        if (arguments.system) {
+        if (!arguments.system.value_or("").empty()) {
             throw Error("--system needs a model with a chat template, and no --raw",
                         "put what the model should know into --prompt");
         }
@@ -135,7 +134,7 @@ int answer_once(const Model& model, const Arguments& arguments, const std::strin
         answer = text.complete(prompt, options, on_text, was_pressed);
     }
     if (arguments.json) {
-        std::cout << answer_json(answer).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) << "\n";
+        std::cout << answer_json(answer) << "\n" << std::flush;
     } else {
         show("\n");
         show_statistics(answer);
@@ -164,7 +163,7 @@ int converse(const Model& model, const Arguments& arguments) {
     if (arguments.system) chat.set_system(*arguments.system);
     if (terminal) greet(model);
     for (std::string line; read_line(line, terminal);) {
-        const std::string message(stripped(line));
+        const std::string message(stripped(well_formed(line)));
         if (message.empty()) continue;
         if (message == "/bye") break;
         if (message == "/reset") {
@@ -174,9 +173,15 @@ int converse(const Model& model, const Arguments& arguments) {
         }
         try {
             const OnInterrupt interrupt(end_answer);
-            const Answer answer = chat.ask(message, arguments.options, show, was_pressed);
-            show(terminal ? "\n" : "\n\n");
-            show_statistics(answer);
+            const Answer answer =
+                chat.ask(message, arguments.options, arguments.json ? OnText() : OnText(show), was_pressed);
+            if (arguments.json) {
+                std::cout << answer_json(answer) << "\n" << std::flush;
+            } else {
+                show(terminal ? "\n" : "\n\n");
+                show_statistics(answer);
+            }
+            if (!std::cout) return failed;
             if (answer.finish_reason == "cancelled" && !terminal) return interrupted_status;
         } catch (const Error& error) {
             report(error);  // and the conversation goes on, where somebody can go on
@@ -188,6 +193,9 @@ int converse(const Model& model, const Arguments& arguments) {
 }
 
 int run(const Arguments& arguments) {
+    check_options(arguments.options);  // before a model is loaded
+    if (arguments.prompt) checked(*arguments.prompt, "prompt");
+    if (arguments.system) checked(*arguments.system, "system message");
     const bool terminal = isatty(STDIN_FILENO) != 0;
     const bool chat = arguments.chat || (!arguments.prompt && terminal && !arguments.json && !arguments.raw);
     const Model model = Model::load(arguments.file, {.threads = arguments.threads});
@@ -211,7 +219,9 @@ int main(int count, char** values) {
             std::cout << "\n";
             return 0;
         }
-        return run(arguments);
+        const int status = run(arguments);
+        if (!std::cout.flush()) throw Error("the answer cannot be written to standard output");
+        return status;
     } catch (const UsageError& error) {
         std::cerr << "error: " << error.what() << "\ntry: torchchat-run --help\n";
         return wrong_usage;

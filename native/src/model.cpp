@@ -1,12 +1,13 @@
 // The public interface over the layers below.
 #include <algorithm>
+#include <future>
 
 #include "artifact/artifact.h"
+#include "backends/runtimes.h"
 #include "conversation.h"
 #include "error.h"
 #include "generation.h"
 #include "sampler.h"
-#include "session.h"
 
 namespace torchchat {
 
@@ -32,6 +33,16 @@ struct Chat::State {
 struct Text::State {
     std::shared_ptr<const LoadedFile> file;
     TokenSequence sequence;
+
+    // Another sequence, where this one is not of the limit that a prompt and an answer of so many tokens need.
+    void make_room(std::int64_t prompt, const std::optional<std::int64_t>& answer) {
+        const std::int64_t longest = file->manifest().max_seq_length;
+        const std::int64_t limit = std::min(file->backend->short_limit().value_or(longest), longest);
+        const bool fits = prompt < limit && answer.value_or(longest) <= limit - prompt;
+        if (const std::int64_t wanted = fits ? limit : longest; wanted != sequence.limit()) {
+            sequence = TokenSequence(file->backend->session(wanted));
+        }
+    }
 };
 
 namespace {
@@ -49,11 +60,6 @@ TextFormat text_format(const Artifact& artifact) {
     if (!manifest.chat_pieces.is_null()) chat_template = ChatTemplate(manifest.chat_pieces);
     return make_text_format(std::move(tokenizer), std::move(chat_template), manifest.end_ids, manifest.bos_id,
                             manifest.adds_bos);
-}
-
-std::shared_ptr<const Backend> load_backend(const std::shared_ptr<const Artifact>& artifact, const std::string& name,
-                                            int threads) {
-    return name == "aoti" ? load_aoti(artifact, threads) : load_executorch(artifact, threads);
 }
 
 std::string backend_of(const std::string& kind) {
@@ -74,8 +80,11 @@ Model Model::load(const std::string& path, const LoadOptions& options) {
     auto file = std::make_shared<LoadedFile>();
     file->artifact = std::make_shared<const Artifact>(path);
     file->backend_name = backend_of(file->manifest().kind);
+    // The runtime's libraries are loaded while the file's digests are computed and its tokenizer is read.
+    auto runtime = std::async(std::launch::async, runtime_called, file->backend_name);
     file->format = text_format(*file->artifact);
-    file->backend = load_backend(file->artifact, file->backend_name, options.threads);
+    file->artifact->check();
+    file->backend = runtime.get().load(file->artifact, options.threads);
     return Model(std::move(file));
 }
 
@@ -134,6 +143,7 @@ Answer Text::complete(std::string_view prompt, const Options& options, const OnT
     const TextFormat& format = state_->file->format;
     const std::vector<Token> ids = format.encode_plain(prompt, true);
     const Task task = {.prompt = ids, .at_start = prompt.empty()};
+    state_->make_room(static_cast<std::int64_t>(ids.size()), options.max_new_tokens);
     return generate(state_->sequence, *format.tokenizer, format.end_ids, task, state_->file->complete(options), on_text,
                     cancelled);
 }

@@ -1,7 +1,9 @@
 #include "sampler.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstdio>
 #include <limits>
 #include <random>
 
@@ -90,23 +92,33 @@ Token draw(const std::vector<double>& logits, double uniform) {
     return static_cast<Token>(logits.rend() - last - 1);  // uniform * sum was rounded up to the sum
 }
 
-template <typename Number>
-void check_range(const std::optional<Number>& value, const char* name, double least, double most, bool above = false) {
-    if (!value) return;
-    const auto number = static_cast<double>(*value);
-    if ((above ? number > least : number >= least) && number <= most) return;  // NaN is neither
-    throw Error(std::string(name) + " is " + std::to_string(number) + "; it has to be " + (above ? "above " : "from ") +
-                std::to_string(least) + (above ? " and at most " : " to ") + std::to_string(most));
+// As people write it: without zeros at the end.
+std::string plain(double value) {
+    std::array<char, 32> text = {};
+    const int size = std::snprintf(text.data(), text.size(), "%g", value);
+    return {text.data(), static_cast<std::size_t>(size)};
+}
+
+void refuse(const char* name, const std::string& value, const std::string& range) {
+    throw Error(std::string(name) + " is " + value + "; it has to be " + range);
+}
+
+void check_range(const std::optional<double>& value, const char* name, double least, double most) {
+    if (value && !(*value >= least && *value <= most)) {  // NaN is neither
+        refuse(name, plain(*value), plain(least) + " to " + plain(most));
+    }
 }
 
 }  // namespace
 
 void check_sampling(const SamplingOptions& options) {
     check_range(options.temperature, "temperature", 0, 100);
-    check_range(options.top_k, "top_k", 0, 1e15);
-    check_range(options.top_p, "top_p", 0, 1, true);
+    if (options.top_k && *options.top_k < 0) refuse("top_k", std::to_string(*options.top_k), "0 or more");
+    if (options.top_p && !(*options.top_p > 0 && *options.top_p <= 1)) {
+        refuse("top_p", plain(*options.top_p), "above 0, at most 1");
+    }
     check_range(options.min_p, "min_p", 0, 1);
-    check_range(options.repetition_penalty, "repetition_penalty", 0, 100, true);
+    check_range(options.repetition_penalty, "repetition_penalty", 0.01, 100);
 }
 
 SamplingOptions merged(const SamplingOptions& chosen, const SamplingOptions& recommended) {

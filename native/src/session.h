@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 
 #include "torchchat/torchchat.h"
@@ -42,10 +43,8 @@ class Backend {
 
     // A new, empty sequence of at most `limit` tokens.
     virtual std::unique_ptr<Session> session(std::int64_t limit) const = 0;
+    // A sequence whose limit is above this is computed in another way from its first token on; unset: none is.
+    virtual std::optional<std::int64_t> short_limit() const { return std::nullopt; }
 };
-
-// Throw `Error` where the file is of another machine or runtime, or where this program lacks the runtime.
-std::shared_ptr<const Backend> load_aoti(std::shared_ptr<const Artifact> artifact, int threads);
-std::shared_ptr<const Backend> load_executorch(std::shared_ptr<const Artifact> artifact, int threads);
 
 }  // namespace torchchat

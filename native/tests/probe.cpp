@@ -142,7 +142,10 @@ json answer(const json& question, Tokenizers& tokenizers) {
     if (asked == "stop") return stop(question);
     if (asked == "artifact") {
         const Artifact artifact(question.at("path").get<std::string>());
-        return {{"kind", artifact.manifest().kind}, {"program", artifact.content("program").size()}};
+        artifact.check();
+        json files = json::object();
+        for (const auto& [name, content] : artifact.tokenizer_files()) files[name] = content.size();
+        return {{"kind", artifact.manifest().kind}, {"program", artifact.content("program").size()}, {"files", files}};
     }
     throw Error("there is no question " + asked);
 }

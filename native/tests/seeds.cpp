@@ -1,28 +1,20 @@
-// Ids of answers to one prompt with the seeds 0, 1, 2, ..., a line of JSON each: seeds FILE COUNT LENGTH
+// Ids of answers to one prompt with the seeds 0, 1, 2, ..., a line of them each: seeds FILE PROMPT COUNT LENGTH
 #include <iostream>
-#include <nlohmann/json.hpp>
 #include <string>
 
-#include "artifact/artifact.h"
-#include "generation.h"
-#include "session.h"
+#include "torchchat/torchchat.h"
 
 int main(int count, char** values) {
-    if (count != 4) return 2;
+    if (count != 5) return 2;
     try {
-        using namespace torchchat;
-        const auto artifact = std::make_shared<const Artifact>(values[1]);
-        const Manifest& manifest = artifact->manifest();
-        const auto tokenizer = read_tokenizer(artifact->tokenizer_files());
-        const auto backend = manifest.kind == "executorch" ? load_executorch(artifact, 0) : load_aoti(artifact, 0);
-        TokenSequence sequence(backend->session(manifest.max_seq_length));
-        const std::vector<Token> prompt = {1, 403, 407};
-        for (std::uint64_t seed = 0; seed < std::stoull(values[2]); ++seed) {
-            Options options;
-            options.sampling = {.temperature = 0.9, .top_p = 0.95, .seed = seed};
-            options.max_new_tokens = std::stoll(values[3]);
-            const Answer answer = generate(sequence, *tokenizer, manifest.end_ids, {.prompt = prompt}, options, {}, {});
-            std::cout << nlohmann::json(answer.token_ids).dump() << "\n";
+        auto text = torchchat::Model::load(values[1]).text();
+        torchchat::Options options;
+        options.sampling = {.temperature = 0.9, .top_p = 0.95};
+        options.max_new_tokens = std::stoll(values[4]);
+        for (std::uint64_t seed = 0; seed < std::stoull(values[3]); ++seed) {
+            options.sampling.seed = seed;
+            for (const torchchat::Token token : text.complete(values[2], options).token_ids) std::cout << token << " ";
+            std::cout << "\n";
         }
     } catch (const std::exception& error) {
         std::cerr << error.what() << "\n";

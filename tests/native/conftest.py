@@ -9,23 +9,38 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from building import build, missing, runtimes
+from building import build, missing, runtimes, sanitizing
 from probing import Probe
 
 from torchchat_core.cli.main import main
 
-# Kept between runs, so that only what changed is compiled; TORCHCHAT_NATIVE_BUILD names another place.
-FOLDER = Path(__file__).resolve().parents[2] / "build" / "native-tests"
+# Kept between runs, so that only what changed is compiled; the environment variables name other places.
+BUILDS = Path(__file__).resolve().parents[2] / "build"
+
+
+def _folder(variable: str, name: str) -> Path:
+    reason = missing()
+    if reason is not None:
+        pytest.skip(reason)
+    return Path(os.environ.get(variable) or BUILDS / name)
 
 
 @pytest.fixture(scope="session")
 def native() -> Path:
-    """The folder with `torchchat-run` and the programs of native/tests."""
-    reason = missing()
-    if reason is not None:
-        pytest.skip(reason)
-    folder = Path(os.environ.get("TORCHCHAT_NATIVE_BUILD") or FOLDER)
-    return build(folder, TORCHCHAT_TESTS="ON", CMAKE_BUILD_TYPE="Release", **runtimes())
+    """The folder with `torchchat-run` and programs of native/tests that run files, with both runtimes."""
+    folder = _folder("TORCHCHAT_NATIVE_BUILD", "native-tests")
+    return build(folder, ["torchchat-run", "torchchat-seeds", "torchchat-turns"],
+                 {"TORCHCHAT_TESTS": "ON", "CMAKE_BUILD_TYPE": "Release", **runtimes()})
+
+
+@pytest.fixture(scope="session")
+def sanitized() -> Path:
+    """The folder with the programs of native/tests that read files and texts, with sanitizers and no runtime."""
+    folder = _folder("TORCHCHAT_SANITIZED_BUILD", "native-sanitized")
+    settings = sanitizing()
+    if settings is None:
+        pytest.skip("no compiler here has AddressSanitizer; try: apt-get install libclang-rt-14-dev, for clang 14")
+    return build(folder, ["torchchat-probe", "torchchat-fuzz"], settings)
 
 
 @pytest.fixture(scope="session")
@@ -34,9 +49,13 @@ def runner(native: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def probe(native: Path) -> Iterator[Probe]:
-    """The C++ library, part by part."""
-    found = Probe(native / "torchchat-probe")
+def probe(request: pytest.FixtureRequest) -> Iterator[Probe]:
+    """The C++ library, part by part, with sanitizers where a compiler has them."""
+    if sanitizing() is not None:
+        folder: Path = request.getfixturevalue("sanitized")
+    else:
+        folder = build(request.getfixturevalue("native"), ["torchchat-probe"], {})
+    found = Probe(folder / "torchchat-probe")
     yield found
     found.close()
 

@@ -3,6 +3,7 @@
 #include <sys/utsname.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <future>
 
 #include "artifact/digest.h"
@@ -12,9 +13,11 @@ namespace torchchat {
 namespace {
 
 constexpr std::string_view folder = "torchchat/", manifest_name = "torchchat/manifest.json";
-constexpr std::string_view tokenizer_folder = "tokenizer/";
 constexpr std::size_t largest_manifest = 16 << 20;    // bytes
-constexpr std::size_t largest_tokenizer = 256 << 20;  // bytes of one file
+constexpr std::size_t largest_tokenizer = 256 << 20;  // bytes of all its files
+// What files of each kind end in.
+const std::map<std::string, std::string, std::less<>> endings = {
+    {"aoti-package", ".pt2"}, {"aoti-dso", ".so"}, {"executorch", ".pte"}};
 
 #if defined(__linux__)
 constexpr std::string_view this_system = "linux";
@@ -39,33 +42,69 @@ void check_target(const Manifest& manifest) {
     };
     check(manifest.system, this_system);
     check(manifest.machine, this_machine());
+    if (manifest.device != "cpu") {
+        throw Error("the file was made for " + manifest.device + ", and this program runs files for the CPU",
+                    "run it with torchchat, or export the model again with --device cpu");
+    }
+}
+
+std::string lower_case(std::string text) {
+    for (char& letter : text) {
+        if (letter >= 'A' && letter <= 'Z') letter = static_cast<char>(letter - 'A' + 'a');
+    }
+    return text;
 }
 
 }  // namespace
 
 Artifact::Artifact(const std::string& path) : file_(path), entries_(read_zip(file_.bytes())) {
     find_manifest();
+    check_ending();
     check_target(manifest_);
-    check_digests();
+    check_tokenizer_size();
+    begin_checks();
 }
 
+// Of several manifests the first in the file, as in Python.
 void Artifact::find_manifest() {
-    for (const auto& [name, entry] : entries_) {
-        if (!name.ends_with(manifest_name)) continue;
-        const std::string root = name.substr(0, name.size() - manifest_name.size());
-        if (!root.empty() && root.find('/') != root.size() - 1) continue;  // of one folder at most
-        if (!entry.stored || entry.size > largest_manifest) {
-            throw Error("the file's manifest is compressed or too large", "export the model again");
-        }
-        root_ = root;
-        manifest_ = parsed_manifest(entry.data);
-        return;
+    const std::pair<const std::string, ZipEntry>* first = nullptr;
+    for (const auto& each : entries_) {
+        const std::string& name = each.first;
+        const bool is_manifest = name == manifest_name || (name.ends_with("/" + std::string(manifest_name)) &&
+                                                           std::ranges::count(name, '/') == 2);
+        if (is_manifest && (first == nullptr || each.second.header < first->second.header)) first = &each;
     }
-    throw Error("the file has no manifest of torchchat: something else wrote it",
-                "export the model with `torchchat export`");
+    if (first == nullptr) {
+        throw Error("the file has no manifest of torchchat: something else wrote it",
+                    "export the model with `torchchat export`");
+    }
+    const auto& [name, entry] = *first;
+    if (!entry.stored || entry.data.size() > largest_manifest) {
+        throw Error("the file's manifest is compressed or too large", "export the model again");
+    }
+    if (!is_whole(entry)) {
+        throw Error("the file's manifest is not what its checksum says", "copy or export the model again");
+    }
+    root_ = name.substr(0, name.size() - manifest_name.size());
+    manifest_ = parsed_manifest(entry.data);
+}
+
+// Machine code must not come in the guise of data. A file without an ending may be of any kind.
+void Artifact::check_ending() const {
+    const std::string ending = lower_case(std::filesystem::path(path()).extension().string());
+    const auto wanted = endings.find(manifest_.kind);
+    if (ending.empty() || wanted == endings.end() || wanted->second == ending) return;
+    throw Error("the file ends in " + shown(ending) + ", and holds a program of the kind " + shown(manifest_.kind) +
+                    ", whose files end in " + wanted->second,
+                "do not run it, unless you know who renamed it");
 }
 
 std::string_view Artifact::content(std::string_view name) const {
+    check(name);
+    return place(name);
+}
+
+std::string_view Artifact::place(std::string_view name) const {
     std::string entry = root_ + std::string(folder) + std::string(name);
     if (name == "program") {
         if (!manifest_.program) {
@@ -88,35 +127,47 @@ std::uint64_t Artifact::offset(std::string_view name) const {
 
 TokenizerFiles Artifact::tokenizer_files() const {
     TokenizerFiles files;
-    for (const auto& [name, digest] : manifest_.digests) {
-        if (!name.starts_with(tokenizer_folder)) continue;
-        const std::string_view data = content(name);
-        if (data.size() > largest_tokenizer) {
-            throw Error("the tokenizer's file " + shown(name) + " has " + std::to_string(data.size()) + " bytes",
-                        "export the model again");
-        }
-        files.emplace(name.substr(tokenizer_folder.size()), data);
+    for (const std::string& name : manifest_.tokenizer_files) {
+        files.emplace(name.substr(tokenizer_folder.size()), content(name));
     }
     return files;
 }
 
+void Artifact::check_tokenizer_size() const {
+    std::size_t size = 0;
+    for (const std::string& name : manifest_.tokenizer_files) size += place(name).size();  // of bytes in one file
+    if (size <= largest_tokenizer) return;
+    throw Error("the tokenizer's files have " + std::to_string(size) + " bytes; " + std::to_string(largest_tokenizer) +
+                    " are the most",
+                "the file is damaged: copy or export the model again");
+}
+
 // By several threads: hashing gigabytes is most of the time that opening takes.
-void Artifact::check_digests() const {
-    std::vector<std::future<bool>> checks;
-    std::vector<std::string> names;
+void Artifact::begin_checks() {
+    constexpr std::size_t small = 1 << 20, most_threads = 64;
+    std::size_t threads = 0;
     for (const auto& [name, digest] : manifest_.digests) {
-        const std::string_view data = content(name);
-        const auto policy = data.size() > (1 << 20) && checks.size() < 64 ? std::launch::async : std::launch::deferred;
-        checks.push_back(std::async(policy, [data, &wanted = digest] { return sha256(data) == wanted; }));
-        names.push_back(name);
+        const auto holds = [data = place(name), &wanted = digest] { return sha256(data) == wanted; };
+        const bool apart = place(name).size() > small && threads++ < most_threads;
+        checks_[name] = std::async(apart ? std::launch::async : std::launch::deferred, holds).share();
     }
-    for (std::size_t index = 0; index < checks.size(); ++index) {
-        if (!checks[index].get()) {
-            throw Error(
-                "the file was changed after it was written: " + shown(names[index]) + " is not what its digest says",
+    for (const auto& [name, digest] : manifest_.digests) {
+        if (place(name).size() <= small) check(name);
+    }
+}
+
+void Artifact::check(std::string_view name) const {
+    const auto found = checks_.find(name);
+    if (found == checks_.end()) {
+        throw Error("the file has no digest of " + shown(name), "copy or export the model again");
+    }
+    if (found->second.get()) return;
+    throw Error("the file was changed after it was written: " + shown(name) + " is not what its digest says",
                 "copy or export the model again");
-        }
-    }
+}
+
+void Artifact::check() const {
+    for (const auto& [name, holds] : checks_) check(name);
 }
 
 }  // namespace torchchat

@@ -1,7 +1,10 @@
 #include "artifact/zip.h"
 
+#include <zlib.h>
+
 #include <algorithm>
 #include <optional>
+#include <vector>
 
 #include "error.h"
 
@@ -13,7 +16,8 @@ constexpr std::string_view end_mark("PK\x05\x06", 4), end64_mark("PK\x06\x06", 4
 constexpr std::string_view entry_mark("PK\x01\x02", 4), local_mark("PK\x03\x04", 4);
 constexpr std::size_t end_size = 22, locator_size = 20, end64_size = 56, entry_size = 46, local_size = 30;
 constexpr std::size_t longest_comment = 0xFFFF;
-constexpr std::uint64_t most_entries = 1'000'000;
+constexpr std::uint64_t most_entries = 1 << 18, largest_directory = 64 << 20;
+constexpr std::uint64_t full_16 = 0xFFFF, full_32 = 0xFFFFFFFF;  // "see the 64-bit record"
 constexpr std::uint16_t extra_zip64 = 0x0001;
 
 Error damaged(const std::string& what) {
@@ -38,13 +42,12 @@ struct Directory {
     std::uint64_t offset, size, entries;
 };
 
+// The last end record, in a file that may have a comment behind it.
 std::optional<std::size_t> find_end(std::string_view file) {
-    if (file.size() < end_size) return std::nullopt;
-    const std::size_t lowest = file.size() - std::min(file.size(), end_size + longest_comment);
-    for (std::size_t at = file.size() - end_size;; --at) {
-        if (file.substr(at, 4) == end_mark && at + end_size + little_endian(file, at + 20, 2) == file.size()) return at;
-        if (at == lowest) return std::nullopt;
-    }
+    const std::size_t from = file.size() - std::min(file.size(), end_size + longest_comment);
+    const std::size_t found = file.substr(from).rfind(end_mark);
+    if (found == file.npos || file.size() - from - found < end_size) return std::nullopt;
+    return from + found;
 }
 
 Directory find_directory(std::string_view file) {
@@ -55,39 +58,85 @@ Directory find_directory(std::string_view file) {
     }
     const std::string_view record = part(file, *end, end_size);
     Directory found = {little_endian(record, 16, 4), little_endian(record, 12, 4), little_endian(record, 10, 2)};
-    if (*end >= locator_size && file.substr(*end - locator_size, 4) == locator_mark) {
-        const std::uint64_t place = little_endian(file, *end - locator_size + 8, 8);
-        const std::string_view wide = part(file, place, end64_size);
-        if (!wide.starts_with(end64_mark)) throw damaged("the archive's end record is not where it has to be");
-        found = {little_endian(wide, 48, 8), little_endian(wide, 40, 8), little_endian(wide, 32, 8)};
+    const bool wide = found.entries == full_16 || found.size == full_32 || found.offset == full_32;
+    if (wide && *end >= locator_size && file.substr(*end - locator_size, 4) == locator_mark) {
+        const std::string_view record64 = part(file, little_endian(file, *end - locator_size + 8, 8), end64_size);
+        if (!record64.starts_with(end64_mark)) throw damaged("the archive's end record is not where it has to be");
+        found = {little_endian(record64, 48, 8), little_endian(record64, 40, 8), little_endian(record64, 32, 8)};
     }
-    if (found.entries > most_entries || found.size / entry_size < found.entries) {
-        throw damaged("the archive's directory has an impossible size");
+    if (found.entries > most_entries || found.size > largest_directory) {
+        throw damaged("the archive's directory has " + std::to_string(found.entries) + " entries in " +
+                      std::to_string(found.size) + " bytes");
     }
     return found;
 }
 
+// What an entry of the directory says.
+struct Record {
+    std::string name;
+    std::uint64_t size, packed, header;  // bytes of the content, bytes in the file, offset
+    std::uint32_t checksum;
+    bool stored;
+};
+
 // Of an entry whose 32-bit fields are full, the wide ones from the extra field.
-void widen(std::string_view extra, std::uint64_t& size, std::uint64_t& packed, std::uint64_t& offset) {
-    while (extra.size() >= 4) {
-        const auto kind = little_endian(extra, 0, 2), length = little_endian(extra, 2, 2);
-        std::string_view field = part(extra, 4, length);
-        extra.remove_prefix(4 + length);
-        if (kind != extra_zip64) continue;
-        for (std::uint64_t* value : {&size, &packed, &offset}) {
-            if (*value != 0xFFFFFFFF) continue;
-            *value = little_endian(part(field, 0, 8), 0, 8);
-            field.remove_prefix(8);
-        }
+void widen(std::string_view extra, Record& record) {
+    std::vector<std::uint64_t*> wanted;
+    for (std::uint64_t* value : {&record.size, &record.packed, &record.header}) {
+        if (*value == full_32) wanted.push_back(value);
     }
+    while (!wanted.empty() && extra.size() >= 4) {
+        const auto kind = little_endian(extra, 0, 2), length = little_endian(extra, 2, 2);
+        const std::string_view field = part(extra, 4, length);
+        extra.remove_prefix(4 + length);
+        if (kind != extra_zip64 || field.size() < 8 * wanted.size()) continue;
+        for (std::size_t index = 0; index < wanted.size(); ++index) *wanted[index] = little_endian(field, 8 * index, 8);
+        return;
+    }
+    if (!wanted.empty()) throw damaged("an entry lacks its size or place");
 }
 
-std::string_view data_of(std::string_view file, std::uint64_t offset, std::uint64_t packed) {
-    const std::string_view local = part(file, offset, local_size);
-    if (!local.starts_with(local_mark)) throw damaged("an entry is not where the directory says");
-    const std::uint64_t header = local_size + little_endian(local, 26, 2) + little_endian(local, 28, 2);
-    part(file, offset, header);
-    return part(file, offset + header, packed);
+// The record that `directory` begins with; it is taken off.
+Record take_record(std::string_view& directory) {
+    const std::string_view fixed = part(directory, 0, entry_size);
+    if (!fixed.starts_with(entry_mark)) throw damaged("the archive's directory is no such");
+    const auto name_size = little_endian(fixed, 28, 2), extra_size = little_endian(fixed, 30, 2);
+    const std::string_view whole =
+        part(directory, 0, entry_size + name_size + extra_size + little_endian(fixed, 32, 2));
+    Record record;
+    record.name = whole.substr(entry_size, name_size);
+    record.size = little_endian(fixed, 24, 4);
+    record.packed = little_endian(fixed, 20, 4);
+    record.header = little_endian(fixed, 42, 4);
+    record.checksum = static_cast<std::uint32_t>(little_endian(fixed, 16, 4));
+    widen(whole.substr(entry_size + name_size, extra_size), record);
+    const bool encrypted = (little_endian(fixed, 8, 2) & 1) != 0;
+    record.stored = little_endian(fixed, 10, 2) == 0 && !encrypted && record.size == record.packed;
+    directory.remove_prefix(whole.size());
+    return record;
+}
+
+// The bytes of an entry behind its own header, which has to have the same name.
+std::string_view data_of(std::string_view file, const Record& record) {
+    const std::string_view local = part(file, record.header, local_size);
+    const auto name_size = little_endian(local, 26, 2), extra_size = little_endian(local, 28, 2);
+    if (!local.starts_with(local_mark) || part(file, record.header + local_size, name_size) != record.name) {
+        throw damaged("the entry " + shown(record.name) + " is not where the directory says");
+    }
+    part(file, record.header, local_size + name_size + extra_size);
+    return part(file, record.header + local_size + name_size + extra_size, record.packed);
+}
+
+// Throws where entries share bytes: a small file could unfold to a huge one.
+void check_apart(std::vector<Record>& records) {
+    std::ranges::sort(records, {}, &Record::header);
+    for (std::size_t index = 1; index < records.size(); ++index) {
+        const Record& before = records[index - 1];
+        const std::uint64_t room = records[index].header - before.header;
+        if (room < local_size || room - local_size < before.packed) {
+            throw damaged("the entries " + shown(before.name) + " and " + shown(records[index].name) + " overlap");
+        }
+    }
 }
 
 }  // namespace
@@ -95,25 +144,20 @@ std::string_view data_of(std::string_view file, std::uint64_t offset, std::uint6
 std::map<std::string, ZipEntry, std::less<>> read_zip(std::string_view file) {
     const Directory directory = find_directory(file);
     std::string_view rest = part(file, directory.offset, directory.size);
+    std::vector<Record> records;
+    for (std::uint64_t index = 0; index < directory.entries; ++index) records.push_back(take_record(rest));
+    check_apart(records);
     std::map<std::string, ZipEntry, std::less<>> entries;
-    for (std::uint64_t index = 0; index < directory.entries; ++index) {
-        const std::string_view record = part(rest, 0, entry_size);
-        if (!record.starts_with(entry_mark)) throw damaged("the archive's directory is no such");
-        const auto name_size = little_endian(record, 28, 2), extra_size = little_endian(record, 30, 2);
-        const auto total = entry_size + name_size + extra_size + little_endian(record, 32, 2);
-        const std::string_view whole = part(rest, 0, total);
-        std::uint64_t size = little_endian(record, 24, 4), packed = little_endian(record, 20, 4);
-        std::uint64_t offset = little_endian(record, 42, 4);
-        widen(whole.substr(entry_size + name_size, extra_size), size, packed, offset);
-        const bool stored = little_endian(record, 10, 2) == 0 && (little_endian(record, 8, 2) & 1) == 0;
-        if (stored && size != packed) throw damaged("an entry has two sizes");
-        const std::string name(whole.substr(entry_size, name_size));
-        if (!entries.emplace(name, ZipEntry{data_of(file, offset, packed), stored, size}).second) {
-            throw damaged("two entries are called " + shown(name));
-        }
-        rest.remove_prefix(total);
+    for (const Record& record : records) {
+        const ZipEntry entry = {data_of(file, record), record.stored, record.checksum, record.header};
+        if (!entries.emplace(record.name, entry).second) throw damaged("two entries are called " + shown(record.name));
     }
     return entries;
+}
+
+bool is_whole(const ZipEntry& entry) {
+    const auto* bytes = reinterpret_cast<const Bytef*>(entry.data.data());
+    return crc32_z(0, bytes, entry.data.size()) == entry.checksum;
 }
 
 }  // namespace torchchat

@@ -7,8 +7,10 @@
 #include <ATen/ops/from_blob.h>
 #include <c10/core/InferenceMode.h>
 #include <dlfcn.h>
+#include <sys/mman.h>
 #include <torch/csrc/inductor/aoti_runner/model_container_runner_cpu.h>
 #include <torch/headeronly/version.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -17,9 +19,9 @@
 
 #include "artifact/artifact.h"
 #include "artifact/scratch_folder.h"
+#include "backends/runtimes.h"
 #include "error.h"
 #include "json.h"
-#include "session.h"
 
 namespace torchchat {
 namespace {
@@ -112,6 +114,19 @@ std::vector<std::int64_t> shape_of(const nlohmann::json& declared) {
     return shape;
 }
 
+// Packed weights, of which every token reads all, on large pages, which are read faster; where the file's operators
+// have that. The file's own pages are let go.
+at::Tensor in_weight_memory(const at::Tensor& mapped) {
+    const auto found = c10::Dispatcher::singleton().findSchema({"torchchat::in_weight_memory", ""});
+    if (!found || mapped.scalar_type() != at::kByte || mapped.dim() != 1 || mapped.numel() == 0) return mapped;
+    at::Tensor copied = found->typed<at::Tensor(const at::Tensor&)>().call(mapped);
+    const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+    const auto begin = reinterpret_cast<std::uintptr_t>(mapped.const_data_ptr());
+    const std::uintptr_t first = begin / page * page;
+    madvise(reinterpret_cast<void*>(first), begin + mapped.nbytes() - first, MADV_DONTNEED);  // advice: it may fail
+    return copied;
+}
+
 // Mapped to the file: what is not used is not read.
 at::Tensor weight(const Artifact& artifact, const std::string& name, const nlohmann::json& declared) {
     const std::string_view data = artifact.content(text_of(declared, "entry", ""));
@@ -127,7 +142,8 @@ at::Tensor weight(const Artifact& artifact, const std::string& name, const nlohm
     if (bytes != data.size() || reinterpret_cast<std::uintptr_t>(data.data()) % at::elementSize(dtype) != 0) {
         throw unusable("the weight " + shown(name) + " has another size than its shape");
     }
-    return at::from_blob(const_cast<char*>(data.data()), shape, at::TensorOptions(dtype));  // which is never written to
+    void* const place = const_cast<char*>(data.data());  // which is never written to
+    return in_weight_memory(at::from_blob(place, shape, at::TensorOptions(dtype)));
 }
 
 std::map<std::string, at::Tensor> weights_of(const Artifact& artifact) {
@@ -220,6 +236,7 @@ class AotiBackend final : public Backend, public std::enable_shared_from_this<Ao
     }
 
     std::unique_ptr<Session> session(std::int64_t limit) const override;
+    std::optional<std::int64_t> short_limit() const override { return original_context; }
 
     std::int64_t layers = 0, kv_heads = 0, head_dim = 0, vocab_size = 0;
     at::ScalarType dtype = at::kFloat;
@@ -297,9 +314,7 @@ std::unique_ptr<Session> AotiBackend::session(std::int64_t limit) const {
     return std::make_unique<AotiSession>(shared_from_this(), limit);
 }
 
-}  // namespace
-
-std::shared_ptr<const Backend> load_aoti(std::shared_ptr<const Artifact> artifact, int threads) {
+std::shared_ptr<const Backend> load(std::shared_ptr<const Artifact> artifact, int threads) {
     if (threads > 0) at::set_num_threads(threads);
     try {
         return std::make_shared<const AotiBackend>(std::move(artifact));
@@ -308,4 +323,7 @@ std::shared_ptr<const Backend> load_aoti(std::shared_ptr<const Artifact> artifac
     }
 }
 
+}  // namespace
 }  // namespace torchchat
+
+extern "C" const torchchat::RuntimeModule torchchat_runtime = {torchchat::load};

@@ -8,10 +8,11 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 
 #include "artifact/artifact.h"
+#include "backends/runtimes.h"
 #include "error.h"
-#include "session.h"
 
 namespace {
 
@@ -93,6 +94,10 @@ class PieceAllocator final : public MemoryAllocator {
 
   private:
     std::vector<std::unique_ptr<std::uint8_t[]>> pieces_;
+};
+
+struct Free {
+    void operator()(std::uint8_t* memory) const { std::free(memory); }
 };
 
 // ---- sessions ---------------------------------------------------------------------------------------------------
@@ -182,9 +187,11 @@ class ExecutorchSession final : public Session {
             if (!size.ok() || *size < 0 || static_cast<std::size_t>(*size) > largest_buffer) {
                 throw unusable("it needs an impossible amount of memory", size.error());
             }
-            buffers_.emplace_back(static_cast<std::size_t>(*size));
+            const auto bytes = static_cast<std::size_t>(*size);
+            buffers_.emplace_back(static_cast<std::uint8_t*>(std::calloc(std::max<std::size_t>(bytes, 1), 1)));
+            if (!buffers_.back()) throw std::bad_alloc();
+            spans_.emplace_back(buffers_.back().get(), bytes);
         }
-        for (auto& buffer : buffers_) spans_.emplace_back(buffer.data(), buffer.size());
         return et::HierarchicalAllocator({spans_.data(), spans_.size()});
     }
 
@@ -223,7 +230,8 @@ class ExecutorchSession final : public Session {
 
     std::shared_ptr<const ExecutorchBackend> backend_;
     std::int64_t limit_, length_ = 0;
-    std::vector<std::vector<std::uint8_t>> buffers_;
+    // Zeros, which the system gives without writing them: a KV cache that is not filled takes no memory.
+    std::vector<std::unique_ptr<std::uint8_t, Free>> buffers_;
     std::vector<et::Span<std::uint8_t>> spans_;
     PieceAllocator allocator_, temporary_;
     et::HierarchicalAllocator planned_;
@@ -235,13 +243,14 @@ std::unique_ptr<Session> ExecutorchBackend::session(std::int64_t limit) const {
     return std::make_unique<ExecutorchSession>(shared_from_this(), limit);
 }
 
-}  // namespace
-
-std::shared_ptr<const Backend> load_executorch(std::shared_ptr<const Artifact> artifact, int threads) {
+std::shared_ptr<const Backend> load(std::shared_ptr<const Artifact> artifact, int threads) {
     et::runtime_init();
     last_message.clear();
     if (threads > 0) set_threads(threads);
     return std::make_shared<const ExecutorchBackend>(std::move(artifact));
 }
 
+}  // namespace
 }  // namespace torchchat
+
+extern "C" const torchchat::RuntimeModule torchchat_runtime = {torchchat::load};
