@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -39,7 +39,7 @@ def decoder(module: Transformer) -> Any:
     prepare(module, module.model.norm.weight.dtype)
     use_kernel_linear(module)
     assert decodes(module)
-    return TokenDecoder(module)
+    return TokenDecoder.of(module)
 
 
 def decoded(module: Transformer, tokens: list[int], extended: bool = False) -> torch.Tensor:
@@ -122,20 +122,29 @@ def test_layers_of_another_class_are_not_decoded() -> None:
     assert not decodes(seeded(tiny_config()).half())
 
 
-def test_what_does_not_belong_together_is_refused() -> None:
-    make = torch.classes.torchchat.Decoder
-    with pytest.raises(RuntimeError, match="heads over"):
-        make(32, 4, 3, 8, False, 1e-5, 1.0, 1.0)
-    made = make(32, 4, 2, 8, False, 1e-5, 1.0, 1.0)
-    with pytest.raises(RuntimeError, match="a layer of 0 products"):
-        made.add_layer(torch.ones(32), torch.ones(32), None, None, 0)
-    ones = torch.ones(4, 8)
-    for weight, outputs, columns, bits in ((ones, 4, 9, 0), (ones.half(), 4, 8, 0), (ones, 0, 8, 0),
-                                           (torch.zeros(10, dtype=torch.uint8), 16, 32, 4)):
-        with pytest.raises(RuntimeError):
-            made.add_product(weight, None, outputs, columns, bits, 32, False)
-    with pytest.raises(RuntimeError, match="without layers"):
-        made.run(torch.ones(1, 32), torch.ones(8), torch.ones(8), [], [], 0)
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda parts: parts.numbers.__setitem__(1, 3), "heads over"),
+    (lambda parts: parts.numbers.__setitem__(4, 3), "too few"),
+    (lambda parts: parts.numbers.__setitem__(7, 0), "a matrix of 0 rows"),
+    (lambda parts: parts.numbers.__setitem__(9, 3), "3 bits"),
+    (lambda parts: parts.numbers.pop(), "too few"),
+    (lambda parts: parts.scalars.pop(), "3 scalars"),
+    (lambda parts: parts.tensors.pop(), "too few"),
+    (lambda parts: parts.tensors.__setitem__(0, parts.tensors[0][:, :-1].contiguous()), "and not of"),
+    (lambda parts: parts.tensors.__setitem__(0, parts.tensors[0].half()), "has to be bfloat16 or float32"),
+    (lambda parts: parts.tensors.__setitem__(0, parts.tensors[0].t()), "contiguous"),
+    (lambda parts: parts.tensors.__setitem__(7, parts.tensors[7][:-1]), "a norm of"),
+])
+def test_parts_that_do_not_belong_together_are_refused(change: Callable[[Any], object], words: str) -> None:
+    from torchchat_core.kernels.decoding import decoder_parts
+
+    module = seeded(tiny_config())
+    use_kernel_linear(module)
+    parts, size = decoder_parts(module), module.config.hidden_size
+    change(parts)
+    with pytest.raises(RuntimeError, match=words):
+        made = torch.classes.torchchat.Decoder(size, parts.tensors, parts.numbers, parts.scalars)
+        made.run(torch.ones(1, size), torch.ones(8), torch.ones(8), [], [], 0)
 
 
 @pytest.mark.parametrize("wrong", ["hidden", "angles", "dtype", "capacity", "layers"])

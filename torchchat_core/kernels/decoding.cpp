@@ -478,33 +478,41 @@ void add_product_of(Parts& parts, Decoder& decoder) {
   decoder.add_product(weight, parts.optional_tensor(biased), outputs, columns, bits, group, asymmetric);
 }
 
-// A `Decoder` as one operator, so that graphs can have it. kernels/decoding.py puts the lists together:
+// A `Decoder` of lists, which kernels/decoding.py puts together:
 // numbers: heads, kv_heads, head_dim, interleaved, layers, whether queries and keys have norms; then for each layer its
 //   window and seven products of six numbers (outputs, columns, bits, group size, asymmetric, biased); then the head;
 // scalars: eps, what scores, residuals and logits are multiplied or divided by;
 // tensors: for each layer its products, each with its bias, and its norms; then the head and the last norm.
+c10::intrusive_ptr<Decoder> decoder_of(int64_t hidden, at::TensorList tensors, at::IntArrayRef numbers,
+                                       at::ArrayRef<double> scalars) {
+  TORCH_CHECK(scalars.size() == 4, "a decoder of ", scalars.size(), " scalars");
+  Parts parts{tensors, numbers};
+  const int64_t heads = parts.number(), kv_heads = parts.number(), size = parts.number(), interleaved = parts.number();
+  const int64_t layers = parts.number(), normed = parts.number();
+  auto decoder = c10::make_intrusive<Decoder>(hidden, heads, kv_heads, size, interleaved != 0, scalars[0], scalars[1],
+                                              scalars[2]);
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    const int64_t window = parts.number();
+    for (int product = 0; product < kProducts; ++product) add_product_of(parts, *decoder);
+    const at::Tensor &input_norm = parts.tensor(), &feed_forward_norm = parts.tensor();
+    const auto query_norm = parts.optional_tensor(normed != 0), key_norm = parts.optional_tensor(normed != 0);
+    decoder->add_layer(input_norm, feed_forward_norm, query_norm, key_norm, window);
+  }
+  add_product_of(parts, *decoder);
+  decoder->set_head(parts.tensor(), scalars[3]);
+  return decoder;
+}
+
+// The same as one operator, so that graphs can have it; who keeps a `Decoder` does not put it together for every token.
 // place[0] positions are held by the caches.
 at::Tensor decode_token(const at::Tensor& hidden, const at::Tensor& cosine, const at::Tensor& sine,
                         at::TensorList tensors, at::IntArrayRef numbers, at::ArrayRef<double> scalars,
                         at::TensorList keys, at::TensorList values, const at::Tensor& place) {
-  TORCH_CHECK(hidden.dim() == 2 && scalars.size() == 4, "a token of ", hidden.sizes(), " and ", scalars.size(),
-              " scalars");
+  TORCH_CHECK(hidden.dim() == 2, "a token of ", hidden.sizes());
   TORCH_CHECK(place.scalar_type() == at::kLong && place.numel() >= 1 && place.device().is_cpu(),
               "place has to be int64 on the CPU");
-  Parts parts{tensors, numbers};
-  const int64_t heads = parts.number(), kv_heads = parts.number(), size = parts.number(), interleaved = parts.number();
-  const int64_t layers = parts.number(), normed = parts.number();
-  Decoder decoder(hidden.size(1), heads, kv_heads, size, interleaved != 0, scalars[0], scalars[1], scalars[2]);
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    const int64_t window = parts.number();
-    for (int product = 0; product < kProducts; ++product) add_product_of(parts, decoder);
-    const at::Tensor &input_norm = parts.tensor(), &feed_forward_norm = parts.tensor();
-    const auto query_norm = parts.optional_tensor(normed != 0), key_norm = parts.optional_tensor(normed != 0);
-    decoder.add_layer(input_norm, feed_forward_norm, query_norm, key_norm, window);
-  }
-  add_product_of(parts, decoder);
-  decoder.set_head(parts.tensor(), scalars[3]);
-  return decoder.run(hidden, cosine, sine, keys.vec(), values.vec(), place.const_data_ptr<int64_t>()[0]);
+  return decoder_of(hidden.size(1), tensors, numbers, scalars)
+      ->run(hidden, cosine, sine, keys.vec(), values.vec(), place.const_data_ptr<int64_t>()[0]);
 }
 
 }  // namespace
@@ -515,10 +523,10 @@ TORCH_LIBRARY_FRAGMENT(torchchat, library) {
   library.def("decode_token(Tensor hidden, Tensor cosine, Tensor sine, Tensor[] tensors, int[] numbers, float[] "
               "scalars, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor place) -> Tensor");
   library.class_<Decoder>("Decoder")
-      .def(torch::init<int64_t, int64_t, int64_t, int64_t, bool, double, double, double>())
-      .def("add_product", &Decoder::add_product)
-      .def("add_layer", &Decoder::add_layer)
-      .def("set_head", &Decoder::set_head)
+      .def(torch::init([](int64_t hidden, std::vector<at::Tensor> tensors, std::vector<int64_t> numbers,
+                          std::vector<double> scalars) {
+        return torchchat::decoder_of(hidden, tensors, numbers, scalars);
+      }))
       .def("run", &Decoder::run);
 }
 

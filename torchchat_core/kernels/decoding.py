@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchchat_core.kernels.layers import DenseLinear, KernelNorm
+from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.kv_cache import FIRST_CAPACITY, KVCache
 from torchchat_core.models.rotary import RotaryEmbedding
 from torchchat_core.models.transformer import Attention, DecoderLayer, FeedForward, RMSNorm, Transformer
@@ -19,23 +20,16 @@ from torchchat_core.quantization.running import PanelLinear
 class TokenDecoder:
     """Decodes as `Transformer` does, one token of one sequence at a time. It shares the weights."""
 
-    def __init__(self, module: Transformer) -> None:
-        """`kernels.load` has to have succeeded, and `decodes(module)` to be true."""
-        config = module.config
-        self._decoder = torch.classes.torchchat.Decoder(
-            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.rope_interleaved,
-            config.norm_eps, config.attention_scale, config.residual_multiplier)
-        for index, layer in enumerate(_layers(module)):
-            for product in _products(layer):
-                self._add(product)
-            norms = (layer.self_attn.q_norm, layer.self_attn.k_norm)
-            self._decoder.add_layer(layer.input_layernorm.weight, layer.post_attention_layernorm.weight,
-                                    *(None if norm is None else norm.weight for norm in norms),
-                                    config.layer_window(index) or 0)
-        self._add(module.lm_head)
-        self._decoder.set_head(module.model.norm.weight, config.logits_divisor)
-        self._embedding, self._multiplier = module.model.embed_tokens, config.embedding_multiplier
-        self._angles = RotaryTable(module.model.rotary, config.max_context)
+    def __init__(self, parts: DecoderParts, embedding: nn.Module, rotary: RotaryEmbedding, config: ModelConfig) -> None:
+        """`kernels.load` has to have succeeded. Raises `RuntimeError` where the parts do not belong together."""
+        self._decoder = torch.classes.torchchat.Decoder(config.hidden_size, parts.tensors, parts.numbers, parts.scalars)
+        self._embedding, self._multiplier = embedding, config.embedding_multiplier
+        self._angles = RotaryTable(rotary, config.max_context)
+
+    @classmethod
+    def of(cls, module: Transformer) -> TokenDecoder:
+        """The decoder of a module of which `decodes` is true."""
+        return cls(decoder_parts(module), module.model.embed_tokens, module.model.rotary, module.config)
 
     def logits(self, token: int, cache: KVCache, extended: bool) -> Tensor:
         """Of the token behind those that the cache holds, which gets its keys and values: float32 [1, vocab].
@@ -54,17 +48,10 @@ class TokenDecoder:
             row = self._embedding(torch.tensor([token]))
         return row if self._multiplier == 1.0 else row * self._multiplier
 
-    def _add(self, layer: nn.Module) -> None:
-        if isinstance(layer, PanelLinear):
-            self._decoder.add_product(layer.packed, layer.bias, layer.out_features, layer.in_features, layer.bits,
-                                      layer.group_size, layer.asymmetric)
-        elif isinstance(layer, DenseLinear):
-            self._decoder.add_product(layer.weight, layer.bias, layer.out_features, layer.in_features, 0, 0, False)
-
 
 @dataclass(frozen=True)
 class DecoderParts:
-    """A decoder as the operator `torchchat::decode_token` takes it: for graphs."""
+    """A decoder as C++ takes it: its class, and the operator `torchchat::decode_token` of graphs."""
 
     tensors: list[Tensor]  # norms and biases in float32, which the decoder computes in
     numbers: list[int]
@@ -72,7 +59,7 @@ class DecoderParts:
 
 
 def decoder_parts(module: Transformer) -> DecoderParts:
-    """The lists for `decode_token`, of a module of which `decodes` is true. Weights are shared, not copied."""
+    """The lists of a module of which `decodes` is true. Weights are shared, not copied."""
     config, layers = module.config, _layers(module)
     parts = DecoderParts([], [config.num_heads, config.num_kv_heads, config.head_dim, int(config.rope_interleaved),
                               len(layers), int(config.qk_norm)],

@@ -43,7 +43,7 @@ def token_decoder(module: Transformer) -> TokenDecoder | None:
     """What decodes one token in one call, where the kernels are loaded and know all of the layers."""
     from torchchat_core.kernels.decoding import TokenDecoder, decodes
 
-    return TokenDecoder(module) if decodes(module) else None
+    return TokenDecoder.of(module) if decodes(module) else None
 
 
 class EagerModel:
