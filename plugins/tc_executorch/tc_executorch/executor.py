@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tc_executorch.machine import large_pages, serial_products
 from tc_executorch.runtime import bindings, messages
 from torchchat_core.artifacts import Manifest, open_artifact
 from torchchat_core.errors import TorchchatError
@@ -57,7 +58,8 @@ class Method:
         """Logits [1, vocab] or, of the method "score", [n, vocab] of one step."""
         try:
             self._method.set_inputs([torch.tensor([list(tokens)]), torch.tensor([position])])
-            self._method.execute()
+            with serial_products():
+                self._method.execute()
             logits: Tensor = self._method.get_outputs(True)[0]
         except RuntimeError as error:
             raise TorchchatError(f"ExecuTorch stopped: {_first_line(error)}", AGAIN) from error
@@ -119,7 +121,9 @@ class ExecutorchModel:
             try:
                 program = library._load_program(str(self._path),
                                                 program_verification=library.Verification.InternalConsistency)
-                return Method(program.load_method(name), name, self._manifest)
+                with large_pages():
+                    method = program.load_method(name)
+                return Method(method, name, self._manifest)
             except RuntimeError as error:
                 failure = error
         raise TorchchatError(f"ExecuTorch cannot load {self._path.name}: {_reason(lines, failure)}",

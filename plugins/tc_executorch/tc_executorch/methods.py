@@ -120,20 +120,26 @@ class Writer:
             table, scales, method.nothing(), method.number(least), method.number(most), flat], out)
 
     def attended(self, query: int, key: int, value: int, keys: int, values: int, start: int, count: int) -> int:
-        """[1, n, heads, head_dim]; keys and values of this step are in the cache then."""
+        """[n, heads * head_dim] of queries and keys [1, n, heads, head_dim], and values [n, kv_heads * head_dim].
+
+        Keys and values of this step are in the cache then.
+        """
         method, config = self.method, self.config
+        value = method.view(value, (1, self.count, config.num_kv_heads, config.head_dim),
+                            sizes=(1, -1, config.num_kv_heads, config.head_dim))
         out = method.tensor((1, self.count, config.num_heads, config.head_dim))
         method.kernel("llama::sdpa_with_kv_cache", "out", [
             query, key, value, keys, values, start, count, method.nothing(), method.real(0.0), method.truth(True),
             method.real(config.attention_scale)], out)
         method.release(query, key, value)
-        return out
+        width = config.num_heads * config.head_dim
+        return method.view(out, (self.count, width), sizes=(-1, width))
 
-    def last_row(self, tensor: int, shape: tuple[int, ...], axis: int) -> int:
-        """The tensor with its last position alone."""
+    def last_row(self, tensor: int, width: int) -> int:
+        """Of [n, width] the last position, [1, width]."""
         method = self.method
-        out = method.tensor(shape)
-        return method.kernel("aten::slice_copy", "Tensor_out", [tensor, method.number(axis), method.number(-1),
+        out = method.tensor((1, width))
+        return method.kernel("aten::slice_copy", "Tensor_out", [tensor, method.number(0), method.number(-1),
                                                                 method.nothing(), method.number(1)], out)
 
     # ---- the subgraphs --------------------------------------------------------------------------------------------
@@ -148,9 +154,10 @@ class Writer:
         x = graph.input((rows, config.hidden_size))
         cos, sin = (graph.input((1, rows, 1, config.head_dim // 2)) for _ in range(2))
         heads, kv_heads = ((1, rows, count, config.head_dim) for count in (config.num_heads, config.num_kv_heads))
-        attended = None if context is None else graph.input(heads)
-        out_query, out_key, out_value = graph.output(heads), graph.output(kv_heads), graph.output(kv_heads)
-        results = [method.tensor(heads), method.tensor(kv_heads), method.tensor(kv_heads)]
+        attended = None if context is None else graph.input((rows, config.num_heads * config.head_dim))
+        shapes = heads, kv_heads, (rows, config.num_kv_heads * config.head_dim)
+        out_query, out_key, out_value = (graph.output(shape) for shape in shapes)
+        results = [method.tensor(shape) for shape in shapes]
         if attended is not None:
             below: DecoderLayer = self.model.model.layers[index - 1]  # type: ignore[assignment]
             out_hidden = graph.output(x.shape)
@@ -171,12 +178,11 @@ class Writer:
     def after_attention(self, hidden: int, context: int) -> int:
         """The logits."""
         config, rows = self.config, self.count
-        heads = (1, rows, config.num_heads, config.head_dim)
+        width = config.num_heads * config.head_dim
         if not self.every:  # from here on the other positions matter to nobody
-            rows, heads = 1, (1, 1, config.num_heads, config.head_dim)
-            hidden, context = self.last_row(hidden, (1, config.hidden_size), 0), self.last_row(context, heads, 1)
+            rows, hidden, context = 1, self.last_row(hidden, config.hidden_size), self.last_row(context, width)
         graph = Subgraph(self.program.constants)
-        x, attended = graph.input((rows, config.hidden_size)), graph.input(heads)
+        x, attended = graph.input((rows, config.hidden_size)), graph.input((rows, width))
         out = graph.output((rows, config.vocab_size))
         x = finished(graph, self.model.model.layers[-1], x, attended)  # type: ignore[arg-type]
         x = normed(graph, self.model.model.norm, x)
@@ -209,14 +215,13 @@ def halves(heads: int, head_dim: int, interleaved: bool) -> tuple[Tensor, Tensor
 
 def projected(graph: Subgraph, layer: DecoderLayer, x: Value, angles: tuple[Value, Value],
               out: tuple[Value, Value, Value]) -> None:
-    """Queries, keys and values [1, n, heads, head_dim] of a layer, from its input [n, hidden]."""
+    """Queries and keys [1, n, heads, head_dim] of a layer, and values [n, kv_heads * head_dim], from [n, hidden]."""
     attention = layer.self_attn
     x = normed(graph, layer.input_layernorm, x)
     rounded = rounded_for(graph, [attention.q_proj, attention.k_proj, attention.v_proj], x)
     turned(graph, attention, attention.q_proj, attention.num_heads, attention.q_norm, (x, rounded), angles, out[0])
     turned(graph, attention, attention.k_proj, attention.num_kv_heads, attention.k_norm, (x, rounded), angles, out[1])
-    value = multiplied(graph, attention.v_proj, x, rounded)
-    graph.reshape(value, out[2].shape, dynamic=1, into=out[2])
+    multiplied(graph, attention.v_proj, x, rounded, into=out[2])
 
 
 def turned(graph: Subgraph, attention: Attention, layer: nn.Module, heads: int, norm: RMSNorm | None,
@@ -247,11 +252,9 @@ def normed_halves(graph: Subgraph, norm: RMSNorm, first: Value, second: Value, i
 
 
 def finished(graph: Subgraph, layer: DecoderLayer, x: Value, attended: Value, into: Value | None = None) -> Value:
-    """The rest of a layer behind its attention: [n, hidden]."""
-    rows = x.shape[0]
-    context = graph.reshape(attended, (rows, attended.shape[2] * attended.shape[3]), dynamic=0)
+    """The rest of a layer behind its attention, which gave [n, heads * head_dim]: [n, hidden]."""
     output = layer.self_attn.o_proj
-    x = added(graph, layer, x, multiplied(graph, output, context, rounded_for(graph, [output], context)))
+    x = added(graph, layer, x, multiplied(graph, output, attended, rounded_for(graph, [output], attended)))
     return added(graph, layer, x, fed_forward(graph, layer, x), into)
 
 

@@ -94,8 +94,13 @@ class Method:
 
     def view(self, tensor: int, shape: Sequence[int], kind: ScalarType = ScalarType.FLOAT,
              sizes: Sequence[int] = ()) -> int:
-        """The same numbers in another shape: its bounds, and the sizes at run time, -1 for what there is."""
+        """The same numbers in another shape: its bounds, and the sizes at run time, -1 for what there is.
+
+        It has the tensor's place, which is given back when the view is released.
+        """
         index = self._tensor(shape, kind, None, True, None)
+        if tensor in self.places:
+            self.places[index] = self.places.pop(tensor)
         self.call("executorch_prim::et_view", "default", [tensor, self.numbers([self.number(size) for size in sizes]),
                                                           index])
         return index

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tc_executorch.machine import serial_products_in_pool
 from torchchat_core.errors import TorchchatError
 
 _standard_error = threading.RLock()  # the process has one, which two threads must not exchange at a time
@@ -40,6 +41,7 @@ def bindings() -> Any:
         threads = torch.get_num_threads()
         if library._threadpool_get_thread_count() != threads:
             library._unsafe_reset_threadpool(threads)  # nothing runs yet
+        serial_products_in_pool(library.__file__, threads)
     return library
 
 
