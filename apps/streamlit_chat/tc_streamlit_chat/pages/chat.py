@@ -185,34 +185,49 @@ def _messages(services: Services, mine: Conversations, current: Conversation | N
             if st.session_state.get(EDITED) == message.id and not live:
                 _editor(services, mine, current, message)
                 continue
-            if message.content:
-                frame.show_text(message.role, message.content)
-            else:
-                st.caption("The model ended its answer without a word.")
+            _message(services, mine, current, message, last, live)
+
+
+def _message(services: Services, mine: Conversations, current: Conversation, message: StoredMessage, last: bool,
+             live: bool) -> None:
+    if message.role == "user":
+        with st.container(horizontal=True, wrap=False, vertical_alignment="top", key=f"words-{message.id}"):
+            with st.container():
+                frame.show_text("user", message.content)
             if not live:
-                _tools(services, mine, current, message, last)
-            elif message.role == "assistant":
-                st.caption(plain(message.details.line))
+                _edit_button(current, message)
+        return
+    if message.content:
+        frame.show_text("assistant", message.content)
+    else:
+        st.caption("The model ended its answer without a word.")
+    if live:
+        st.caption(plain(message.details.line))
+    else:
+        _tools(services, mine, current, message, last)
+
+
+def _edit_button(current: Conversation, message: StoredMessage) -> None:
+    if st.button("", icon=":material/edit:", type="tertiary", help="Edit this message",
+                 key=f"edit-{current.id}-{message.id}"):
+        st.session_state[EDITED] = message.id
+        st.rerun()
 
 
 def _tools(services: Services, mine: Conversations, current: Conversation, message: StoredMessage, last: bool) -> None:
-    """Figures, and what can be done with a message."""
+    """Figures, and what can be done with an answer."""
     place = f"{current.id}-{message.id}"
     with st.container(key=f"tools-{place}", horizontal=True, gap="small"):
-        if message.role == "assistant":
-            if message.details.line:
-                st.caption(plain(message.details.line), width="content")
-            with st.popover("", icon=":material/info:", type="tertiary", help="Figures, and the text to copy",
-                            key=f"info-{place}"):
-                frame.show_details(message.details, message.content)
-        if st.button("", icon=":material/edit:", type="tertiary", help="Edit this message", key=f"edit-{place}"):
-            st.session_state[EDITED] = message.id
-            st.rerun()
-        if message.role == "assistant" and last:
+        if message.details.line:
+            st.caption(plain(message.details.line), width="content")
+        with st.popover("", icon=":material/info:", type="tertiary", help="Figures, and the text to copy",
+                        key=f"info-{place}"):
+            frame.show_details(message.details, message.content)
+        _edit_button(current, message)
+        if last:
             if st.button("Regenerate", icon=":material/refresh:", type="tertiary", key=f"again-{place}",
                          help="Answer once more; this answer is kept beside the new one", shortcut="Alt+G"):
-                configuration = Configuration.from_json(current.configuration)
-                _answer(services, mine, current.id, configuration, message.position)
+                _answer(services, mine, current.id, Configuration.from_json(current.configuration), message.position)
                 st.rerun()
             if message.alternatives > 1:
                 _pager(mine, current, message)
@@ -236,7 +251,7 @@ def _editor(services: Services, mine: Conversations, current: Conversation, mess
     asks = message.role == "user"
     with st.form(key=f"editor-{message.id}", border=False):
         text = st.text_area("Edit the message", value=message.content, max_chars=MOST_CHARACTERS, height="content",
-                            label_visibility="collapsed", key=f"words-{message.id}")
+                            label_visibility="collapsed", key=f"text-{message.id}")
         if asks:
             st.caption("What follows this message is replaced by a new answer.")
         with st.container(horizontal=True):
