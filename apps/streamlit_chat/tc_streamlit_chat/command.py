@@ -56,8 +56,9 @@ def browser(registry: Registry, /, **flags: Any) -> int:
         if importlib.util.find_spec(name) is None:
             raise TorchchatError(f"the browser chat needs {name}", "pip install tc-streamlit-chat")
     generation_options(flags, {})  # wrong values are told before a model is loaded
-    from tc_streamlit_chat.serving import make_app, serve
+    _check_usage(flags)
     from tc_streamlit_chat.services import install
+    from tc_streamlit_chat.serving import make_app, serve
 
     private = flags["host"] in LOCAL
     if not private:
@@ -70,6 +71,24 @@ def browser(registry: Registry, /, **flags: Any) -> int:
     finally:
         install(None)
         services.close()
+
+
+HERE = ("checkpoint_path", "gguf_path", "dso_path", "aoti_package_path", "pte_path", "params_path", "tokenizer_path",
+        "adapter", "hf_token", "quantize", "keep_quantized", "executor", "device", "dtype", "max_seq_length",
+        "memory_limit")  # flags that say how a model runs on this machine
+
+
+def _check_usage(flags: Mapping[str, Any]) -> None:
+    """Raises `click.UsageError` for flags that would be of no use."""
+    source = click.get_current_context().get_parameter_source
+    typed = click.core.ParameterSource.COMMANDLINE
+    if flags["url"] is None:
+        if source("api_key") is typed:
+            raise click.UsageError("--api-key is for the server that --url names")
+        return
+    unused = [name for name in (*HERE, "max_loaded") if source(name) is typed]
+    if unused:
+        raise click.UsageError(f"--{unused[0].replace('_', '-')} is for models that run here, and --url names a server")
 
 
 def make_services(flags: Mapping[str, Any], registry: Registry, private: bool) -> Services:
@@ -93,11 +112,12 @@ def make_services(flags: Mapping[str, Any], registry: Registry, private: bool) -
 
 def _prepare(made: Services) -> None:
     """Loads the model, or looks for the server: what is wrong is told here, and not on the page."""
-    if made.models.remote:
-        made.models.connect()
-        return
+    from tc_streamlit_chat.local import LocalModels
     from torchchat_core.pipeline import fetch_files
 
+    if not isinstance(made.models, LocalModels):
+        made.models.connect()
+        return
     base = made.models.base
     with shown_progress():
         fetch_files(base, made.registry)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MOST_SAMPLES = 16
 MOST_STOPS = 16
+OPTIONAL: Mapping[str, tuple[type, ...]] = {name: (kind, type(None)) for name, kind in {
+    "model": str, "executor": str, "quantize": str, "max_new_tokens": int}.items()}  # fields that may be null
 SAMPLING = {declared.name: declared for declared in fields(SamplingOptions)}
 
 
@@ -30,7 +32,7 @@ class Configuration:
     executor: str | None = None  # likewise
     quantize: str | None = None  # "": as the model is; None: as the command says
     system: str = ""
-    sampling: Mapping[str, Any] = field(default_factory=dict)  # only what was chosen; the model's makers decide the rest
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # only what was chosen
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
     num_samples: int = 1
@@ -99,8 +101,7 @@ def _read(name: str, value: Any, default: Any) -> Any:
         if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
             raise TypeError(name)
         return tuple(value)
-    wanted: tuple[type, ...] = {"max_new_tokens": (int, type(None)), "model": (str, type(None)),
-                                "executor": (str, type(None)), "quantize": (str, type(None))}.get(name, (type(default),))
+    wanted: tuple[type, ...] = OPTIONAL.get(name, (type(default),))
     if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
         raise TypeError(name)
     return value

@@ -76,8 +76,8 @@ class Details:
         try:
             found = json.loads(text)
             figures = found.pop("figures")
-            made = cls(**{name: str(value) for name, value in found.items()})
-            return replace(made, figures=Figures(**{name: _number(value) for name, value in figures.items()}))
+            texts: dict[str, Any] = {name: str(value) for name, value in found.items()}
+            return replace(cls(**texts), figures=Figures(**{name: _number(value) for name, value in figures.items()}))
         except (ValueError, TypeError, AttributeError, KeyError):
             return cls()
 

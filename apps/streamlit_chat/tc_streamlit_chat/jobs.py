@@ -26,7 +26,7 @@ class Job:
     title: str
     work: Work
     place: str  # of the page that wants it
-    status: Status = Status("waiting for the measurement before it")
+    status: Status = field(default_factory=lambda: Status("waiting for the measurement before it"))
     result: Any = None
     error: TorchchatError | None = None
     done: threading.Event = field(default_factory=threading.Event)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tc_streamlit_chat.figures import Details, Figures
-from tc_streamlit_chat.questions import Ended, Question, Report, Said, Status, Text
+from tc_streamlit_chat.questions import Ended, Question, Report, Status, Text
 from torchchat_core.batching import Job
 from torchchat_core.conversation import TRANSCRIPT_STOP, encode_plain, fitting_prompt, render, with_stop
 from torchchat_core.errors import TorchchatError

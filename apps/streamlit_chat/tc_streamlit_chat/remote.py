@@ -173,17 +173,20 @@ class _Reader:
 
     def end(self, count: int) -> None:
         """Says that each of the answers is complete. The server's counts are those of all answers together."""
+        prompt = _count(self.usage.get("prompt_tokens"))
+        cached = _count((self.usage.get("prompt_tokens_details") or {}).get("cached_tokens"))
+        whole = _count(self.usage.get("completion_tokens"))
         for index in range(count):
-            tokens = self.usage.get("completion_tokens") if count == 1 else self.pieces.get(index, 0)
-            cached = (self.usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-            prompt = self.usage.get("prompt_tokens")
+            tokens = whole if count == 1 else self.pieces.get(index, 0)
             span = self.last.get(index, 0.0) - self.first.get(index, 0.0)
-            known = isinstance(tokens, int) and tokens > 1 and span > 0
             self.report(Ended(index, Details(
                 model=self.made_by, reason=self.reasons.get(index, "stop"),
-                figures=Figures(new_tokens=tokens if isinstance(tokens, int) else None,
+                figures=Figures(new_tokens=tokens, prompt_tokens=prompt,
                                 ttft_s=self.first[index] - self.started if index in self.first else None,
-                                decode_tps=(tokens - 1) / span if known else None,
-                                prompt_tokens=prompt if isinstance(prompt, int) else None,
-                                prefilled_tokens=prompt - cached
-                                if isinstance(prompt, int) and isinstance(cached, int) else None))))
+                                decode_tps=(tokens - 1) / span if tokens and span > 0 else None,
+                                prefilled_tokens=prompt - cached if prompt is not None and cached is not None
+                                else None))))
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

@@ -21,13 +21,16 @@ from torchchat_core.server.running import run
 
 COOKIE = "torchchat_browser"  # tells browsers apart where others than this machine's user can come
 COOKIE_FORM = re.compile(r"[\w-]{32,64}", re.ASCII)
+HOST = re.compile(r"[\w.\-]+(:[0-9]+)?|\[[0-9a-f:.]+\](:[0-9]+)?", re.ASCII | re.IGNORECASE)
 YEAR = 365 * 86400  # seconds
 PAGE = Path(__file__).resolve().parent / "pages" / "app.py"
 GRACE = 1.0  # seconds that connections get at the end
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
-# What a model writes can name pictures: a page that showed those of others would tell them so, and what their address says.
-POLICY = ("img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' ws: wss:; "
-          "frame-src 'self' data: blob:; object-src 'none'; form-action 'self'; base-uri 'self'; frame-ancestors 'self'")
+# What a model writes can name pictures: a page that showed those of others would tell them so, and all that stands in
+# their address.
+POLICY = ("img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src {sockets}; "
+          "frame-src 'self' data: blob:; object-src 'none'; form-action 'self'; base-uri 'self'; "
+          "frame-ancestors 'self'")
 
 STREAMLIT: dict[str, Any] = {
     "server.headless": True,  # no question for an e-mail address, no browser that opens by itself
@@ -44,6 +47,7 @@ STREAMLIT: dict[str, Any] = {
     "client.showErrorDetails": "none",
     "client.showErrorLinks": False,
     "runner.magicEnabled": False,
+    "runner.postScriptGC": False,  # looks at every object of PyTorch five times a second, while the model waits
     "global.developmentMode": False,
     "logger.hideWelcomeMessage": True,
     "logger.level": "error",
@@ -108,7 +112,7 @@ class Guard:
         async def sent(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers["Content-Security-Policy"] = POLICY
+                headers["Content-Security-Policy"] = policy(connection.headers.get("host", ""))
                 headers["X-Content-Type-Options"] = "nosniff"
                 headers["Referrer-Policy"] = "no-referrer"
                 if fresh is not None and headers.get("content-type", "").startswith("text/html"):
@@ -124,6 +128,12 @@ class Guard:
         if self._names and _without_port(host) not in self._names:
             return False
         return origin is None or origin.partition("://")[2].lower() == host
+
+
+def policy(host: str) -> str:
+    """What a page of that host may load, and from where."""
+    sockets = f"'self' ws://{host} wss://{host}" if HOST.fullmatch(host) else "'self'"
+    return POLICY.format(sockets=sockets)
 
 
 def owner_of(cookies: str) -> str | None:

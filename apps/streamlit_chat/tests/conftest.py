@@ -102,7 +102,7 @@ class Page:
         def look(_: Any) -> Any:
             try:
                 return found()
-            except (StaleElementReferenceException, WebDriverException):
+            except (StaleElementReferenceException, WebDriverException, IndexError):
                 return None
 
         try:

@@ -6,22 +6,20 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from tc_streamlit_chat.choices import base_name, short_name
 from tc_streamlit_chat.configuration import Configuration
+from tc_streamlit_chat.figures import Details
 from tc_streamlit_chat.local import LocalModels
 from tc_streamlit_chat.markdown import plain
 from tc_streamlit_chat.pages import frame
 from tc_streamlit_chat.pages.conversation_list import conversation_list, more_menu
-from tc_streamlit_chat.pages.settings import OPEN, settings_dialog
+from tc_streamlit_chat.pages.session import CURRENT, DRAFT, EDITED, NAMED, SETTINGS, show_conversation
+from tc_streamlit_chat.pages.settings import settings_dialog
 from tc_streamlit_chat.questions import Question, Said
 from tc_streamlit_chat.services import Services
 from tc_streamlit_chat.store import Conversation, Conversations, StoredMessage
 from tc_streamlit_chat.turns import Outcome, Turn
 
 MOST_CHARACTERS = 200_000  # of a message
-CURRENT = "conversation"  # of the session: the one that is shown
-DRAFT = "draft"  # of the session: the configuration of the next conversation
-EDITED = "edited"  # of the session: the message whose words are being changed
 IDEAS = {True: ("Who are you?", "Tell me a short story.", "What can I do with torchchat?"),
          False: ("Once upon a time", "One day, a little girl named Lily", "The old lighthouse")}
 
@@ -29,7 +27,7 @@ IDEAS = {True: ("Who are you?", "Tell me a short story.", "What can I do with to
 @frame.guarded
 def page() -> None:
     """The whole page."""
-    services = frame.found()
+    services = frame.services()
     mine = frame.conversations(services)
     current = _current(mine)
     turn = services.turns.at(current.id) if current is not None else None
@@ -50,7 +48,7 @@ def page() -> None:
     text = typed or idea
     if text and text.strip():
         ask(services, mine, current, configuration, text)
-    if st.session_state.get(OPEN):
+    if st.session_state.get(SETTINGS):
         settings_dialog(services, mine, current, configuration)
 
 
@@ -59,26 +57,17 @@ def page() -> None:
 
 def _current(mine: Conversations) -> Conversation | None:
     """The one that the address names, or that this tab had before another page was looked at."""
-    named = st.query_params.get("c") or st.session_state.get(CURRENT)
+    named = st.query_params.get(NAMED) or st.session_state.get(CURRENT)
     if not named:
         return None
     current = mine.find(named)
     if current is None:
-        st.session_state.pop(CURRENT, None)
-        st.query_params.pop("c", None)
+        show_conversation(None)
         st.toast("That conversation is not here any more.", icon=":material/info:")
         return None
-    show_conversation(current.id)
+    if st.query_params.get(NAMED) != named or st.session_state.get(CURRENT) != named:
+        show_conversation(current.id)
     return current
-
-
-def show_conversation(conversation: str | None) -> None:
-    """Makes it the one of this tab; None: a new one."""
-    st.session_state[CURRENT] = conversation
-    if conversation is None:
-        st.query_params.pop("c", None)
-    elif st.query_params.get("c") != conversation:
-        st.query_params["c"] = conversation
 
 
 def _configuration(services: Services, current: Conversation | None) -> Configuration:
@@ -95,7 +84,7 @@ def ask(services: Services, mine: Conversations, current: Conversation | None, c
         ) -> None:
     """Adds a message, and has it answered."""
     conversation = current.id if current is not None else mine.create(text, configuration.to_json())
-    mine.add(conversation, "user", [(text, frame.Details())])
+    mine.add(conversation, "user", [(text, Details())])
     show_conversation(conversation)
     _answer(services, mine, conversation, configuration)
     st.rerun()
@@ -123,25 +112,11 @@ def _heading(services: Services, mine: Conversations, current: Conversation | No
         with st.container(gap=None):
             st.markdown(f"#### {plain(current.title)}" if current is not None else "#### New conversation",
                         anchors=False)
-            st.caption(model_line(services, configuration))
+            st.caption(frame.model_line(services, configuration))
         if st.button("Settings", icon=":material/tune:", key="settings", help="Model, answers and sampling"):
-            st.session_state[OPEN] = True
+            st.session_state[SETTINGS] = True
         if current is not None:
             more_menu(mine, current)
-
-
-def model_line(services: Services, configuration: Configuration) -> str:
-    """What answers, in one line of Markdown."""
-    name = short_name(configuration.model or base_name(services))
-    if not isinstance(services.models, LocalModels):
-        return f"{plain(name)} · {plain(services.models.url)}"
-    known = services.models.known(configuration.request(services.models.base))
-    if known is not None:
-        return plain(f"{name} · {known.line}")
-    request = configuration.request(services.models.base)
-    parts = [name, *([request.executor] if request.executor != "auto" else []),
-             *([request.quantize] if request.quantize else []), "loaded with the first question"]
-    return plain(" · ".join(parts))
 
 
 def _chats(services: Services, configuration: Configuration) -> bool:

@@ -13,7 +13,6 @@ from tc_streamlit_chat.jobs import Job
 from tc_streamlit_chat.local import LocalModels
 from tc_streamlit_chat.markdown import plain
 from tc_streamlit_chat.pages import frame
-from tc_streamlit_chat.pages.chat import model_line
 from tc_streamlit_chat.pages.settings import model_pickers
 from tc_streamlit_chat.questions import Question, Said
 from tc_streamlit_chat.services import Services
@@ -28,7 +27,7 @@ CHARACTERS = 4000  # of the text that both are verified on
 @frame.guarded
 def page() -> None:
     """The whole page."""
-    services = frame.found()
+    services = frame.services()
     with st.container(key="wide"):
         st.markdown("#### Compare", anchors=False)
         st.caption("One prompt, two ways to answer it. With temperature 0, differences are those of the models.")
@@ -39,8 +38,8 @@ def page() -> None:
             asked = st.button("Ask both", type="primary", icon=":material/compare_arrows:", key="ask-both",
                               disabled=running, shortcut="Ctrl+Enter")
             verified = not services.models.remote and st.button(
-                "Verify", icon=":material/rule:", key="verify", help="Run the same text through both models, and compare "
-                "what they make of every token: torchchat verify")
+                "Verify", icon=":material/rule:", key="verify", help="Run the same text through both models, and "
+                "compare what they make of every token: torchchat verify")
         if asked:
             _ask(services, prompt, configurations)
         if verified:
@@ -127,7 +126,7 @@ def _both(services: Services, turns: Mapping[str, Turn | None]) -> None:
         if turn is None:
             continue
         with column, st.container(border=True, key=f"compared-{side}"):
-            st.caption(model_line(services, turn.question.configuration))
+            st.caption(frame.model_line(services, turn.question.configuration))
             sample = turn.samples[0]
             if not turn.done.is_set():
                 frame.show_progress(turn, sample)

@@ -10,6 +10,7 @@ import streamlit as st
 from tc_streamlit_chat.documents import as_json, as_markdown, file_name
 from tc_streamlit_chat.markdown import plain
 from tc_streamlit_chat.pages import frame
+from tc_streamlit_chat.pages.session import show_conversation
 from tc_streamlit_chat.services import Services
 from tc_streamlit_chat.store import Conversation, Conversations
 from torchchat_core.errors import TorchchatError
@@ -19,8 +20,6 @@ SHOWN = 100  # conversations of the list; a search finds the others
 
 def conversation_list(services: Services, mine: Conversations, current: Conversation | None) -> None:
     """A button for a new one, a search, and all that there are."""
-    from tc_streamlit_chat.pages.chat import show_conversation
-
     if st.button("New conversation", icon=":material/add_comment:", width="stretch", key="new", shortcut="Alt+N"):
         show_conversation(None)
         st.rerun()
@@ -39,8 +38,6 @@ def conversation_list(services: Services, mine: Conversations, current: Conversa
 
 
 def _row(services: Services, each: Conversation, current: Conversation | None) -> None:
-    from tc_streamlit_chat.pages.chat import show_conversation
-
     turn = services.turns.at(each.id)
     busy = turn is not None and not turn.done.is_set()
     chosen = current is not None and current.id == each.id
@@ -93,15 +90,13 @@ def _renamed(mine: Conversations, current: Conversation, title: str) -> None:
 @st.dialog("Delete this conversation?")
 @frame.guarded
 def _delete(mine: Conversations, current: Conversation) -> None:
-    from tc_streamlit_chat.pages.chat import show_conversation
-
     st.write(plain(current.title))
     st.caption("Its messages are deleted for good.")
     with st.container(horizontal=True, horizontal_alignment="right"):
         if st.button("Keep it", key="keep"):
             st.rerun()
         if st.button("Delete", type="primary", icon=":material/delete:", key="delete-now"):
-            frame.found().turns.forget(current.id)
+            frame.services().turns.forget(current.id)
             mine.delete(current.id)
             show_conversation(None)
             st.rerun()

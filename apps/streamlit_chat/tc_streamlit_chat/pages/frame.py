@@ -11,9 +11,13 @@ from typing import ParamSpec
 
 import streamlit as st
 
+from tc_streamlit_chat.choices import base_name, short_name
+from tc_streamlit_chat.configuration import Configuration
 from tc_streamlit_chat.figures import Details
+from tc_streamlit_chat.local import LocalModels
 from tc_streamlit_chat.markdown import plain, shown
-from tc_streamlit_chat.services import Services, services
+from tc_streamlit_chat.services import Services
+from tc_streamlit_chat.services import services as services
 from tc_streamlit_chat.serving import COOKIE, COOKIE_FORM
 from tc_streamlit_chat.store import Conversations
 from tc_streamlit_chat.turns import Sample, Turn
@@ -38,7 +42,7 @@ def guarded(draw: Callable[Arguments, None]) -> Callable[Arguments, None]:
             show_error(error)
         except Exception as error:  # Streamlit's own way to end a script is none
             log.exception("a page failed")
-            show_error(TorchchatError(f"{type(error).__name__}: {error}", "load the page again; the terminal says more"))
+            show_error(TorchchatError(f"{type(error).__name__}: {error}", "load the page again"))
 
     return drawn
 
@@ -65,6 +69,20 @@ def tab() -> str:
     if "tab" not in st.session_state:
         st.session_state["tab"] = secrets.token_urlsafe(24)
     return str(st.session_state["tab"])
+
+
+def model_line(services: Services, configuration: Configuration) -> str:
+    """What answers, in one line of Markdown."""
+    name = short_name(configuration.model or base_name(services))
+    if not isinstance(services.models, LocalModels):
+        return f"{plain(name)} · {plain(services.models.url)}"
+    known = services.models.known(configuration.request(services.models.base))
+    if known is not None:
+        return plain(f"{name} · {known.line}")
+    request = configuration.request(services.models.base)
+    parts = [name, *([request.executor] if request.executor != "auto" else []),
+             *([request.quantize] if request.quantize else []), "loaded with the first question"]
+    return plain(" · ".join(parts))
 
 
 def show_error(error: TorchchatError) -> None:
@@ -96,8 +114,3 @@ def show_details(details: Details, text: str) -> None:
     if rows:
         st.markdown("\n".join(["| | |", "|---|---|", *rows]))
     st.code(text, language=None, wrap_lines=True)
-
-
-def found() -> Services:
-    """Short for `services`, which pages ask for at their beginning."""
-    return services()

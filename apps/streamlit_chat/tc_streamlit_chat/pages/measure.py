@@ -35,7 +35,7 @@ HEIGHT = 760  # pixels of a drawn page
 @frame.guarded
 def page() -> None:
     """The whole page."""
-    services = frame.found()
+    services = frame.services()
     with st.container(key="wide"):
         st.markdown("#### Measure", anchors=False)
         if not isinstance(services.models, LocalModels):

@@ -13,13 +13,13 @@ from tc_streamlit_chat.configuration import MOST_SAMPLES, SAMPLING, Configuratio
 from tc_streamlit_chat.local import LocalModels
 from tc_streamlit_chat.markdown import plain
 from tc_streamlit_chat.pages import frame
+from tc_streamlit_chat.pages.session import DRAFT, SETTINGS
 from tc_streamlit_chat.services import Services
 from tc_streamlit_chat.store import Conversation, Conversations
 from torchchat_core.errors import TorchchatError
 from torchchat_core.generation_options import SamplingOptions
 from torchchat_core.options import detail_of, from_text, value_type
 
-OPEN = "settings_open"  # of the session
 AS_IS = ""  # of recipes: the model as it is
 MOST_EXACT = (1 << 53) - 1  # the largest whole number that a browser's numbers can say
 STEPS = {int: 1, float: 0.05}
@@ -31,19 +31,17 @@ def settings_dialog(services: Services, mine: Conversations, current: Conversati
     """Shows the settings; what is applied holds for the conversation, and for new ones of this tab."""
 
     def dismissed() -> None:
-        st.session_state[OPEN] = False
+        st.session_state[SETTINGS] = False
 
     @st.dialog("Settings", width="medium", on_dismiss=dismissed)
     @frame.guarded
     def dialog() -> None:
         changed = _form(services, configuration, current.id if current is not None else "new")
         if changed is not None:
-            from tc_streamlit_chat.pages.chat import DRAFT
-
             if current is not None:
                 mine.configure(current.id, changed.to_json())
             st.session_state[DRAFT] = changed
-            st.session_state[OPEN] = False
+            st.session_state[SETTINGS] = False
             st.rerun()
 
     dialog()
@@ -114,8 +112,8 @@ def _model(services: Services, configuration: Configuration, place: str) -> str 
     typing = services.private and not services.models.remote
     model = st.selectbox("Model", names, index=names.index(configuration.model or base), key=f"model-{place}",
                          format_func=lambda name: labels.get(name, name), accept_new_options=typing,
-                         help="One of this machine, or of the catalogue, or whatever torchchat takes as MODEL: a folder, "
-                              "a file, owner/name of a hub." if typing else None)
+                         help="One of this machine, or of the catalogue, or whatever torchchat takes as MODEL: a "
+                              "folder, a file, owner/name of a hub." if typing else None)
     return None if model is None or model == base else str(model)
 
 
@@ -126,8 +124,8 @@ def _answer_controls(configuration: Configuration, place: str, chats: bool) -> C
     transcript = configuration.transcript
     if not chats:
         transcript = st.toggle("Written dialogue", value=transcript, key=f"transcript-{place}",
-                               help="This model continues texts. With it, the text is a dialogue of User and Assistant; "
-                                    "without, what you write is continued.")
+                               help="This model continues texts. With it, the text is a dialogue of User and "
+                                    "Assistant; without, what you write is continued.")
     system = st.text_area("System prompt", value=configuration.system, key=f"system-{place}", height=110,
                           max_chars=100_000, placeholder="How the model should answer", disabled=not chats
                           and not transcript)
@@ -166,7 +164,8 @@ def _sampling_controls(chosen: Mapping[str, Any], defaults: Mapping[str, Any], p
 
 def _sampling_control(name: str, value: Any, key: str) -> Any:
     declared = SAMPLING[name]
-    detail, kind = detail_of(declared), value_type(SamplingOptions, name)
+    detail = detail_of(declared)
+    kind: Any = value_type(SamplingOptions, name)
     label = name.replace("_", " ").capitalize()
     known = f"{detail.help[0].upper()}{detail.help[1:]}" + (f" [{detail.range}]" if detail.range else "")
     if issubclass(kind, Mapping):
