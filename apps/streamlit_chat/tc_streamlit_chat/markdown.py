@@ -1,6 +1,6 @@
 """Text that others wrote, as Markdown that Streamlit shows without surprises.
 
-Streamlit escapes HTML by itself. What is left are its own additions to Markdown: $ begins a formula, `:red[...]` and
+Streamlit escapes HTML by itself, but does not read it as text. Its own additions to Markdown are: $ begins a formula, `:red[...]` and
 `:material/...:` are directives. Prices and colons are more frequent in answers than those.
 """
 
@@ -13,6 +13,7 @@ CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
 FORMULA = re.compile(r"(?<!\\)(\$\$(?=\S|\n).+?\$\$|\$(?=[^\s\d$])[^$\n]*?(?<=[^\s\\])\$(?!\d))", re.DOTALL)
 BRACKETED = re.compile(r"\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)  # how many models write formulas
 DIRECTIVE = re.compile(r":(?=[a-z][a-z-]*\[|material/|streamlit:|[a-z0-9_+-]+:)")
+TAG = re.compile(r"(?<!\\)<(?=[A-Za-z/!?])")  # begins HTML, in which Markdown is none: not shown as what it is
 SPECIAL = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~$:])")
 
 
@@ -66,4 +67,4 @@ def _formulas(text: str) -> str:
 
 
 def _words(text: str) -> str:
-    return DIRECTIVE.sub(r"\\:", re.sub(r"(?<!\\)\$", r"\\$", text))
+    return DIRECTIVE.sub(r"\\:", TAG.sub(r"\\<", re.sub(r"(?<!\\)\$", r"\\$", text)))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 TESTDATA = Path(__file__).resolve().parents[4] / "shared" / "testdata"
-SECONDS = 60  # that anything may take on a busy machine
+SECONDS = 15  # that anything may take on a busy machine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -108,7 +108,7 @@ class Page:
         try:
             return WebDriverWait(self.driver, SECONDS, poll_frequency=0.05).until(look)
         except TimeoutException:
-            raise AssertionError(f"waited for {what or found}; the page says:\n{self.text}") from None
+            raise AssertionError(f"waited for {what or found}; the page says:\n{self.text[-1500:]}") from None
 
     def all(self, selector: str) -> list[Any]:
         from selenium.webdriver.common.by import By
@@ -146,16 +146,30 @@ class Page:
         self.wait(typed, "the field for messages")
 
     def messages(self, role: str) -> list[str]:
-        """The texts of messages on the page."""
-        return [each.text for each in self.all(f"[class*=st-key-said-{role}] [data-testid=stMarkdownContainer] > p")]
+        """What was said, without the buttons and figures beside it."""
+        return list(self.driver.execute_script(f"""
+            return [...document.querySelectorAll('[class*=st-key-said-{role}]')].map(message =>
+                [...message.querySelectorAll('[data-testid=stMarkdown]')].map(text => text.innerText).join("\\n"))"""))
 
     def answers(self, count: int) -> list[str]:
-        """Texts of the answers, once there are so many and none is being written."""
+        """What the model said, once there are so many answers and none is being written."""
         def complete() -> list[str] | None:
-            found = [each.text for each in self.all("[class*=st-key-said-assistant]")]
+            found = self.messages("assistant")
             return found if len(found) == count and not self.all(".st-key-stop") else None
 
         return list(self.wait(complete, f"{count} answers"))
+
+    def fill(self, selector: str, text: str, *keys: str) -> None:
+        """Types into a field, in place of what is there, and presses keys."""
+        from selenium.webdriver.common.keys import Keys
+
+        def filled() -> bool:
+            field = self.all(selector)[0]
+            field.send_keys(Keys.CONTROL, "a")
+            field.send_keys(text or Keys.BACKSPACE, *keys)
+            return True
+
+        self.wait(filled, selector)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,9 @@ import pytest
 
 Browsers = Callable[..., Any]
 PHONE = {"width": 390, "height": 844}
+BEING_WRITTEN = """
+    const stop = document.querySelector('.st-key-stop');
+    return stop && stop.closest('[data-testid=stChatMessage]').querySelector('[data-testid=stMarkdown]')?.innerText"""
 STORY = "Tell me a short story."
 
 
@@ -32,11 +35,11 @@ def test_a_message_is_answered_as_it_comes_and_found_again_after_a_reload(page: 
     seen = set()
     deadline = time.monotonic() + 60
     while not page.all("[class*=st-key-said-assistant]") and time.monotonic() < deadline:
-        seen |= {each.text for each in page.all("[data-testid=stChatMessage]")[-1:] if page.all(".st-key-stop")} \
-            if page.all("[data-testid=stChatMessage]") else set()
+        seen.add(page.driver.execute_script(BEING_WRITTEN))
     answer = page.answers(1)[0]
-    assert "tokens/s · first after" in answer
-    assert len(seen) > 1, "the answer was not seen while it was written"
+    assert "tokens/s · first after" in page.text
+    beginnings = {text for text in seen if text and answer.startswith(text[:40])}
+    assert beginnings, f"the answer was not seen while it was written: {seen}"
     address = page.driver.current_url
     assert "?c=" in address
     page.driver.refresh()
@@ -57,7 +60,8 @@ def test_an_answer_is_stopped_and_made_again(browsers: Browsers, run_browser: Ca
     page.send(STORY)
     page.wait(lambda: re.search(r"\d+ tokens", page.text), "tokens of an answer")
     page.click(".st-key-stop button")
-    assert "stopped" in page.answers(1)[0]
+    assert page.answers(1)[0]
+    page.sees("stopped")
     page.click("[class*=st-key-again-] button")
     page.wait(lambda: re.search(r"\d+ tokens", page.text), "tokens of an answer")
     page.click(".st-key-stop button")
@@ -65,20 +69,18 @@ def test_an_answer_is_stopped_and_made_again(browsers: Browsers, run_browser: Ca
     second = page.answers(1)[0]
     page.click("[class*=st-key-back-] button")
     page.sees("1 of 2")
-    assert page.answers(1)[0].partition("\n")[0] != second.partition("\n")[0]
+    assert page.answers(1)[0] != second
 
 
 def test_a_message_is_edited_and_answered_anew(page: Any, served: str) -> None:
     fresh(page, served).send("What is torchchat?")
     first = page.answers(1)[0]
     page.click("[class*=st-key-edit-] button")
-    field = page.one("[class*=st-key-text-] textarea")
-    field.clear()
-    field.send_keys("Who are you?")
+    page.fill("[class*=st-key-text-] textarea", "Who are you?")
     page.click("[data-testid=stBaseButton-primaryFormSubmit]")
     page.sees("I am the small model")
     assert page.answers(1)[0] != first
-    assert "What is torchchat?" not in "".join(page.messages("user"))
+    assert page.messages("user") == ["Who are you?"]
 
 
 def test_two_tabs_and_two_browsers_do_not_mix(page: Any, browsers: Browsers, served: str) -> None:
@@ -109,7 +111,7 @@ def test_an_answer_goes_to_its_conversation_when_the_tab_is_closed(page: Any, se
     page.driver.close()
     page.driver.switch_to.window(page.driver.window_handles[0])
     page.open(address)
-    assert "tokens/s" in page.answers(1)[0]
+    assert page.answers(1)[0]
 
 
 def test_settings_are_applied_and_wrong_ones_are_told(page: Any, served: str) -> None:
@@ -118,19 +120,17 @@ def test_settings_are_applied_and_wrong_ones_are_told(page: Any, served: str) ->
     fresh(page, served).click(".st-key-settings button")
     page.sees("Executor")
     page.wait(lambda: page.all("[data-testid=stTab]"))[2].click()
-    seed = page.one("[class*=st-key-seed-] input")
-    seed.send_keys("many", Keys.TAB)
+    page.fill("[class*=st-key-seed-] input", "many", Keys.TAB)
     page.sees("seed is 'many'; it has to be a whole number")
-    seed = page.one("[class*=st-key-seed-] input")
-    seed.send_keys(Keys.BACKSPACE * 4, "7", Keys.TAB)
+    page.fill("[class*=st-key-seed-] input", "7", Keys.TAB)
     page.wait(lambda: page.all("[data-testid=stTab]"))[1].click()
-    length = page.one("[class*=st-key-length-] input")
-    length.send_keys("4", Keys.TAB)
+    page.fill("[class*=st-key-length-] input", "4", Keys.TAB)
     page.click("[class*=st-key-apply-] button")
     page.wait(lambda: not page.all("[data-testid=stDialog]"))
     page.send(STORY)
-    assert "4 tokens" in page.answers(1)[0]
-    assert "cut at the limit" in page.text
+    page.answers(1)
+    page.sees("4 tokens")
+    page.sees("cut at the limit")
 
 
 def test_everything_can_be_done_with_the_keyboard(page: Any, served: str) -> None:
@@ -156,17 +156,16 @@ def test_a_conversation_is_renamed_searched_exported_and_deleted(page: Any, serv
     fresh(page, served).send("Who are you?")
     page.answers(1)
     page.click(".st-key-more button")
-    title = page.one("[class*=st-key-title-] input")
-    title.send_keys(Keys.CONTROL, "a")
-    title.send_keys("A *quiet* :red[harbour] <b>", Keys.ENTER)
+    page.fill("[class*=st-key-title-] input", "A *quiet* :red[harbour] <b>", Keys.ENTER)
     page.sees("A *quiet* :red[harbour] <b>")
-    search = page.one(".st-key-search input")
-    search.send_keys("quiet", Keys.ENTER)
+    page.fill(".st-key-search input", "quiet", Keys.ENTER)
     page.wait(lambda: len(page.all("[class*=st-key-open-]")) == 1)
-    search.send_keys(Keys.CONTROL, "a")
-    search.send_keys(Keys.BACKSPACE, Keys.ENTER)
-    page.wait(lambda: len(page.all("[class*=st-key-open-]")) > 1)
-    page.click(".st-key-more button")
+    page.fill(".st-key-search input", "no such words", Keys.ENTER)
+    page.sees("Nothing has these words.")
+    page.fill(".st-key-search input", "", Keys.ENTER)
+    page.wait(lambda: page.all("[class*=st-key-open-]"))
+    if not page.all(".st-key-export-json"):
+        page.click(".st-key-more button")
     page.sees("Export as Markdown")
     page.sees("Export as JSON")
     page.click(".st-key-delete button")
@@ -179,11 +178,9 @@ def test_what_a_model_writes_does_nothing(page: Any, served: str) -> None:
     """The text is put in the place of an answer, since no small model writes such things."""
     fresh(page, served).send("Who are you?")
     page.answers(1)
-    page.wait(lambda: page.all("[class*=st-key-edit-] button"))[-1].click()
-    field = page.one("[class*=st-key-text-] textarea")
-    field.clear()
-    field.send_keys("<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> "
-                    "![](http://attacker.example/x.png) [go](javascript:document.title='taken') costs $5 and $6")
+    page.click("[class*=st-key-said-assistant] [class*=st-key-edit-] button")
+    page.fill("[class*=st-key-text-] textarea", "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> "
+              "![](http://attacker.example/x.png) [go](javascript:document.title='taken') costs $5 and $6")
     page.click("[data-testid=stBaseButton-primaryFormSubmit]")
     page.sees("costs $5 and $6")
     time.sleep(0.5)

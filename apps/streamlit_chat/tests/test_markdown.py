@@ -18,6 +18,7 @@ from tc_streamlit_chat.markdown import plain, shown
     ("`cost = $5` and `:red[x]`", "`cost = $5` and `:red[x]`"),
     ("```sh\necho $HOME $PATH\n```\nthen $5", "```sh\necho $HOME $PATH\n```\nthen \\$5"),
     ("```\nstill being written $HOME", "```\nstill being written $HOME"),
+    ("<think>a < b, *c*</think> `<b>`", r"\<think>a < b, *c*\</think> `<b>`"),
     ("an escaped \\$ stays", "an escaped \\$ stays"),
 ], ids=str)
 def test_an_answer_as_markdown(text: str, expected: str) -> None:
