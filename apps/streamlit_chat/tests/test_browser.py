@@ -155,23 +155,33 @@ def test_a_conversation_is_renamed_searched_exported_and_deleted(page: Any, serv
 
     fresh(page, served).send("Who are you?")
     page.answers(1)
-    page.click(".st-key-more button")
+    menu_opened(page)
+    page.sees("Export as Markdown")
+    page.sees("Export as JSON")
     page.fill("[class*=st-key-title-] input", "A *quiet* :red[harbour] <b>", Keys.ENTER)
-    page.sees("A *quiet* :red[harbour] <b>")
+    page.wait(lambda: page.text.count("A *quiet* :red[harbour] <b>") == 2, "the title, here and in the list")
     page.fill(".st-key-search input", "quiet", Keys.ENTER)
     page.wait(lambda: len(page.all("[class*=st-key-open-]")) == 1)
     page.fill(".st-key-search input", "no such words", Keys.ENTER)
     page.sees("Nothing has these words.")
     page.fill(".st-key-search input", "", Keys.ENTER)
     page.wait(lambda: page.all("[class*=st-key-open-]"))
-    if not page.all(".st-key-export-json"):
-        page.click(".st-key-more button")
-    page.sees("Export as Markdown")
-    page.sees("Export as JSON")
+    menu_opened(page)
     page.click(".st-key-delete button")
     page.click(".st-key-delete-now button")
     page.sees("What shall we talk about?")
     assert "quiet" not in page.text
+
+
+def menu_opened(page: Any) -> None:
+    """Of what can be done with a conversation: a click on an open one would close it."""
+    def opened() -> Any:
+        if not page.all(".st-key-delete button"):
+            page.all(".st-key-more button")[0].click()
+            time.sleep(0.5)
+        return page.all(".st-key-delete button")
+
+    page.wait(opened)
 
 
 def test_what_a_model_writes_does_nothing(page: Any, served: str) -> None:
