@@ -202,21 +202,36 @@ def test_what_a_model_writes_does_nothing(page: Any, served: str) -> None:
     assert all(url.startswith((served, "data:", "blob:", "chrome")) for url in urls), urls
 
 
-def test_two_models_are_compared_and_measured(page: Any, served: str) -> None:
+def test_two_models_are_compared(page: Any, served: str, request: pytest.FixtureRequest) -> None:
+    from selenium.webdriver.common.keys import Keys
+
     page.open(f"{served}/compare")
     page.one(".st-key-compared-prompt textarea").send_keys("Who are you?")
+    page.fill("[class*=st-key-recipe-compare-right] input", "linear:int8", Keys.ENTER)
     page.click(".st-key-ask-both button")
-    page.sees("Both answers are the same")
+    page.sees("nswers are the same")
+    assert "linear:int8" in page.one(".st-key-compared-right").text
     page.click(".st-key-verify button")
-    page.sees("They agree, by the limits")
+    page.sees("Mean KL divergence")
+    page.sees("agree")
+    page.resize(1280, 1500)
+    kept(page, request, "compare")
+    page.resize(1280, 860)
+
+
+def test_what_recipes_cost_is_measured_and_drawn(page: Any, served: str, request: pytest.FixtureRequest) -> None:
     page.open(f"{served}/measure")
     page.sees("Executors")
+    page.wait(lambda: [each for each in page.all(".st-key-kind button") if each.text == "Quality"])[0].click()
+    page.sees("What each recipe costs")
     page.click(".st-key-measure-now button")
     page.sees("Measurements")
-    frame = page.one("iframe")
-    page.driver.switch_to.frame(frame)
-    page.sees("Decoding, tokens/s")
+    page.driver.switch_to.frame(page.one("iframe"))
+    page.sees("perplexity")
     page.driver.switch_to.default_content()
+    page.resize(1280, 1250)
+    kept(page, request, "measure")
+    page.resize(1280, 860)
 
 
 @pytest.mark.parametrize(("name", "settings", "dark"), [

@@ -60,8 +60,8 @@ def conversations(found: Services) -> Conversations:
     """Those of whoever looks at the page: of this machine's user, or of one browser among many."""
     if found.private:
         return Conversations(found.store, "")
-    cookie = st.context.cookies.get(COOKIE, "")
-    return Conversations(found.store, cookie if COOKIE_FORM.fullmatch(cookie) else tab())
+    cookie = st.context.cookies.get(COOKIE)
+    return Conversations(found.store, cookie if isinstance(cookie, str) and COOKIE_FORM.fullmatch(cookie) else tab())
 
 
 def tab() -> str:
