@@ -1,7 +1,7 @@
 """Text that others wrote, as Markdown that Streamlit shows without surprises.
 
-Streamlit escapes HTML by itself, but does not read it as text. Its own additions to Markdown are: $ begins a formula, `:red[...]` and
-`:material/...:` are directives. Prices and colons are more frequent in answers than those.
+Streamlit escapes HTML by itself, but does not read it as text. It has additions to Markdown: $ begins a formula, and
+`:red[...]` and `:material/...:` are directives. Prices and colons are more frequent in answers than those.
 """
 
 from __future__ import annotations

@@ -189,7 +189,8 @@ def test_what_a_model_writes_does_nothing(page: Any, served: str) -> None:
     fresh(page, served).send("Who are you?")
     page.answers(1)
     page.click("[class*=st-key-said-assistant] [class*=st-key-edit-] button")
-    page.fill("[class*=st-key-text-] textarea", "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> "
+    page.fill("[class*=st-key-text-] textarea", "<script>document.title='taken'</script>"
+              "<img src=x onerror=\"document.title='taken'\"> "
               "![](http://attacker.example/x.png) [go](javascript:document.title='taken') costs $5 and $6")
     page.click("[data-testid=stBaseButton-primaryFormSubmit]")
     page.sees("costs $5 and $6")

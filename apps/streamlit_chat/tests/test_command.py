@@ -81,7 +81,7 @@ def test_websockets_are_for_our_own_pages(served: str, origin: str | None, statu
     if origin is not None:
         headers["origin"] = served if origin == "same" else origin
     with socket.create_connection((host.partition(":")[0], int(host.partition(":")[2])), timeout=30) as connection:
-        lines = [f"GET /_stcore/stream HTTP/1.1\r\nHost: {host}"] + [f"{name}: {value}" for name, value in headers.items()]
+        lines = ["GET /_stcore/stream HTTP/1.1", f"Host: {host}", *(f"{name}: {headers[name]}" for name in headers)]
         connection.sendall(("\r\n".join(lines) + "\r\n\r\n").encode())
         assert connection.recv(12).split()[1] == str(status).encode()
 

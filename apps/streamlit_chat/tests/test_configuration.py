@@ -17,7 +17,8 @@ def test_it_comes_back_from_json() -> None:
     assert Configuration.from_json(FULL.to_json()) == FULL
 
 
-@pytest.mark.parametrize("text", ["", "7", "null", "[1]", '{"sampling": 7, "stop": "x", "model": 1, "num_samples": true}',
+@pytest.mark.parametrize("text", ["", "7", "null", "[1]",
+                                  '{"sampling": 7, "stop": "x", "model": 1, "num_samples": true}',
                                   '{"sampling": {"temperature": "hot"}}', '{"sampling": {"temperature": -1}}',
                                   '{"num_samples": 1000}', '{"max_new_tokens": 0}', '{"stop": [""]}', "[" * 100_000])
 def test_what_cannot_be_taken_is_left_at_its_default(text: str) -> None:
@@ -30,7 +31,8 @@ def test_what_is_right_beside_it_is_taken() -> None:
 
 
 @pytest.mark.parametrize(("values", "message"), [
-    ({"sampling": {"temperature": float("nan")}}, "temperature is nan"), ({"sampling": {"heat": 1}}, "no sampling option"),
+    ({"sampling": {"temperature": float("nan")}}, "temperature is nan"),
+    ({"sampling": {"heat": 1}}, "no sampling option"),
     ({"num_samples": 0}, "num_samples is 0"), ({"stop": ("",)}, "stop string is empty")])
 def test_values_out_of_range_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(TorchchatError, match=message):

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -171,9 +171,9 @@ def test_texts_are_joined_where_words_would_run_together() -> None:
 class FakeServer(BaseHTTPRequestHandler):
     """Answers as the test says, and keeps what it was asked."""
 
-    lines: list[str] = []
+    lines: ClassVar[list[str]] = []
     status = 200
-    asked: list[dict[str, Any]] = []
+    asked: ClassVar[list[dict[str, Any]]] = []
     left = threading.Event()
 
     def do_GET(self) -> None:
