@@ -37,7 +37,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/mypy $(patsubst %/__init__.py,%,$(wildcard plugins/*/*/__init__.py))
+	$(BIN)/mypy $(patsubst %/__init__.py,%,$(wildcard plugins/*/*/__init__.py apps/*/*/__init__.py))
 	$(BIN)/python tools/generate_docs.py --check
 
 docs: $(STAMP)
@@ -54,4 +54,4 @@ bench: $(STAMP)
 	$(BIN)/python tools/compare_transformers.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info plugins/*/build plugins/*/*.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist *.egg-info plugins/*/build plugins/*/*.egg-info apps/*/build apps/*/*.egg-info .mypy_cache .ruff_cache .pytest_cache

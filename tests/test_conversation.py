@@ -70,7 +70,7 @@ def test_an_answer_cut_at_a_stop_string_is_continued_without_what_was_cut(script
     options = GenerationOptions(sampling=SamplingOptions(temperature=0.0), stop=("Fine", "STOP"))
     assert list(conversation.ask("Hi", options))[-1].text == ""
     text, encode = render(byte_format, conversation.messages)
-    assert conversation._prompt() == (text, encode(text))
+    assert conversation._prompt(conversation.messages) == (text, encode(text))
 
 
 def test_the_oldest_turns_are_dropped_with_a_notice_and_the_system_message_stays(scripted: Any,

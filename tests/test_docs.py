@@ -13,7 +13,8 @@ from torchchat_core import hookspecs
 from torchchat_core.plugins import HOOKS
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("plugins/*/README.md")])
+DOCUMENTS = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("plugins/*/README.md"),
+                    *ROOT.glob("apps/*/README.md")])
 
 
 def test_the_generated_documents_are_not_stale() -> None:

@@ -116,43 +116,49 @@ class Conversation:
         self.messages = checked_messages(found.get("messages") if isinstance(found, dict) else found)
 
     def _fitting_prompt(self, options: GenerationOptions) -> tuple[str, list[int], int]:
-        """The prompt as text and ids, and how many of the oldest messages had to go to make room.
+        """The prompt as text and ids, and how many of the oldest messages had to go to make room."""
+        before = len(self.messages)
+        self.messages, text, ids = fitting_prompt(self.messages, self._sequence.limit, options, self._prompt)
+        return text, ids, before - len(self.messages)
 
-        When the context is full, so many go that half of it is free: what is left is computed anew, and that should
-        not happen on every turn.
-        """
-        limit = self._sequence.limit
-        room = min(options.max_new_tokens or limit, limit // 4)
-        text, ids = self._prompt()
-        turns = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
-        if len(ids) + room <= limit or len(turns) < 2:
-            check_prompt(ids, limit)
-            return text, ids, 0
-        messages = self.messages
-
-        def length_without(dropped_turns: int) -> int:
-            self.messages = messages[: turns[0]] + messages[turns[dropped_turns] :]
-            return -len(self._prompt()[1])  # rises with the number of turns, as bisection wants it
-
-        dropped = bisect.bisect_left(range(len(turns) - 1), -(limit // 2), lo=1, key=length_without)
-        length_without(dropped)
-        text, ids = self._prompt()
-        check_prompt(ids, limit)
-        return text, ids, turns[dropped] - turns[0]
-
-    def _prompt(self) -> tuple[str, list[int]]:
+    def _prompt(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
         """What is held of the last turn is taken as it was generated, and only what follows is encoded.
 
         Encoding the whole text again could cut the answer into other tokens than the model chose, and the cache
         would be of no use from there on.
         """
-        text, encode = render(self._format, self.messages)
+        text, encode = render(self._format, messages)
         settled_text, settled_ids = self._settled
         if settled_text and text.startswith(settled_text):
             rest = text[len(settled_text) :]
             if starts_with_control_token(rest, self._format.tokenizer) and MARK not in rest:
                 return text, [*settled_ids, *encode(rest)]
         return text, encode(text)
+
+
+def fitting_prompt(messages: Sequence[Message], limit: int, options: GenerationOptions,
+                   prompt: Callable[[Sequence[Message]], tuple[str, list[int]]]
+                   ) -> tuple[list[Message], str, list[int]]:
+    """The messages that fit into `limit` tokens with an answer, and the text and ids that `prompt` makes of them.
+
+    When the context is full, so many of the oldest turns go that half of it is free: what is left is computed anew, and
+    that should not happen on every turn. Raises `TorchchatError` where the last message alone is too long.
+    """
+    room = min(options.max_new_tokens or limit, limit // 4)
+    text, ids = prompt(messages)
+    turns = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    if len(ids) + room <= limit or len(turns) < 2:
+        check_prompt(ids, limit)
+        return list(messages), text, ids
+
+    def without(dropped_turns: int) -> list[Message]:
+        return [*messages[: turns[0]], *messages[turns[dropped_turns] :]]
+
+    dropped = bisect.bisect_left(range(len(turns) - 1), -(limit // 2), lo=1,  # rises with the turns that are dropped
+                                 key=lambda dropped_turns: -len(prompt(without(dropped_turns))[1]))
+    text, ids = prompt(without(dropped))
+    check_prompt(ids, limit)
+    return without(dropped), text, ids
 
 
 def checked_messages(found: object) -> list[Message]:

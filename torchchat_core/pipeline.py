@@ -101,11 +101,11 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
             yield opened
         return
     wished = parse_recipe(request.quantize, registry) if request.quantize is not None else None
-    device = _chosen_device(request, wished)
+    device = chosen_device(request, wished)
     checkpoint = open_checkpoint(request, files, registry)
     limit = checked_limit(request.max_seq_length, checkpoint.config.max_context)
     text_format = read_text_format(files, registry, checkpoint.config.vocab_size)
-    dtype = choose_dtype(_wished_dtype(request, wished), device, checkpoint.dtype)
+    dtype = choose_dtype(wished_dtype(request, wished), device, checkpoint.dtype)
     recipe = _settled(wished, request, checkpoint, registry, device, dtype)
     schemes = _schemes(recipe, checkpoint)
     made_by = str(recipe) if recipe is not None and recipe.steps else stored_recipe(
@@ -144,10 +144,10 @@ def export_model(request: ModelRequest, exporter: ExporterInfo, path: Path, opti
     has none. Raises `TorchchatError` as `open_model` does, and for what the exporter does not write.
     """
     wished = parse_recipe(request.quantize, registry) if request.quantize is not None else None
-    device = _chosen_device(request, wished, otherwise="cpu")
+    device = chosen_device(request, wished, otherwise="cpu")
     files = fetch_files(request, registry)
     checkpoint = open_checkpoint(request, files, registry)
-    asked = _wished_dtype(request, wished)
+    asked = wished_dtype(request, wished)
     dtype = choose_dtype(asked, device, checkpoint.dtype) if asked else stored_dtype(checkpoint.dtype)
     recipe = _settled(wished, request, checkpoint, registry, device, dtype)
     schemes = _schemes(recipe, checkpoint)
@@ -198,7 +198,7 @@ def quantise_model(request: ModelRequest, folder: Path, registry: Registry) -> t
     checkpoint = open_checkpoint(request, files, registry)
     target = _target_device(request, wished)
     device = target if has_device(target) else "cpu"
-    asked = _wished_dtype(request, wished)
+    asked = wished_dtype(request, wished)
     dtype = choose_dtype(asked, device, checkpoint.dtype) if asked else stored_dtype(checkpoint.dtype)
     recipe = _settled(wished, request, checkpoint, registry, target, dtype)
     windows = _calibration(request, files, checkpoint, registry)
@@ -215,7 +215,7 @@ def looks_at_text(request: ModelRequest, registry: Registry) -> bool:
     if request.quantize is None:
         return False
     wished = parse_recipe(request.quantize, registry)
-    dtype = DTYPE_NAMES.get(_wished_dtype(request, wished) or "", "fp32")
+    dtype = DTYPE_NAMES.get(wished_dtype(request, wished) or "", "fp32")
     try:
         return any(step.calibrated for step in wished.steps(registry, _target_device(request, wished), dtype))
     except TorchchatError:
@@ -312,14 +312,14 @@ def open_files(files: ModelFiles, registry: Registry) -> Checkpoint:
     return checkpoint
 
 
-def _chosen_device(request: ModelRequest, recipe: RecipeText | None, otherwise: str = "fast") -> str:
+def chosen_device(request: ModelRequest, recipe: RecipeText | None, otherwise: str = "fast") -> str:
     """The one that was asked for; where that is any, the recipe's, and where it names none, `otherwise`."""
     if request.device not in ("fast", "auto"):
         return choose_device(request.device)
     return choose_device((recipe.device if recipe is not None else None) or otherwise)
 
 
-def _wished_dtype(request: ModelRequest, recipe: RecipeText | None) -> str | None:
+def wished_dtype(request: ModelRequest, recipe: RecipeText | None) -> str | None:
     return request.dtype or (recipe.dtype if recipe is not None else None)
 
 

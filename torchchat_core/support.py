@@ -192,6 +192,14 @@ def choose_executor(name: str, device: str, dtype: str, schemes: Sequence[str], 
                          f"what works is {instead}" if instead else "pip install tc-eager")
 
 
+def readers(read: str, registry: Registry) -> tuple[str, ...]:
+    """Names of the executors that load what is in memory, or such files, in the order in which "auto" tries them;
+    qualified where a bare name would be ambiguous."""
+    found = [(info.order, qualified if registry.contested(ExecutorInfo, info.name) else info.name)
+             for qualified, info in registry.settled(ExecutorInfo) if read in info.reads]
+    return tuple(name for _, name in sorted(found))
+
+
 def _what(read: str) -> str:
     return "models in memory" if read == IN_MEMORY else f"{read} files"
 

@@ -60,9 +60,10 @@ async def used(shelf: Shelf, name: str, seconds: float = 0.0) -> None:
         await asyncio.sleep(seconds)
 
 
-def test_requests_for_two_models_of_which_one_fits_do_not_block_each_other(fake: type[FakeEngine]) -> None:
+@pytest.mark.parametrize("limit", ["memory_limit", "max_loaded"])
+def test_requests_for_two_models_of_which_one_fits_do_not_block_each_other(limit: str, fake: type[FakeEngine]) -> None:
     async def scenario() -> None:
-        shelf = new_shelf(memory_limit=1)
+        shelf = new_shelf(**{limit: 1})
         async with shelf.use("a"):
             other = asyncio.create_task(used(shelf, "b"))
             await asyncio.sleep(0.1)
@@ -72,6 +73,7 @@ def test_requests_for_two_models_of_which_one_fits_do_not_block_each_other(fake:
         assert sum(not engine.closed for engine in fake.made) == 1
         assert sum(entry.bytes for entry in shelf.entries.values()) == SIZE
         await shelf.close()
+        assert not any(entry.room for entry in shelf.entries.values())
         assert all(engine.closed for engine in fake.made)
 
     asyncio.run(asyncio.wait_for(scenario(), 20))
@@ -125,7 +127,7 @@ def test_a_model_that_fails_in_any_way_is_closed_and_its_room_is_free(fake: type
 
 def test_a_model_whose_thread_died_is_loaded_anew(fake: type[FakeEngine]) -> None:
     async def scenario() -> None:
-        shelf = new_shelf(memory_limit=1)
+        shelf = new_shelf(memory_limit=1, max_loaded=1)
         await used(shelf, "a")
         fake.made[0].broken = True
         await used(shelf, "a")

@@ -29,7 +29,7 @@ from torchchat_core.products import reference_of
 from torchchat_core.quantization.recipe import recipe_names
 from torchchat_core.small_files import read_text
 from torchchat_core.specs import ExecutorInfo, QuantizerInfo
-from torchchat_core.support import IN_MEMORY
+from torchchat_core.support import IN_MEMORY, readers
 
 ALL = "all"
 
@@ -103,11 +103,10 @@ def _executors(request: ModelRequest, registry: Registry) -> list[str]:
     wanted, path = IN_MEMORY, exported_file(fetch_files(dataclasses.replace(request, executor="auto"), registry))
     if path is not None:
         wanted = open_artifact(path).manifest.kind
-    found = [(info.order, qualified if registry.contested(ExecutorInfo, info.name) else info.name)
-             for qualified, info in registry.settled(ExecutorInfo) if wanted in info.reads]
+    found = readers(wanted, registry)
     if not found:
         raise TorchchatError("no installed executor runs this model", "pip install tc-eager")
-    return [name for _, name in sorted(found)]
+    return list(found)
 
 
 def passed_over(request: ModelRequest, registry: Registry) -> list[Failed]:

@@ -21,6 +21,8 @@ class Limits:
     cache_tokens: int = option(16384, "tokens that caches of finished conversations may have memory for, each for 256 "
                                       "at least; they serve prompts that begin alike", minimum=0)
     memory_limit: int = option(0, "MiB that the weights of all loaded models may take together; 0: any", minimum=0)
+    max_loaded: int = option(0, "models in memory at once, those that were not used for longest make room; 0: any",
+                             minimum=0)
     grace: float = option(30.0, "seconds that answers in progress get when the server is told to stop", minimum=0.0,
                           maximum=3600.0)
 

@@ -30,6 +30,7 @@ class Entry:
     waiting: int = 0  # requests that wait for it to be loaded
     users: int = 0  # requests that are using it now
     used_at: float = 0.0
+    room: bool = False  # whether it has a place in memory: from when room is made for it until it is given back
     bytes: int = 0  # of its weights: from when room is made for them until they are given back
 
 
@@ -46,6 +47,10 @@ class Shelf:
     @property
     def loaded(self) -> list[Entry]:
         return [entry for entry in self.entries.values() if entry.engine is not None]
+
+    def add(self, name: str, request: ModelRequest) -> None:
+        """One more model, loaded when it is first asked for; nothing where there is one of that name."""
+        self.entries.setdefault(name, Entry(name, request))
 
     def find(self, name: str) -> Entry:
         """Raises `ApiError` 404 for a model that is not here."""
@@ -106,6 +111,7 @@ class Shelf:
                     engine = await self._started(entry)
             except BaseException:
                 entry.bytes -= needed
+                entry.room = False
                 self._changed.set()
                 raise
             entry.bytes += engine.opened.weight_bytes - needed
@@ -133,13 +139,11 @@ class Shelf:
         Waits without a lock: those who use what is loaded are what it waits for.
         """
         limit = self._limits.memory_limit << 20
-        if not limit:
-            return 0
-        needed = await asyncio.to_thread(self._size, entry.request)
+        needed = await asyncio.to_thread(self._size, entry.request) if limit else 0
         if needed > limit:
             raise ApiError(503, f"the model {entry.name!r} takes {bytes_text(needed)}; the server may use "
                                 f"{bytes_text(limit)} (--memory-limit)")
-        while sum(other.bytes for other in self.entries.values()) + needed > limit:
+        while self._crowded(needed):
             idle = [other for other in self.loaded if not other.users and not other.waiting]
             if idle:
                 await self._unload(min(idle, key=lambda other: other.used_at))
@@ -149,7 +153,15 @@ class Shelf:
                 self._changed.clear()
                 await self._changed.wait()
         entry.bytes += needed
+        entry.room = True
         return needed
+
+    def _crowded(self, needed: int) -> bool:
+        """Whether one more model, of so many bytes, is too much."""
+        limit, most = self._limits.memory_limit << 20, self._limits.max_loaded
+        if limit and sum(other.bytes for other in self.entries.values()) + needed > limit:
+            return True
+        return bool(most) and sum(other.room for other in self.entries.values()) >= most
 
     def _size(self, request: ModelRequest) -> int:
         """Bytes of the weights as they are stored, which is about what they take."""
@@ -166,4 +178,5 @@ class Shelf:
                 await engine.close()
             finally:
                 entry.bytes -= freed
+                entry.room = False
                 self._changed.set()

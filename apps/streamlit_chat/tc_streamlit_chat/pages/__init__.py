@@ -1,0 +1,1 @@
+"""The pages. Streamlit runs `app.py` anew whenever something was clicked."""

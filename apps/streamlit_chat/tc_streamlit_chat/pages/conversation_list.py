@@ -1,0 +1,102 @@
+"""The conversations beside the page, and what can be done with one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import date, datetime
+
+import streamlit as st
+
+from tc_streamlit_chat.documents import as_json, as_markdown, file_name
+from tc_streamlit_chat.markdown import plain
+from tc_streamlit_chat.pages import frame
+from tc_streamlit_chat.pages.session import show_conversation
+from tc_streamlit_chat.services import Services
+from tc_streamlit_chat.store import Conversation, Conversations
+from torchchat_core.errors import TorchchatError
+
+SHOWN = 100  # conversations of the list; a search finds the others
+
+
+def conversation_list(services: Services, mine: Conversations, current: Conversation | None) -> None:
+    """A button for a new one, a search, and all that there are."""
+    if st.button("New conversation", icon=":material/add_comment:", width="stretch", key="new", shortcut="Alt+N"):
+        show_conversation(None)
+        st.rerun()
+    search = st.text_input("Search conversations", placeholder="Search conversations", type="search", max_chars=200,
+                           label_visibility="collapsed", key="search", icon=":material/search:") or ""
+    found = mine.listed(search)
+    with st.container(key="conversations"):
+        if not found:
+            st.caption("Nothing has these words." if search.strip() else "Conversations will be listed here.")
+        for heading, group in _by_age(found[:SHOWN]):
+            st.caption(heading)
+            for each in group:
+                _row(services, each, current)
+    if len(found) > SHOWN:
+        st.caption(f"{len(found) - SHOWN} older ones: search for their words.")
+
+
+def _row(services: Services, each: Conversation, current: Conversation | None) -> None:
+    turn = services.turns.at(each.id)
+    busy = turn is not None and not turn.done.is_set()
+    chosen = current is not None and current.id == each.id
+    if st.button(plain(each.title), key=f"open-{each.id}", width="stretch", wrap=False,
+                 type="secondary" if chosen else "tertiary", icon=":material/pending:" if busy else None):
+        show_conversation(each.id)
+        st.rerun()
+
+
+def _by_age(found: Sequence[Conversation]) -> Iterator[tuple[str, list[Conversation]]]:
+    today = date.today()
+    groups: dict[str, list[Conversation]] = {}
+    for each in found:
+        days = (today - datetime.fromtimestamp(each.updated).date()).days
+        name = "Today" if days <= 0 else "Yesterday" if days == 1 else "This week" if days < 7 else "Earlier"
+        groups.setdefault(name, []).append(each)
+    yield from groups.items()
+
+
+# ---- one of them ---------------------------------------------------------------------------------------------------
+
+
+def more_menu(mine: Conversations, current: Conversation) -> None:
+    """Rename, export, delete."""
+    with st.popover("", icon=":material/more_vert:", help="Rename, export, delete", key="more"):
+        with st.form(key=f"rename-{current.id}", border=False):
+            title = st.text_input("Title", value=current.title, max_chars=200, key=f"title-{current.id}")
+            if st.form_submit_button("Rename", icon=":material/edit:", width="stretch"):
+                _renamed(mine, current, title or "")
+        messages = mine.messages(current.id)
+        st.download_button("Export as Markdown", as_markdown(current, messages), file_name(current, ".md"),
+                           "text/markdown", icon=":material/download:", width="stretch", on_click="ignore",
+                           key="export-markdown")
+        st.download_button("Export as JSON", as_json(current, messages), file_name(current, ".json"),
+                           "application/json", icon=":material/data_object:", width="stretch", on_click="ignore",
+                           key="export-json")
+        if st.button("Delete\u2026", icon=":material/delete:", width="stretch", key="delete"):
+            _delete(mine, current)
+
+
+def _renamed(mine: Conversations, current: Conversation, title: str) -> None:
+    try:
+        mine.rename(current.id, title)
+    except TorchchatError as error:
+        frame.show_error(error)
+    else:
+        st.rerun()
+
+
+@st.dialog("Delete this conversation?")
+@frame.guarded
+def _delete(mine: Conversations, current: Conversation) -> None:
+    st.write(plain(current.title))
+    st.caption("Its messages are deleted for good.")
+    with st.container(horizontal=True, horizontal_alignment="right"):
+        if st.button("Keep it", key="keep"):
+            st.rerun()
+        if st.button("Delete", type="primary", icon=":material/delete:", key="delete-now"):
+            frame.services().turns.forget(current.id)
+            mine.delete(current.id)
+            show_conversation(None)
+            st.rerun()

@@ -1,0 +1,279 @@
+"""The pages in a real Chromium: what a person does, and what he sees."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+Browsers = Callable[..., Any]
+PHONE = {"width": 390, "height": 844}
+BEING_WRITTEN = """
+    const stop = document.querySelector('.st-key-stop');
+    return stop && stop.closest('[data-testid=stChatMessage]').querySelector('[data-testid=stMarkdown]')?.innerText"""
+STORY = "Tell me a short story."
+
+
+@pytest.fixture(scope="module")
+def page(browsers: Browsers, served: str) -> Any:
+    """A Chromium at the page."""
+    return browsers().open(served)
+
+
+def fresh(page: Any, address: str) -> Any:
+    page.open(address)
+    page.sees("What shall we talk about?")
+    return page
+
+
+def test_a_message_is_answered_as_it_comes_and_found_again_after_a_reload(page: Any, served: str) -> None:
+    fresh(page, served).send(STORY)
+    seen = set()
+    deadline = time.monotonic() + 60
+    while not page.all("[class*=st-key-said-assistant]") and time.monotonic() < deadline:
+        seen.add(page.driver.execute_script(BEING_WRITTEN))
+    answer = page.answers(1)[0]
+    assert "tokens/s · first after" in page.text
+    beginnings = {text for text in seen if text and answer.startswith(text[:40])}
+    assert beginnings, f"the answer was not seen while it was written: {seen}"
+    address = page.driver.current_url
+    assert "?c=" in address
+    page.driver.refresh()
+    assert page.answers(1)[0] == answer
+    assert STORY in page.text
+    page.open(served)  # the page without an address of a conversation: it is in the list
+    page.sees("What shall we talk about?")
+    page.click(".st-key-conversations button")
+    assert page.answers(1)[0] == answer
+    assert page.driver.current_url == address
+
+
+def test_an_answer_is_stopped_and_made_again(browsers: Browsers, run_browser: Callable[..., str]) -> None:
+    # A bias against the end of an answer: it goes on until it is stopped.
+    address = run_browser("--temperature", "1", "--logit-bias", "0=-10000", "--logit-bias", "1=-10000",
+                          "--logit-bias", "2=-10000", "--logit-bias", "3=-10000", "--logit-bias", "4=-10000")
+    page = fresh(browsers(), address)
+    page.send(STORY)
+    page.wait(lambda: re.search(r"\d+ tokens", page.text), "tokens of an answer")
+    page.click(".st-key-stop button")
+    assert page.answers(1)[0]
+    page.sees("stopped")
+    page.click("[class*=st-key-again-] button")
+    page.wait(lambda: re.search(r"\d+ tokens", page.text), "tokens of an answer")
+    page.click(".st-key-stop button")
+    page.sees("2 of 2")
+    second = page.answers(1)[0]
+    page.click("[class*=st-key-back-] button")
+    page.sees("1 of 2")
+    assert page.answers(1)[0] != second
+
+
+def test_a_message_is_edited_and_answered_anew(page: Any, served: str) -> None:
+    fresh(page, served).send("What is torchchat?")
+    first = page.answers(1)[0]
+    page.click("[class*=st-key-edit-] button")
+    page.fill("[class*=st-key-text-] textarea", "Who are you?")
+    page.click("[data-testid=stBaseButton-primaryFormSubmit]")
+    page.sees("I am the small model")
+    assert page.answers(1)[0] != first
+    assert page.messages("user") == ["Who are you?"]
+
+
+def test_two_tabs_and_two_browsers_do_not_mix(page: Any, browsers: Browsers, served: str) -> None:
+    other = fresh(browsers(), served)
+    fresh(page, served)
+    page.send(STORY)
+    other.send("Who are you?")
+    second = other.answers(1)[0]
+    first = page.answers(1)[0]
+    assert second.startswith("I am the small model")
+    assert not first.startswith("I am the small model")
+    address = page.driver.current_url
+    page.driver.switch_to.new_window("tab")
+    fresh(page, served).send("What can I do with torchchat?")
+    third = page.answers(1)[0]
+    assert third not in (first, second)
+    page.driver.close()
+    page.driver.switch_to.window(page.driver.window_handles[0])
+    page.driver.get(address)
+    assert page.answers(1)[0] == first
+
+
+def test_an_answer_goes_to_its_conversation_when_the_tab_is_closed(page: Any, served: str) -> None:
+    page.driver.switch_to.new_window("tab")
+    fresh(page, served).send(STORY)
+    page.wait(lambda: "?c=" in page.driver.current_url)
+    address = page.driver.current_url
+    page.driver.close()
+    page.driver.switch_to.window(page.driver.window_handles[0])
+    page.open(address)
+    assert page.answers(1)[0]
+
+
+def test_settings_are_applied_and_wrong_ones_are_told(page: Any, served: str) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    fresh(page, served).click(".st-key-settings button")
+    page.sees("Executor")
+    page.wait(lambda: page.all("[data-testid=stTab]"))[2].click()
+    page.fill("[class*=st-key-seed-] input", "many", Keys.TAB)
+    page.sees("seed is 'many'; it has to be a whole number")
+    page.fill("[class*=st-key-seed-] input", "7", Keys.TAB)
+    page.wait(lambda: page.all("[data-testid=stTab]"))[1].click()
+    page.fill("[class*=st-key-length-] input", "4", Keys.TAB)
+    page.click("[class*=st-key-apply-] button")
+    page.wait(lambda: not page.all("[data-testid=stDialog]"))
+    page.send(STORY)
+    page.answers(1)
+    page.sees("4 tokens")
+    page.sees("cut at the limit")
+
+
+def test_everything_can_be_done_with_the_keyboard(page: Any, served: str) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    fresh(page, served).send("Who are you?")
+    page.answers(1)
+    ActionChains(page.driver).send_keys(Keys.ESCAPE).key_down(Keys.ALT).send_keys("n").key_up(Keys.ALT).perform()
+    page.sees("What shall we talk about?")
+    names = set()
+    for _ in range(30):
+        ActionChains(page.driver).send_keys(Keys.TAB).perform()
+        focused = page.driver.switch_to.active_element
+        names.add((focused.get_attribute("aria-label") or focused.text or focused.get_attribute("placeholder")).strip())
+    wanted = ("New conversation", "Search conversations", "Settings", "Write a message", "Compare", "Measure")
+    assert all(any(word in name for name in names) for word in wanted), names
+
+
+def test_a_conversation_is_renamed_searched_exported_and_deleted(page: Any, served: str) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    fresh(page, served).send("Who are you?")
+    page.answers(1)
+    menu_opened(page)
+    page.sees("Export as Markdown")
+    page.sees("Export as JSON")
+    page.fill("[class*=st-key-title-] input", "A *quiet* :red[harbour] <b>", Keys.ENTER)
+    page.wait(lambda: page.text.count("A *quiet* :red[harbour] <b>") == 2, "the title, here and in the list")
+    page.fill(".st-key-search input", "quiet", Keys.ENTER)
+    page.wait(lambda: len(page.all("[class*=st-key-open-]")) == 1)
+    page.fill(".st-key-search input", "no such words", Keys.ENTER)
+    page.sees("Nothing has these words.")
+    page.fill(".st-key-search input", "", Keys.ENTER)
+    page.wait(lambda: page.all("[class*=st-key-open-]"))
+    menu_opened(page)
+    page.click(".st-key-delete button")
+    page.click(".st-key-delete-now button")
+    page.sees("What shall we talk about?")
+    assert "quiet" not in page.text
+
+
+def menu_opened(page: Any) -> None:
+    """Of what can be done with a conversation: a click on an open one would close it."""
+    def opened() -> Any:
+        if not page.all(".st-key-delete button"):
+            page.all(".st-key-more button")[0].click()
+            time.sleep(0.5)
+        return page.all(".st-key-delete button")
+
+    page.wait(opened)
+
+
+def test_what_a_model_writes_does_nothing(page: Any, served: str) -> None:
+    """The text is put in the place of an answer, since no small model writes such things."""
+    fresh(page, served).send("Who are you?")
+    page.answers(1)
+    page.click("[class*=st-key-said-assistant] [class*=st-key-edit-] button")
+    page.fill("[class*=st-key-text-] textarea", "<script>document.title='taken'</script>"
+              "<img src=x onerror=\"document.title='taken'\"> "
+              "![](http://attacker.example/x.png) [go](javascript:document.title='taken') costs $5 and $6")
+    page.click("[data-testid=stBaseButton-primaryFormSubmit]")
+    page.sees("costs $5 and $6")
+    time.sleep(0.5)
+    assert page.driver.title != "taken"
+    assert "<script>" in page.text
+    asked = [json.loads(each["message"])["message"] for each in page.driver.get_log("performance")]
+    urls = [each["params"]["response"]["url"] for each in asked if each["method"] == "Network.responseReceived"]
+    assert urls
+    assert all(url.startswith((served, "data:", "blob:", "chrome")) for url in urls), urls
+
+
+def test_two_models_are_compared(page: Any, served: str, request: pytest.FixtureRequest) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    page.open(f"{served}/compare")
+    page.one(".st-key-compared-prompt textarea").send_keys("Who are you?")
+    page.fill("[class*=st-key-recipe-compare-right] input", "linear:int8", Keys.ENTER)
+    page.click(".st-key-ask-both button")
+    page.sees("nswers are the same")
+    assert "linear:int8" in page.one(".st-key-compared-right").text
+    page.click(".st-key-verify button")
+    page.sees("Mean KL divergence")
+    page.sees("agree")
+    page.resize(1280, 1500)
+    kept(page, request, "compare")
+    page.resize(1280, 860)
+
+
+def test_what_recipes_cost_is_measured_and_drawn(page: Any, served: str, request: pytest.FixtureRequest) -> None:
+    page.open(f"{served}/measure")
+    page.sees("Executors")
+    page.wait(lambda: [each for each in page.all(".st-key-kind button") if each.text == "Quality"])[0].click()
+    page.sees("What each recipe costs")
+    page.click(".st-key-measure-now button")
+    page.sees("Measurements")
+    page.driver.switch_to.frame(page.one("iframe"))
+    page.sees("perplexity")
+    page.driver.switch_to.default_content()
+    page.resize(1280, 1250)
+    kept(page, request, "measure")
+    page.resize(1280, 860)
+
+
+@pytest.mark.parametrize(("name", "settings", "dark"), [
+    ("light", {"width": 1280, "height": 860}, False), ("dark", {"width": 1280, "height": 860}, True),
+    ("phone", PHONE, False)])
+def test_it_is_readable_in_light_and_dark_and_on_a_phone(page: Any, served: str, name: str, settings: dict[str, int],
+                                                         dark: bool, request: pytest.FixtureRequest) -> None:
+    page.scheme("dark" if dark else "light")
+    page.resize(**settings)
+    try:
+        fresh(page, served)
+        kept(page, request, f"welcome-{name}")
+        page.send(STORY)
+        page.answers(1)
+        assert contrast(page) > 4.5
+        assert page.driver.execute_script("return document.documentElement.scrollWidth") <= settings["width"]
+        kept(page, request, f"chat-{name}")
+    finally:
+        page.scheme("light")
+        page.resize(1280, 860)
+
+
+def contrast(page: Any) -> float:
+    """Between an answer and what is behind it, as WCAG 2 has it."""
+    found = page.driver.execute_script("""
+        const text = document.querySelector('[class*=st-key-said-assistant] p');
+        let behind = text;
+        while (getComputedStyle(behind).backgroundColor.match(/, 0\\)$/)) behind = behind.parentElement;
+        return [getComputedStyle(text).color, getComputedStyle(behind).backgroundColor];""")
+    lights = [_luminance([float(part) for part in re.findall(r"[\d.]+", colour)[:3]]) for colour in found]
+    return (max(lights) + 0.05) / (min(lights) + 0.05)
+
+
+def _luminance(channels: list[float]) -> float:
+    linear = [each / 255 / 12.92 if each <= 10 else ((each / 255 + 0.055) / 1.055) ** 2.4 for each in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def kept(page: Any, request: pytest.FixtureRequest, name: str) -> None:
+    """A picture of the page, where the command line asks for such."""
+    folder = request.config.getoption("--screenshots", default=None)
+    if folder is not None:
+        time.sleep(0.7)  # until nothing moves any more
+        page.driver.save_screenshot(str(folder / f"browser-{name}.png"))

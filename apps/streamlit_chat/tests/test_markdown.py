@@ -1,0 +1,30 @@
+"""What models write is shown as it was meant, and nothing in it does anything."""
+
+from __future__ import annotations
+
+import pytest
+
+from tc_streamlit_chat.markdown import plain, shown
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("It costs $5 and $6.", r"It costs \$5 and \$6."),
+    ("from $5 to 6$", r"from \$5 to 6\$"),
+    ("the formula $x^2$ holds", "the formula $x^2$ holds"),
+    ("$$\\sum_i x_i$$", "$$\\sum_i x_i$$"),
+    (r"so \(a+b\) and \[c\]", "so $a+b$ and $$c$$"),
+    (":red[hot] and :material/home: and :smile:", r"\:red[hot] and \:material/home: and \:smile:"),
+    ("at 10:30, see https://example.org", "at 10:30, see https://example.org"),
+    ("`cost = $5` and `:red[x]`", "`cost = $5` and `:red[x]`"),
+    ("```sh\necho $HOME $PATH\n```\nthen $5", "```sh\necho $HOME $PATH\n```\nthen \\$5"),
+    ("```\nstill being written $HOME", "```\nstill being written $HOME"),
+    ("<think>a < b, *c*</think> `<b>`", r"\<think>a < b, *c*\</think> `<b>`"),
+    ("an escaped \\$ stays", "an escaped \\$ stays"),
+], ids=str)
+def test_an_answer_as_markdown(text: str, expected: str) -> None:
+    assert shown(text) == expected
+
+
+def test_what_a_person_typed_has_no_meaning() -> None:
+    assert plain("*a* <b> [c](d)\n$e$ :red[f]") == \
+        "\\*a\\* \\<b\\> \\[c\\]\\(d\\)  \n\\$e\\$ \\:red\\[f\\]"

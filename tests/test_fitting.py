@@ -1,0 +1,36 @@
+"""What frontends offer to choose from is what runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.fitting import fitting
+from torchchat_core.pipeline import ModelRequest, has_device, open_model
+from torchchat_core.plugins import load_registry
+
+
+def test_what_fits_opens_and_what_does_not_is_not_offered() -> None:
+    registry, request = load_registry(), ModelRequest(executor="eager")
+    found = fitting(request, registry)
+    assert "eager" in found.executors
+    assert "executorch" not in found.executors  # it reads files
+    assert None in found.recipes
+    assert has_device("cuda") or "cuda" not in found.recipes
+    for recipe in found.recipes:
+        with open_model(dataclasses.replace(request, quantize=recipe), registry) as opened:
+            assert bool(opened.schemes) == (recipe is not None)
+
+
+def test_a_quantised_model_is_not_quantised_again(testdata: Path) -> None:
+    model = testdata / "gguf" / "TinyStories-656K-Q4_0.gguf"
+    request = ModelRequest(model=str(model), keep_quantized=True)
+    assert fitting(request, load_registry()).recipes == (None,)
+
+
+def test_a_model_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(TorchchatError, match="no model"):
+        fitting(ModelRequest(model="nothing-of-this-name"), load_registry())
