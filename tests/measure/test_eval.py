@@ -139,6 +139,8 @@ def test_a_task_with_answers_scores_as_computed_by_hand(opened: OpenedModel, tes
     assert json.loads((tmp_path / "out.json").read_text())["results"]["made_answer"]["exact_match,none"] \
         == pytest.approx(1 / 3)
     assert "made_answer" in done.out
+    assert "it/s]" not in done.err  # bars of other libraries
+    assert "answers (3 steps)" in done.err
     assert "exact_match" in done.out
 
 
@@ -243,17 +245,20 @@ def test_what_a_task_that_draws_does_not_say_is_as_lm_evals_own_model_has_it() -
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--include-path", "/no/such/folder"), "there is no folder '/no/such/folder'"),
+    (("--tasks", "mine", "--include-path", "MADE"), "the data of mine cannot be read: Unable to find '/no/such.jsonl'"),
     (("--output", "/no/such/folder/out.json"), "no file can be written there"),
     ((), "the data of wikitext cannot be had: Couldn't reach 'EleutherAI/wikitext_document_level' on the Hub; there "
          "is no network (it is unplugged), and it is not kept here"),
 ])
 def test_what_cannot_be_evaluated_is_told_in_one_sentence(arguments: tuple[str, ...], message: str, torchchat: Run,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+                                                          monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from torchchat_core.measure import evaluation
 
     monkeypatch.setattr(evaluation, "connection_fault", lambda _host, _port: "it is unplugged")
     monkeypatch.setattr("urllib.request.getproxies", dict)
-    done = torchchat("eval", *COMMON, *arguments)
+    _made_task(tmp_path, "mine", [], output_type="multiple_choice", doc_to_text="a", doc_to_target="0",
+               doc_to_choice=["a", "b"], dataset_kwargs={"data_files": {"test": "/no/such.jsonl"}})
+    done = torchchat("eval", *COMMON, *(word.replace("MADE", str(tmp_path)) for word in arguments))
     assert done.code == 1
     assert message in next(line for line in done.err.splitlines() if line.startswith("error: "))
     assert "Traceback" not in done.err
@@ -266,6 +271,12 @@ def test_a_task_that_there_is_not_is_refused_with_what_is_near(monkeypatch: pyte
     with pytest.raises(TorchchatError, match="lm-eval has no task 'wikitexd'") as told:
         evaluation.Wish(tasks=("arc_easy", "wikitexd")).manager()
     assert told.value.fix == "did you mean wikitext?"
+
+
+def test_no_task_at_all_is_wrong_usage(torchchat: Run) -> None:
+    done = torchchat("eval", "--tasks", ",")
+    assert done.code == 2
+    assert "--tasks names no task" in done.err
 
 
 def test_a_task_in_a_folder_of_its_own_is_found_without_reading_all_the_others() -> None:

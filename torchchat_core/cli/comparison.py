@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,7 @@ class Measurement:
             comparison = compare(self.request, self.candidates, self.registry, self.text, self.window)
         self.json = as_json(comparison)
         if not self.silent:
-            for line in table_lines(comparison):
+            for line in table_lines(comparison, shutil.get_terminal_size().columns):
                 click.echo(line)
         self.comparison = comparison
         return int(self.named and bool(comparison.refused))

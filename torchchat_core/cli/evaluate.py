@@ -47,6 +47,8 @@ def evaluate(registry: Registry, /, **flags: Any) -> None:
     from torchchat_core.measure.evaluation import evaluate as run
 
     names = tuple(name for text in flags["tasks"] or ("wikitext",) for name in text.split(",") if name)
+    if not names:
+        raise click.UsageError("--tasks names no task")
     include = expanded(flags["include_path"]) if flags["include_path"] is not None else None
     wish = Wish(tasks=names, limit=flags["limit"], shots=flags["num_fewshot"], include=include,
                 seed=flags["seed"])

@@ -26,7 +26,7 @@ from torchchat_core.memory import peak_rss_bytes
 from torchchat_core.pipeline import ModelRequest, OpenedModel, fetch_files, open_model
 from torchchat_core.plugins import Registry
 from torchchat_core.products import reference_of
-from torchchat_core.quantization.recipe import recipe_names
+from torchchat_core.quantization.recipe import is_json, recipe_names
 from torchchat_core.small_files import read_text
 from torchchat_core.specs import ExecutorInfo, QuantizerInfo
 from torchchat_core.support import IN_MEMORY, readers
@@ -63,6 +63,11 @@ class Row:
     weight_bytes: int
     token_bytes: int  # of the weights that one token reads
     memory_speed: float | None  # bytes per second that the memory gives; None: not known for this device
+
+    @property
+    def label(self) -> str | None:
+        """The recipe by its name, or what a JSON object says."""
+        return self.made_by if is_json(self.recipe) else self.recipe
 
     @property
     def bandwidth(self) -> float:

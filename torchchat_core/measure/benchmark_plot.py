@@ -35,7 +35,7 @@ class Bars:
 
 def charts(rows: Sequence[Row]) -> tuple[Bars, Bars]:
     """Decoding and prefill, tokens per second."""
-    labels = [shortened(", ".join([row.executor, row.dtype, *([row.recipe] if row.recipe else [])]), LABEL_LENGTH)
+    labels = [shortened(", ".join([row.executor, row.dtype, *([row.label] if row.label else [])]), LABEL_LENGTH)
               for row in rows]
     return (Bars(title="Decoding, tokens/s", rates=tuple(zip(labels, (row.rates.decode for row in rows), strict=True))),
             Bars(title="Prefill, tokens/s", rates=tuple(zip(labels, (row.rates.prefill for row in rows), strict=True))))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +14,13 @@ from torchchat_core import __version__
 from torchchat_core.amounts import size_text
 from torchchat_core.measure.benchmark import Failed, Row
 from torchchat_core.measure.comparing import shortened
-from torchchat_core.measure.tables import aligned, conditions_text, rate_text
+from torchchat_core.measure.tables import WIDTH, conditions_text, fitting, rate_text, wrapped
 
 COLUMNS = ("executor", "recipe", "runs on", "decode t/s", "prefill t/s", "TTFT", "load", "compile", "memory",
            "per token", "reads", "share")
 NAMES = COLUMNS[:3]
 NARROW = (("decode t/s", "prefill t/s", "TTFT", "reads", "share"), ("load", "compile", "memory", "per token"))
-NAME_WIDTH, WIDTH = 30, 80
+NAME_WIDTH = 30
 LEGEND = "per token: weights that a token reads; reads: that times the decoding speed; share: of what the memory gives"
 
 
@@ -29,9 +28,9 @@ def table_lines(model: str, rows: Sequence[Row], failed: Sequence[Failed], width
     """The whole report as text: a table, or two below each other where one is wider than `width`."""
     yield model
     if rows:
-        yield from textwrap.wrap(method_line(rows[0]), max(width, 40))
+        yield from wrapped(method_line(rows[0]), width)
         yield from _tables(rows, width)
-        yield from textwrap.wrap(LEGEND, max(width, 40))
+        yield from wrapped(LEGEND, width)
     if rows and failed:
         yield ""
     yield from (f"not measured: {line}" for line in failed_lines(failed))
@@ -44,18 +43,9 @@ def _tables(rows: Sequence[Row], width: int) -> Iterator[str]:
         yield f"all on {columns['runs on'][0]}"
     if "recipe" not in names and columns["recipe"][0] != "-":
         yield f"all with {columns['recipe'][0]}"
-    figures = COLUMNS[len(NAMES) :]
-    whole = list(_table(columns, [*names, *figures]))
-    tables = [whole] if max(map(len, whole)) <= width else [list(_table(columns, [*names, *some])) for some in NARROW]
-    for lines in tables:
-        yield ""
-        yield from lines
-    yield ""
-
-
-def _table(columns: Mapping[str, Sequence[str]], names: Sequence[str]) -> Iterator[str]:
-    rows = zip(*(columns[name] for name in names), strict=True)
-    return aligned([names, *rows], left=sum(name in NAMES for name in names))
+    for name in set(NAMES) - set(names):
+        del columns[name]
+    yield from fitting(columns, names, NARROW, width)
 
 
 def method_line(row: Row) -> str:
@@ -72,7 +62,7 @@ def cells(row: Row) -> list[tuple[str, float | str]]:
     share = "unknown" if row.share is None else f"{100 * row.share:.0f} %"
     return [
         (row.executor, row.executor),
-        (shortened(row.recipe or "-", NAME_WIDTH), row.recipe or ""),
+        (shortened(row.label or "-", NAME_WIDTH), row.label or ""),
         (f"{row.device}, {row.dtype}",) * 2,
         (rate_text(row.rates.decode), row.rates.decode.median),
         (rate_text(row.rates.prefill), row.rates.prefill.median),

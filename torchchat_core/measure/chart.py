@@ -50,7 +50,7 @@ def panels(comparison: Comparison) -> tuple[Panel, Panel]:
     """Perplexity and mean KL divergence, each over the size; rows whose divergence is zero are named beside it."""
     perplexities = [row.perplexity.perplexity for row in comparison.rows]
     apart = [row for row in comparison.rows if row.divergence.mean_kl > 0]
-    same = tuple(shortened(row.name, LABEL_LENGTH) for row in comparison.rows if row not in apart)
+    same = tuple(shortened(row.label, LABEL_LENGTH) for row in comparison.rows if row not in apart)
     return (
         Panel(title="Perplexity", points=tuple(_point(row, row.perplexity.perplexity, comparison)
                                                for row in comparison.rows),
@@ -62,7 +62,7 @@ def panels(comparison: Comparison) -> tuple[Panel, Panel]:
 
 def _point(row: Row, y: float, comparison: Comparison) -> Point:
     fastest = max(each.rates.decode.median for each in comparison.rows)
-    return Point(name=row.name, label=shortened(row.name, LABEL_LENGTH), x=row.bytes, y=y,
+    return Point(name=row.label, label=shortened(row.label, LABEL_LENGTH), x=row.bytes, y=y,
                  size=row.rates.decode.median / fastest, on_front=row in comparison.front)
 
 

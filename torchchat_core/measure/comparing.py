@@ -19,7 +19,7 @@ from torchchat_core.measure.text import MeasuredText, Window, encoded, text_wind
 from torchchat_core.pipeline import ModelRequest, OpenedModel, fetch_files, looks_at_text, open_checkpoint, open_model
 from torchchat_core.plugins import Registry
 from torchchat_core.quantization.calibration import CalibrationText
-from torchchat_core.quantization.recipe import RecipeReport, parse_recipe, recipe_names
+from torchchat_core.quantization.recipe import RecipeReport, is_json, parse_recipe, recipe_names
 from torchchat_core.quantization.saved import MANIFEST, refuse_quantised
 from torchchat_core.small_files import expanded
 from torchchat_core.specs import QuantizerInfo
@@ -50,6 +50,12 @@ class Row:
     perplexity: Perplexity
     divergence: Divergence  # from the unquantised model
     report: RecipeReport | None = None  # None: the unquantised model, or a folder that was written before
+    made_by: str | None = None  # what quantised its layers, written out: pipeline.OpenedModel.recipe
+
+    @property
+    def label(self) -> str:
+        """Its name, or what a JSON object says."""
+        return self.made_by if self.made_by is not None and is_json(self.name) else self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +115,7 @@ def candidate(text: str, request: ModelRequest, registry: Registry) -> Candidate
 
     The calibration text of `request` is left to recipes that look at one. Raises `TorchchatError` for what is neither.
     """
-    if not text.lstrip().startswith("{") and (expanded(text) / MANIFEST).is_file():
+    if not is_json(text) and (expanded(text) / MANIFEST).is_file():
         return folder_candidate(text, request)
     parse_recipe(text, registry)
     asked = dataclasses.replace(request, quantize=text)
@@ -206,7 +212,8 @@ def _row(name: str, opened: OpenedModel, ids: Sequence[int], perplexity: Perplex
          report: RecipeReport | None = None) -> Row:
     return Row(name=name, executor=opened.executor.name, device=opened.model.device, dtype=opened.model.dtype,
                bytes=opened.weight_bytes, rates=measure_rates(opened.model, ids, shortened(name)),
-               perplexity=perplexity, divergence=divergence, report=opened.quantisation or report)
+               perplexity=perplexity, divergence=divergence, report=opened.quantisation or report,
+               made_by=opened.recipe)
 
 
 def shortened(name: str, length: int = NAME_LENGTH) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import datasets
 import huggingface_hub.constants
+import lm_eval.api.task
 import lm_eval.tasks
 from lm_eval import simple_evaluate
 from lm_eval import utils as windows
@@ -188,7 +190,7 @@ def evaluate(opened: OpenedModel, wish: Wish, manager: TaskManager, recipe: str 
     """
     fault = None
     try:
-        with quiet(TALKATIVE), offline_without_network() as fault:
+        with quiet(TALKATIVE), own_bars(), offline_without_network() as fault:
             found = simple_evaluate(model=TorchchatLM(opened, SEED if wish.seed is None else wish.seed),
                                     tasks=list(wish.tasks), num_fewshot=wish.shots, limit=wish.limit,
                                     task_manager=manager, log_samples=False, **wish.seeds)
@@ -199,6 +201,9 @@ def evaluate(opened: OpenedModel, wish: Wish, manager: TaskManager, recipe: str 
             raise
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         first = first.removesuffix(" (OfflineModeIsEnabled)")
+        if not any(isinstance(each, ConnectionError) for each in _chain(error)):
+            raise TorchchatError(f"the data of {', '.join(wish.tasks)} cannot be read: {first:.200}",
+                                 "see what the task's dataset_path and dataset_kwargs say") from error
         network = f"; there is no network ({fault}), and it is not kept here" if fault is not None else ""
         raise TorchchatError(f"the data of {', '.join(wish.tasks)} cannot be had: {first:.200}{network}",
                              "connect to the network once, after which it is kept; or evaluate a task of your own with "
@@ -226,6 +231,20 @@ def quiet(names: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
+def own_bars() -> Iterator[None]:
+    """Within it, lm-eval prepares documents, and `datasets` reads files, without bars of their own beside ours."""
+    shown, bar = not datasets.are_progress_bars_disabled(), lm_eval.api.task.tqdm
+    datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        lm_eval.api.task.tqdm = bar
+        if shown:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
 def offline_without_network() -> Iterator[str | None]:
     """Within it, where the hub cannot be reached, only kept data is looked for: trying again takes minutes. Gives why
     it cannot be reached."""
@@ -246,13 +265,15 @@ def offline_without_network() -> Iterator[str | None]:
 
 def _is_about_data(error: BaseException) -> bool:
     """Whether it, or what it came from, is a failure to read files or to reach the network."""
+    return any(isinstance(each, OSError) or type(each).__module__.partition(".")[0] in LOADERS
+               for each in _chain(error))
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
     seen: BaseException | None = error
     while seen is not None:
-        module = type(seen).__module__.partition(".")[0]
-        if isinstance(seen, OSError) or module in LOADERS:
-            return True
+        yield seen
         seen = seen.__cause__ or seen.__context__
-    return False
 
 
 def _versions() -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -12,10 +12,15 @@ from torchchat_core import __version__
 from torchchat_core.amounts import size_text
 from torchchat_core.measure.chart import FRONT_SENTENCE
 from torchchat_core.measure.comparing import Comparison, Refused, Row, shortened
-from torchchat_core.measure.tables import aligned, conditions_text, rate_text
+from torchchat_core.measure.tables import WIDTH, conditions_text, fitting, rate_text, wrapped
 
-COLUMNS = ("recipe", "bytes", "ratio", "decode t/s", "prefill t/s", "perplexity", "change", "mean KL, nats",
-           "same top-1", "front", "runs on")
+COLUMNS = ("recipe", "bytes", "ratio", "decode t/s", "prefill t/s", "perplexity", "change", "mean KL", "top-1",
+           "front", "runs on")
+NAMES = ("recipe",)
+NARROW: Sequence[Sequence[str]] = (("bytes", "ratio", "perplexity", "change", "mean KL", "top-1", "front"),
+                                   ("decode t/s", "prefill t/s", "runs on"))
+LEGEND = "change: of the perplexity; mean KL: divergence from the unquantised model, nats a token; top-1: positions " \
+         "at which both find the same token likeliest"
 MARK = "*"
 NAME_WIDTH = 30
 NOISY = 0.25  # share of the median
@@ -38,7 +43,7 @@ def cells(row: Row, comparison: Comparison) -> list[tuple[str, float | str]]:
     share, change = row.bytes / whole.bytes, perplexity / whole.perplexity.perplexity - 1
     divergence, on_front = row.divergence, row in comparison.front
     return [
-        (row.name, row.name),
+        (row.label, row.label),
         (size_text(row.bytes), row.bytes),
         (f"{100 * share:.0f} %", share),
         (rate_text(row.rates.decode), row.rates.decode.median),
@@ -52,20 +57,24 @@ def cells(row: Row, comparison: Comparison) -> list[tuple[str, float | str]]:
     ]
 
 
-def table_lines(comparison: Comparison) -> Iterator[str]:
-    """The whole report as text. What runs on the same executor, device and dtype in every row is said once."""
+def table_lines(comparison: Comparison, width: int = WIDTH) -> Iterator[str]:
+    """The whole report as text: a table, or two below each other where one is wider than `width`.
+
+    What runs on the same executor, device and dtype in every row is said once.
+    """
     rows = [[text for text, _ in cells(row, comparison)] for row in comparison.rows]
+    columns = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True))
+    columns["recipe"] = tuple(shortened(name, NAME_WIDTH) for name in columns["recipe"])
+    narrow = NARROW
     yield comparison.model
-    yield from method_lines(comparison)
-    columns = list(COLUMNS)
-    if len({row[-1] for row in rows}) == 1:
-        yield f"all on {rows[0][-1]}"
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
-    yield ""
-    rows = [columns, *([shortened(row[0], NAME_WIDTH), *row[1:]] for row in rows)]
-    yield from aligned(rows)
-    yield ""
-    yield f"{MARK} {FRONT_SENTENCE}"
+    for line in method_lines(comparison):
+        yield from wrapped(line, width)
+    if len(set(columns["runs on"])) == 1:
+        yield f"all on {columns.pop('runs on')[0]}"
+        narrow = (narrow[0], ("decode t/s", "prefill t/s"))
+    yield from fitting(columns, NAMES, narrow, width)
+    yield from wrapped(LEGEND, width)
+    yield from wrapped(f"{MARK} {FRONT_SENTENCE}", width)
     yield from noise_lines(comparison)
     yield from (f"not measured: {line}" for line in refused_lines(comparison))
     yield from (f"left alone: {line}" for line in left_alone_lines(comparison))
@@ -91,13 +100,13 @@ def left_alone_lines(comparison: Comparison) -> Iterator[str]:
         if row.report is None:
             continue
         if not row.report.done:
-            yield f"{shortened(row.name)}: all layers; the recipe quantises none of this model"
+            yield f"{shortened(row.label)}: all layers; the recipe quantises none of this model"
         by_reason = sorted(row.report.left, key=lambda layer: layer.reason or "")
         for reason, group in groupby(by_reason, key=lambda layer: layer.reason or ""):
             layers = list(group)
             size = size_text(sum(layer.bytes_after for layer in layers))
             named = layers[0].name if len(layers) == 1 else f"{len(layers)} layers, such as {layers[0].name}"
-            yield f"{shortened(row.name)}: {named} ({size}): {reason}"
+            yield f"{shortened(row.label)}: {named} ({size}): {reason}"
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:

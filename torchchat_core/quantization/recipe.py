@@ -194,8 +194,13 @@ def parse_recipe(text: str, registry: Registry) -> RecipeText:
     return RecipeText(content, sections, device, dtype)
 
 
+def is_json(text: str | None) -> bool:
+    """Whether a recipe was given as a JSON object, which is no name for it."""
+    return text is not None and text.lstrip().startswith("{")
+
+
 def _content(text: str, registry: Registry) -> Mapping[str, Any]:
-    if text.lstrip().startswith("{"):
+    if is_json(text):
         try:
             return dict(json.loads(text, object_pairs_hook=_without_repetition))
         except (ValueError, RecursionError) as error:
