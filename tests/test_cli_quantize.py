@@ -37,7 +37,7 @@ def test_it_writes_a_folder_says_what_became_of_the_layers_and_records_it(
     assert lines[-1] == folder
     assert lines[0].split()[:2] == ["model.embed_tokens", "embedding:int4"]
     assert any(line.startswith("model.layers.0.* (7 layers)") and "linear:a8w4dq" in line for line in lines)
-    assert "quantised 30 layers: 12 MB -> 2 MB" in shown.err
+    assert "quantised 30 layers: 11.5 MB -> 1.77 MB" in shown.err
     recorded = json.loads((tmp_path / "cache" / "products.json").read_text())["products"]
     assert [(row["kind"], row["path"], row["detail"]) for row in recorded] == [
         ("quantised", folder, "embedding:int4, linear:a8w4dq")]

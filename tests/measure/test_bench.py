@@ -269,7 +269,7 @@ def torchchat_executors():
 def test_a_damaged_record_counts_as_none(tmp_path: Path) -> None:
     path = remember_executor("file:/m", "cpu", "fp32", "linear:int4", "x:y")
     assert remembered_executor("file:/m", "cpu", "fp32", "linear:int4") == "x:y"
-    assert remembered_executor("file:/m", "cpu", "fp32", 'linear:int4 {"groupsize": 64}') is None
+    assert remembered_executor("file:/m", "cpu", "fp32", "linear:int4 groupsize=64") is None
     assert remembered_executor("file:/m", "cpu", "fp32", None) is None
     for content in ("", "[]", '{"executors": 3}', '{"executors": {"k": []}}'):
         path.write_text(content)

@@ -55,7 +55,7 @@ def test_recipes_are_compared_in_a_table(torchchat: Run) -> None:
     assert "the first 600 of " in lines[1]
     heading = next(index for index, line in enumerate(lines) if line.startswith("recipe "))
     assert [line.split("  ")[0].strip() for line in lines[heading + 1 : heading + 4]] == [
-        "unquantised", "linear:int8", 'linear:int4 {"except": ["lm_h\u2026']
+        "unquantised", "linear:int8", 'linear:int4 except=["lm_head"]']
     second = next(index for index, line in enumerate(lines) if line.startswith("recipe ") and index > heading)
     assert lines[second].split() == ["recipe", "decode", "t/s", "prefill", "t/s"]
     assert any(line.startswith("left alone: ") and "lm_head" in line and "the recipe leaves it out" in line

@@ -137,7 +137,7 @@ def test_limits_depend_on_dtypes_and_recipes() -> None:
     assert limits_for(("fp32", "bf16"), (int8, int8)) is RECIPES
     assert limits_for(("fp32", "fp32"), (None, int8)) is RECIPES
     assert limits_for(("bf16", "bf16"), (int8, int4)) is RECIPES
-    assert limits_for(("bf16", "bf16"), (int4, f'{int4} {{"groupsize": 64}}')) is RECIPES
+    assert limits_for(("bf16", "bf16"), (int4, f"{int4} groupsize=64")) is RECIPES
     assert EXACT.changed(mean_kl=None, top_1=0.5).top_1 == 0.5
     with pytest.raises(TorchchatError, match="the limit mean_kl is -1"):
         EXACT.changed(mean_kl=-1.0)

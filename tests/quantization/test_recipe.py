@@ -167,10 +167,10 @@ def test_recipes_that_say_the_same_have_one_text_and_those_that_do_not_have_othe
 
     assert text("linear:int4") == "linear:int4"
     assert text('{"linear:int4": {"groupsize": 32, "bitwidth": 4}, "version": 1}') == "linear:int4"
-    assert text('{"linear:int4": {"groupsize": 64}}') == 'linear:int4 {"groupsize": 64}'
+    assert text('{"linear:int4": {"groupsize": 64}}') == "linear:int4 groupsize=64"
     one, other = '"linear:int4": {"except": ["a", "b"]}', '"embedding": {"bitwidth": 4, "groupsize": 0}'
     assert text(f"{{{one}, {other}}}") == text(f"{{{other}, {one}}}")
-    assert '"except": ["a", "b"]' in text(f"{{{one}}}")
+    assert 'except=["a", "b"]' in text(f"{{{one}}}")
 
 
 def test_what_is_stored_is_named_by_the_recipe_that_was_written_down(registry: Registry) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from torchchat_core.amounts import bytes_text
+from torchchat_core.amounts import size_text
 from torchchat_core.cli.flags import model_request
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.plugins import Registry
@@ -50,4 +50,4 @@ def quantisation_line(report: RecipeReport) -> str:
     why = f" ({reasons.pop()})" if len(reasons) == 1 else ""
     left = f", left {len(report.left)} alone{why}" if report.left else ""
     count = f"{len(report.done)} layer{'' if len(report.done) == 1 else 's'}"
-    return f"quantised {count}{left}: {bytes_text(report.bytes_before)} -> {bytes_text(report.bytes_after)}"
+    return f"quantised {count}{left}: {size_text(report.bytes_before)} -> {size_text(report.bytes_after)}"

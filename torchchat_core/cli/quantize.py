@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from torchchat_core.amounts import bytes_text
+from torchchat_core.amounts import size_text
 from torchchat_core.cli.completion import complete_scheme
 from torchchat_core.cli.flags import model_flags, model_request
 from torchchat_core.cli.opening import quantisation_line
@@ -149,8 +149,8 @@ def report_lines(report: RecipeReport) -> Iterator[str]:
         layers = list(group)
         before, after = (sum(sizes) for sizes in zip(*((each.bytes_before, each.bytes_after) for each in layers),
                                                      strict=True))
-        yield f"{_names(layers):44} {layers[0].scheme or 'left alone':15} {bytes_text(before):>8} -> " \
-              f"{bytes_text(after):>8}" + (f"  {layers[0].reason}" if layers[0].reason else "")
+        yield f"{_names(layers):44} {layers[0].scheme or 'left alone':15} {size_text(before):>8} -> " \
+              f"{size_text(after):>8}" + (f"  {layers[0].reason}" if layers[0].reason else "")
 
 
 def _family(name: str) -> str:

@@ -16,8 +16,8 @@ from torchchat_core.measure.document import document, listed, paragraphs, sortab
 from torchchat_core.measure.png import DOTS, FONT, FRONT, INK, require_matplotlib
 from torchchat_core.measure.rates import Rate
 
-WIDTH, LEFT, BAR, GAP, TOP = 620, 200, 16, 8, 34  # of a chart, in its own pixels
-LABEL_LENGTH = 30  # characters
+WIDTH, LEFT, BAR, GAP, TOP = 620, 250, 16, 8, 34  # of a chart, in its own pixels
+LABEL_LENGTH = 40  # characters
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from torchchat_core.measure.comparing import Comparison, Row, shortened
 LABEL_LENGTH = 26  # characters
 LOG_FROM = 5.0  # largest over smallest value from which an axis is logarithmic
 DISTANCES = (4, 12, 22, 34, 48, 64, 82, 102, 124)  # pixels between a point and its label, nearest first
-FRONT_SENTENCE = "on the Pareto front of bytes, mean KL divergence and decoding speed: none is better in one of them " \
-                 "and worse in none"
+FRONT_SENTENCE = "on the Pareto front of bytes, mean KL divergence and decoding speed: no other row is better in one " \
+                 "of them and worse in none"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,14 +69,14 @@ class Step:
         return report
 
     def __str__(self) -> str:
-        """The scheme, and what is said beyond its defaults: 'linear:int4 {"groupsize": 64}'."""
+        """The scheme, and what is said beyond its defaults: "linear:int4 groupsize=64"."""
         known = () if self.options is None else fields(self.options)
         said = {each.name: value for each in known if (value := getattr(self.options, each.name)) != each.default}
         if self.selection.layers is not None:
             said[LAYERS] = sorted(self.selection.layers)
         if self.selection.excepted:
             said[EXCEPT] = sorted(self.selection.excepted)
-        return f"{self.scheme} {json.dumps(said, sort_keys=True, default=str)}" if said else self.scheme
+        return " ".join([self.scheme, *(f"{name}={json.dumps(said[name], default=str)}" for name in sorted(said))])
 
 
 @dataclass(frozen=True, kw_only=True)
