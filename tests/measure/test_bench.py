@@ -171,11 +171,13 @@ def test_a_table_that_is_wider_than_the_terminal_becomes_two() -> None:
     assert set(heads[0]) | set(heads[1]) == set(whole)
 
 
-def test_executors_that_read_other_files_are_told_of() -> None:
+def test_executors_that_read_other_files_are_told_of_where_the_model_can_be_exported(tmp_path: Path) -> None:
     found = passed_over(ModelRequest(executor="all", device="cpu"), load_registry())
     assert not {each.executor for each in found} & {"eager", "compile"}
     assert all(f"--executor {each.executor} exports the model once" in (each.fix or "") for each in found)
     assert passed_over(ModelRequest(device="cpu"), load_registry()) == []
+    (tmp_path / "made.pte").write_bytes(b"")
+    assert passed_over(ModelRequest(model=str(tmp_path / "made.pte"), executor="all"), load_registry()) == []
 
 
 def test_a_picture_of_rows_is_drawn() -> None:

@@ -116,7 +116,8 @@ def _executors(request: ModelRequest, registry: Registry) -> list[str]:
 
 def passed_over(request: ModelRequest, registry: Registry) -> list[Failed]:
     """Of "all" executors, those that read other files than the model's."""
-    if request.executor != ALL:
+    files = fetch_files(dataclasses.replace(request, executor="auto"), registry) if request.executor == ALL else None
+    if files is None or exported_file(files) is not None:  # nothing can be made of an exported file
         return []
     taken = set(_executors(request, registry))
     others = [info for qualified, info in registry.settled(ExecutorInfo) if not taken & {qualified, info.name}]
