@@ -6,8 +6,8 @@
 Files are made once, of random weights, in torchchat's cache folder, with the tokenizer of the model that comes with
 torchchat; --file measures another one, made by `torchchat export`, instead. Each run is a process of its own with as
 many threads as the runtime takes. Rates are tokens per second, as --json of both sides tells them: of decoding 128
-tokens, and of a prefill of some hundred tokens. The time to the first token is that of the whole process, from its start
-to its end after one token. Ratios are medians of the rounds' ratios.
+tokens, and of a prefill of some hundred tokens. The time to the first token is that of the whole process, from its
+start to its end after one token. Ratios are medians of the rounds' ratios.
 """
 
 from __future__ import annotations

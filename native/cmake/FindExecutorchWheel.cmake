@@ -19,7 +19,8 @@ file(GLOB ExecutorchWheel_OPERATORS "${ExecutorchWheel_ROOT}/extension/llm/custo
 find_path(ExecutorchWheel_INCLUDE_DIR executorch/runtime/executor/program.h HINTS "${ExecutorchWheel_ROOT}/include")
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(ExecutorchWheel REQUIRED_VARS ExecutorchWheel_RUNTIME ExecutorchWheel_OPERATORS
-                                  ExecutorchWheel_INCLUDE_DIR)
+                                  ExecutorchWheel_INCLUDE_DIR
+    REASON_FAILURE_MESSAGE "EXECUTORCH_ROOT names Python's package executorch, TORCHCHAT_EXECUTORCH=OFF does without")
 if(ExecutorchWheel_FOUND AND NOT TARGET ExecutorchWheel::ExecutorchWheel)
     add_library(ExecutorchWheel::ExecutorchWheel INTERFACE IMPORTED)
     set_target_properties(

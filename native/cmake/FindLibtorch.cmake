@@ -33,7 +33,8 @@ if(EXISTS "${Libtorch_INCLUDE_DIR}/torch/headeronly/version.h")
 endif()
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(Libtorch REQUIRED_VARS Libtorch_torch_cpu_LIBRARY Libtorch_c10_LIBRARY
-                                  Libtorch_INCLUDE_DIR VERSION_VAR Libtorch_VERSION)
+                                  Libtorch_INCLUDE_DIR VERSION_VAR Libtorch_VERSION
+    REASON_FAILURE_MESSAGE "TORCH_ROOT names a libtorch folder or Python's package torch, TORCHCHAT_AOTI=OFF does without")
 if(Libtorch_FOUND AND NOT TARGET Libtorch::Libtorch)
     add_library(Libtorch::Libtorch INTERFACE IMPORTED)
     set_target_properties(Libtorch::Libtorch PROPERTIES INTERFACE_INCLUDE_DIRECTORIES "${Libtorch_INCLUDE_DIR}"

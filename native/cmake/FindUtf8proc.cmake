@@ -2,7 +2,8 @@
 find_path(Utf8proc_INCLUDE_DIR utf8proc.h)
 find_library(Utf8proc_LIBRARY utf8proc)
 include(FindPackageHandleStandardArgs)
-find_package_handle_standard_args(Utf8proc REQUIRED_VARS Utf8proc_LIBRARY Utf8proc_INCLUDE_DIR)
+find_package_handle_standard_args(Utf8proc REQUIRED_VARS Utf8proc_LIBRARY Utf8proc_INCLUDE_DIR
+                                  REASON_FAILURE_MESSAGE "Debian and Ubuntu: apt-get install libutf8proc-dev")
 if(Utf8proc_FOUND AND NOT TARGET Utf8proc::Utf8proc)
     add_library(Utf8proc::Utf8proc UNKNOWN IMPORTED)
     set_target_properties(Utf8proc::Utf8proc PROPERTIES IMPORTED_LOCATION "${Utf8proc_LIBRARY}"

@@ -90,6 +90,8 @@ class Chat {
     // Told of what the user should know beside the answer, such as turns that were left out.
     void on_notice(std::function<void(std::string_view)> notice);
 
+    Chat(const Chat&) = delete;
+    Chat& operator=(const Chat&) = delete;
     Chat(Chat&&) noexcept;
     Chat& operator=(Chat&&) noexcept;
     ~Chat();
@@ -107,6 +109,8 @@ class Text {
     Answer complete(std::string_view prompt, const Options& options = {}, const OnText& on_text = {},
                     const Cancelled& cancelled = {});
 
+    Text(const Text&) = delete;
+    Text& operator=(const Text&) = delete;
     Text(Text&&) noexcept;
     Text& operator=(Text&&) noexcept;
     ~Text();

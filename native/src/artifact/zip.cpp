@@ -74,9 +74,9 @@ Directory find_directory(std::string_view file) {
 // What an entry of the directory says.
 struct Record {
     std::string name;
-    std::uint64_t size, packed, header;  // bytes of the content, bytes in the file, offset
-    std::uint32_t checksum;
-    bool stored;
+    std::uint64_t size = 0, packed = 0, header = 0;  // bytes of the content, bytes in the file, offset
+    std::uint32_t checksum = 0;
+    bool stored = false;
 };
 
 // Of an entry whose 32-bit fields are full, the wide ones from the extra field.
