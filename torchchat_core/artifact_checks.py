@@ -1,8 +1,8 @@
 """Which exported files were compared with their digests before: a start does not read gigabytes of weights again.
 
 What a file is made of is compared at every start, as far as it is small. The rest, weights and programs that hold
-them, is compared when a file is first run, and when it is no longer the one that was compared: its place, its inode, its
-size, and when it was written and changed are kept in the cache folder with the digests.
+them, is compared when a file is first run, and when it is no longer the one that was compared: its place, its inode,
+its size, and when it was written and changed are kept in the cache folder with the digests.
 """
 
 from __future__ import annotations

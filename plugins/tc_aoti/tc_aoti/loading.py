@@ -99,8 +99,8 @@ def load_kernels(artifact: Artifact, runtime: Fields, folder: Path) -> None:
     version = runtime.optional_number("interface", 1, LARGEST_SIZE)
     if version != kernels.INTERFACE:
         made = artifact.manifest.versions.get("torchchat-core", "another one")
-        raise TorchchatError(f"{artifact.path.name} calls version {version or 'unknown'} of core's kernels, and those of "
-                             f"this torchchat are version {kernels.INTERFACE}", "export the model again with this "
+        raise TorchchatError(f"{artifact.path.name} calls version {version or 'unknown'} of core's kernels, and those "
+                             f"of this torchchat are version {kernels.INTERFACE}", "export the model again with this "
                              f"torchchat, or run the file with the one that made it: torchchat-core {made}")
     if kernels.load(building=False) is not None:
         library = folder / "kernels.so"
