@@ -31,7 +31,7 @@ from torchchat_core.specs import DEVICES, DTYPES, ExportRequest, ModelFiles, Tex
 
 FORMAT, FORMAT_VERSION = "torchchat", 1
 FOLDER = "torchchat/"  # where our entries are, below the root folder of an archive that has one
-MANIFEST, PROGRAM, TOKENIZER = "manifest.json", "program", "tokenizer/"
+MANIFEST, PROGRAM, TOKENIZER, WEIGHTS = "manifest.json", "program", "tokenizer/", "weights/"
 MAXIMUM_MANIFEST = 16 << 20  # bytes
 MAXIMUM_TOKENIZER = 256 << 20  # bytes of all its files
 MAXIMUM_TOKENIZER_FILES = 16
@@ -229,14 +229,15 @@ class Artifact:
             raise _changed(self.path, name)
         return data
 
-    def check(self) -> None:
-        """Raises `TorchchatError` where an entry is not the one that the manifest was written for."""
+    def check(self, names: Iterable[str] | None = None) -> None:
+        """Raises `TorchchatError` where an entry is not the one that the manifest was written for; `names`: of those to
+        compare, None: all."""
         def check_one(name: str) -> None:
             if _digest(self.path, *self.place(name)) != self.manifest.digests[name]:
                 raise _changed(self.path, name)
 
         with ThreadPoolExecutor(max_workers=4) as pool:  # hashing lets other threads run
-            for _ in pool.map(check_one, self.manifest.digests):
+            for _ in pool.map(check_one, self.manifest.digests if names is None else names):
                 pass  # raises what it raised
 
     def check_target(self) -> None:

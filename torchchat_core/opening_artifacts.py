@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from torchchat_core.artifact_checks import check_once
 from torchchat_core.artifacts import PLUGINS, Artifact, Manifest, open_artifact
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
@@ -38,7 +39,7 @@ def open_exported(request: ModelRequest, files: ModelFiles, registry: Registry) 
     limit = checked_limit(request.max_seq_length, manifest.max_seq_length)
     artifact.check_target()
     executor = _executor(request, artifact, registry)
-    artifact.check()
+    check_once(artifact)
     if manifest.text is None:
         raise TorchchatError(f"{artifact.path.name} holds no tokenizer", "export it with torchchat export")
     text_format = text_format_of(manifest.text, registry)

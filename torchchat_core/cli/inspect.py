@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import click
 
 from torchchat_core.amounts import bytes_text
+from torchchat_core.artifact_checks import check_all
 from torchchat_core.artifacts import Artifact, Manifest, exported_file, open_artifact
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
@@ -34,7 +35,7 @@ def inspect(registry: Registry, /, file: str, as_json: bool, check: bool) -> Non
     artifact = open_artifact(path)
     if check:
         artifact.check_target()
-        artifact.check()
+        check_all(artifact)
     if as_json:
         click.echo(json.dumps(artifact.content, ensure_ascii=False))
         return

@@ -17,8 +17,12 @@ from torch import Tensor
 from torchchat_core.errors import TorchchatError
 from torchchat_core.kernels.build import build, find_compiler, library_path
 
-__all__ = ["GGML_FORMATS", "NOT_BUILT", "WORTH_BUILDING", "available", "find_compiler", "load", "packed_bytes"]
+__all__ = ["GGML_FORMATS", "INTERFACE", "NOT_BUILT", "WORTH_BUILDING", "available", "find_compiler", "load",
+           "packed_bytes"]
 
+# Of what exported files and their readers count on: the operators that programs call, what they compute, how weights
+# are packed, and `Decoder`. A change of any of them makes the next one.
+INTERFACE = 1
 SWITCH = "TORCHCHAT_CPU_KERNELS"  # "off" leaves them out
 PANEL_ROWS, BLOCK_COLUMNS = 16, 32
 GGML_FORMATS = ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K")  # that unpack_ggml knows

@@ -51,6 +51,6 @@ def torchchat_executors() -> list[ExecutorInfo]:
             devices=frozenset({"cpu", "cuda"}),
             dtypes=frozenset(DTYPES),
             schemes=frozenset({ANY_SCHEME}),
-            abilities=frozenset({"score"}),
+            abilities=frozenset({"score", "batch"}),
         )
     ]

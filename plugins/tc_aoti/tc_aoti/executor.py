@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,14 +25,22 @@ from torchchat_core.manifest_fields import Fields
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.kv_cache import KVCache
 from torchchat_core.models.weights import TORCH_DTYPES
-from torchchat_core.sequence_limits import check_append, check_tokens, session_limit
+from torchchat_core.sequence_limits import check_append, check_batch, check_tokens, session_limit
 from torchchat_core.specs import LoadRequest
 
 SEVERAL, ONE = "any", "decode"  # programs: for any number of tokens, and for a single one
 
 
+@runtime_checkable
+class RowDecoder(Protocol):
+    """Decodes one token of each of several sequences in one step."""
+
+    def logits_of_rows(self, tokens: Sequence[int], caches: Sequence[KVCache], extended: bool) -> Tensor:
+        """Of the tokens behind those that the caches hold: float32 [n, vocab] on the CPU."""
+
+
 class AotiExecutor:
-    """Implements `specs.Executor` with the ability `score`."""
+    """Implements `specs.Executor` with the abilities `score` and `batch`."""
 
     def load(self, request: LoadRequest) -> AotiModel:
         """Raises `TorchchatError` where the file is damaged, or not for this machine or this PyTorch."""
@@ -55,7 +64,7 @@ class AotiExecutor:
 
 
 class AotiModel:
-    """Implements `specs.LoadedModel`."""
+    """Implements `specs.BatchedModel`."""
 
     def __init__(self, artifact: Artifact, programs: Mapping[str, LoadedProgram], decoder: TokenDecoder | None,
                  original_context: int | None) -> None:
@@ -93,6 +102,22 @@ class AotiModel:
             inputs.append(on_device(rows))
         return program.run([*inputs, *keys, *values]).cpu()
 
+    @torch.inference_mode()
+    def decode_batch(self, sessions: Sequence[AotiSession], tokens: Sequence[int]) -> Tensor:
+        """In one step where core's decoder runs the file, else one sequence after the other."""
+        check_batch(sessions, tokens)
+        for session in sessions:
+            session.check_room(1)
+        check_tokens(tokens, self.vocab_size)
+        groups = {session.extended for session in sessions}
+        decoder = self._decoder  # which another thread may take away
+        if len(groups) > 1 or not isinstance(decoder, RowDecoder):
+            return torch.stack([session.decode(token) for session, token in zip(sessions, tokens, strict=True)])
+        logits = decoder.logits_of_rows(tokens, [session.cache for session in sessions], groups == {True})
+        for session in sessions:
+            session.cache.advance(1)
+        return logits
+
     def close(self) -> None:
         self._programs, self._decoder = {}, None
 
@@ -102,12 +127,13 @@ class AotiSession:
 
     def __init__(self, model: AotiModel, limit: int, extended: bool) -> None:
         self.limit = limit
-        self._model, self._extended, self._closed = model, extended, False
-        self._cache = KVCache(model.config, limit, TORCH_DTYPES[model.dtype], torch.device(model.device))
+        self.extended = extended
+        self._model, self._closed = model, False
+        self.cache = KVCache(model.config, limit, TORCH_DTYPES[model.dtype], torch.device(model.device))
 
     @property
     def length(self) -> int:
-        return self._cache.length
+        return self.cache.length
 
     def prefill(self, tokens: Sequence[int]) -> Tensor:
         return self._append(tokens, [len(tokens) - 1])[0]
@@ -119,16 +145,20 @@ class AotiSession:
         return self._append(tokens, range(len(tokens)))
 
     def truncate(self, length: int) -> None:
-        self._cache.truncate(length)
+        self.cache.truncate(length)
 
     def close(self) -> None:
         self._closed = True
-        self._cache.release()
+        self.cache.release()
+
+    def check_room(self, count: int) -> None:
+        """Raises `TorchchatError` where `count` more tokens do not fit."""
+        check_append(count, self.length, self.limit, self._closed,
+                     "allow more with --max-seq-length where the file can")
 
     @torch.inference_mode()
     def _append(self, tokens: Sequence[int], rows: Sequence[int]) -> Tensor:
-        check_append(len(tokens), self.length, self.limit, self._closed,
-                     "allow more with --max-seq-length where the file can")
-        logits = self._model.run(tokens, rows, self._cache, self._extended)
-        self._cache.advance(len(tokens))
+        self.check_room(len(tokens))
+        logits = self._model.run(tokens, rows, self.cache, self.extended)
+        self.cache.advance(len(tokens))
         return logits

@@ -15,9 +15,9 @@ from tc_aoti import LIBRARY, PACKAGE, __version__
 from tc_aoti.compiling import INSTRUCTIONS, Compiled, compile_program
 from tc_aoti.programs import Decoding, Program, programs_of
 from tc_aoti.toolkit import gpu_architecture
-from torchchat_core import progress
+from torchchat_core import kernels, progress
 from torchchat_core.archive import Archive
-from torchchat_core.artifacts import Content, Target, new_manifest, this_machine, whole_file, write_artifact
+from torchchat_core.artifacts import WEIGHTS, Content, Target, new_manifest, this_machine, whole_file, write_artifact
 from torchchat_core.errors import TorchchatError
 from torchchat_core.kernels.build import library_path
 from torchchat_core.quantization.layers import QuantizedEmbedding
@@ -114,7 +114,8 @@ def _runtime(request: ExportRequest, tensors: Mapping[str, Tensor], compiled: li
         "cache": {"layers": config.num_layers, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim},
         "original_context": scaling.original_context if scaling and scaling.kind == "longrope" else None,
         "instructions": INSTRUCTIONS, "kernels": KERNELS if operators else None, "operators": operators,
-        "tensors": {name: {"entry": f"weights/{name}", "dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        "interface": kernels.INTERFACE if operators else None,
+        "tensors": {name: {"entry": WEIGHTS + name, "dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
                     for name, tensor in tensors.items()},
     }
 
@@ -131,7 +132,7 @@ def _decoder(programs: list[Program]) -> dict[str, Any] | None:
 
 def _weights(tensors: Mapping[str, Tensor], task: progress.Task) -> Iterator[Content]:
     for name, tensor in tensors.items():
-        yield Content(f"weights/{name}", tensor.nbytes, lambda tensor=tensor: _pieces(tensor, task))  # type: ignore[misc]
+        yield Content(WEIGHTS + name, tensor.nbytes, lambda tensor=tensor: _pieces(tensor, task))  # type: ignore[misc]
 
 
 def _pieces(tensor: Tensor, task: progress.Task) -> Iterator[memoryview]:

@@ -96,6 +96,12 @@ def load_kernels(artifact: Artifact, runtime: Fields, folder: Path) -> None:
     operators = runtime.mapping("operators")
     if not operators:
         return
+    version = runtime.optional_number("interface", 1, LARGEST_SIZE)
+    if version != kernels.INTERFACE:
+        made = artifact.manifest.versions.get("torchchat-core", "another one")
+        raise TorchchatError(f"{artifact.path.name} calls version {version or 'unknown'} of core's kernels, and those "
+                             f"of this torchchat are version {kernels.INTERFACE}", "export the model again with this "
+                             f"torchchat, or run the file with the one that made it: torchchat-core {made}")
     if kernels.load(building=False) is not None:
         library = folder / "kernels.so"
         library.write_bytes(artifact.read(runtime.text("kernels"), LARGEST_LIBRARY))
@@ -183,7 +189,7 @@ def _embedding(artifact: Artifact, described: Fields, weights: Mapping[str, Tens
     form = described.optional_mapping("embedding")
     if form is None:
         weight = weights[EMBEDDING + "weight"]
-        return nn.Embedding(*weight.shape, _weight=weight, _freeze=True)
+        return nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight, _freeze=True)
     integers = IntegerWeights(format=format_from_json(form), columns=manifest.config.hidden_size,
                               values=weights[EMBEDDING + "values"], scales=weights[EMBEDDING + "scales"],
                               centres=weights.get(EMBEDDING + "centres"))

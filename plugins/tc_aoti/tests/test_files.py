@@ -116,7 +116,7 @@ def test_pytorchs_own_loader_runs_the_package(stories: Path) -> None:
 def test_the_cache_takes_what_the_sequence_is_long(stories: Path) -> None:
     session = load(stories / "m.so").session()
     session.prefill(TOKENS)
-    assert session._cache.all_rooms(1)[0][0].shape[1] == 256
+    assert session.cache.all_rooms(1)[0][0].shape[1] == 256
     assert session.limit == 512
 
 
@@ -145,6 +145,13 @@ def test_another_pytorch_is_refused(stories: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(("change", "words"), [
     (lambda runtime: runtime["operators"].update({"torchchat::none": "x"}), "none of that name"),
+    (lambda runtime: runtime.update(interface=kernels.INTERFACE + 1), "calls version 2 of core's kernels, and those of "
+     "this torchchat are version 1 "),
+    (lambda runtime: runtime.pop("interface"), "calls version unknown of core's kernels"),
+    (lambda runtime: runtime["decoder"]["tensors"].pop(), "decoder .* cannot be put together: a decoder of"),
+    (lambda runtime: runtime["decoder"]["tensors"].__setitem__(0, "none"), "decoder .* cannot be put together: 'none'"),
+    (lambda runtime: runtime["decoder"]["numbers"].__setitem__(1, 3), "decoder .* cannot be put together: 8 heads"),
+    (lambda runtime: runtime["decoder"]["scalars"].__setitem__(0, float("nan")), "'scalars'"),
     (lambda runtime: next(iter(runtime["tensors"].values())).update(shape=[1 << 39, 1 << 39]), "which are not"),
     (lambda runtime: next(iter(runtime["tensors"].values())).update(dtype="int4"), "'dtype'"),
     (lambda runtime: next(iter(runtime["tensors"].values())).update(entry="weights/none"), "has no entry"),
