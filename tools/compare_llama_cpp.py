@@ -42,6 +42,7 @@ from torchchat_core.pipeline import ModelRequest, fetch_files, open_checkpoint
 from torchchat_core.plugins import load_registry
 from torchchat_core.quantization.recipe import RecipeReport, parse_recipe
 from torchchat_core.quantization.writing import write_quantised
+from torchchat_core.sampling import highest
 from torchchat_core.small_files import cache_folder
 from torchchat_core.specs import ExecutorInfo, ExporterInfo, ExportRequest, LoadRequest, ModelFiles
 
@@ -244,11 +245,11 @@ def serve(executor: str, path: str) -> None:
         what, tokens, *count = json.loads(line)
         session = model.session(512)
         started = time.perf_counter()
-        token = int(session.prefill(tokens).argmax())
+        token = highest(session.prefill(tokens))
         if what == "decode":
             started = time.perf_counter()
             for _ in range(*count):
-                token = int(session.decode(token).argmax())
+                token = highest(session.decode(token))
         print(time.perf_counter() - started, flush=True)
         session.close()
 

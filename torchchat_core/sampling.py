@@ -62,7 +62,7 @@ class Sampler:
 
     def _pick(self, logits: Tensor) -> int:
         options = self.options
-        best = int(logits.argmax())  # of NaN too, if there is one
+        best = highest(logits)
         if not torch.isfinite(logits[best]):
             raise TorchchatError(f"the model returned {float(logits[best])} as its highest logit",
                                  "its weights are damaged, or its dtype overflows: try --dtype fp32 or bf16")
@@ -76,6 +76,15 @@ class Sampler:
         if options.min_p > 0.0:
             kept = keep_min_p(kept, options.min_p)
         return draw(kept, philox_uniform(self.seed, self._stream, self._step))
+
+
+def highest(logits: Tensor) -> int:
+    """The first of the highest logits [vocab]; of NaN too, if there is one.
+
+    A row is too short for several threads, and PyTorch's would still wait for work when the next token is computed.
+    """
+    plain = logits.device.type == "cpu" and logits.dtype == torch.float32
+    return int(logits.numpy().argmax() if plain else logits.argmax())
 
 
 def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:

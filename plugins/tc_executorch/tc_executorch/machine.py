@@ -1,4 +1,4 @@
-"""What ExecuTorch's libraries leave to the process that they run in: threads that do not start more threads, large pages.
+"""What ExecuTorch's libraries leave to the process that they run in: no threads inside of threads, and large pages.
 
 All of it is for speed: where a library or the system has no such thing, nothing is done.
 """
@@ -103,7 +103,7 @@ def _has_large_pages() -> bool:
 
 def _allocated() -> Iterator[tuple[int, int]]:
     """Memory that stands for no file, by first and last address."""
-    with open("/proc/self/maps", encoding="ascii", errors="replace") as lines:
+    with Path("/proc/self/maps").open(encoding="ascii", errors="replace") as lines:
         for line in lines:
             place, access, _offset, _device, inode, *name = line.split()
             if inode == "0" and access.startswith("rw") and (not name or name == ["[heap]"]):
