@@ -30,12 +30,12 @@ def testdata() -> Path:
 
 
 @contextmanager
-def command(*arguments: object, home: Path) -> Iterator[str]:
-    """`torchchat browser` with these arguments; its address."""
+def command(*arguments: object, home: Path, folder: Path | None = None) -> Iterator[str]:
+    """`torchchat browser` with these arguments, in a folder; its address."""
     environment = {**os.environ, "XDG_DATA_HOME": str(home / "data"), "XDG_CACHE_HOME": str(home / "cache"),
                    "XDG_CONFIG_HOME": str(home / "config"), "HOME": str(home), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-m", "torchchat_core", "browser", "--port", "0", *map(str, arguments)],
-                               env=environment, stdout=subprocess.PIPE, stderr=None, text=True)
+                               env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=None, text=True)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -51,8 +51,8 @@ def command(*arguments: object, home: Path) -> Iterator[str]:
 def run_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
     """Starts the command; the address. It ends with the session."""
     with ExitStack() as stack:
-        def run(*arguments: object) -> str:
-            return stack.enter_context(command(*arguments, home=tmp_path_factory.mktemp("home")))
+        def run(*arguments: object, folder: Path | None = None) -> str:
+            return stack.enter_context(command(*arguments, home=tmp_path_factory.mktemp("home"), folder=folder))
 
         yield run
 

@@ -53,6 +53,9 @@ def test_a_message_is_answered_as_it_comes_and_found_again_after_a_reload(page: 
 
 
 def test_an_answer_is_stopped_and_made_again(browsers: Browsers, run_browser: Callable[..., str]) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
     # A bias against the end of an answer: it goes on until it is stopped.
     address = run_browser("--temperature", "1", "--logit-bias", "0=-10000", "--logit-bias", "1=-10000",
                           "--logit-bias", "2=-10000", "--logit-bias", "3=-10000", "--logit-bias", "4=-10000")
@@ -64,7 +67,7 @@ def test_an_answer_is_stopped_and_made_again(browsers: Browsers, run_browser: Ca
     page.sees("stopped")
     page.click("[class*=st-key-again-] button")
     page.wait(lambda: re.search(r"\d+ tokens", page.text), "tokens of an answer")
-    page.click(".st-key-stop button")
+    ActionChains(page.driver).send_keys(Keys.ESCAPE).perform()
     page.sees("2 of 2")
     second = page.answers(1)[0]
     page.click("[class*=st-key-back-] button")
@@ -222,7 +225,7 @@ def test_two_models_are_compared(page: Any, served: str, request: pytest.Fixture
 
 def test_what_recipes_cost_is_measured_and_drawn(page: Any, run_browser: Callable[..., str], testdata: Any,
                                                  request: pytest.FixtureRequest) -> None:
-    address = run_browser(testdata / "hf" / "TinyStories-656K", "--temperature", "0")
+    address = run_browser("TinyStories-656K", "--temperature", "0", folder=testdata / "hf")
     page.open(address)
     page.sees("How does the story begin?")  # it has no chat template
     page.open(f"{address}/measure")

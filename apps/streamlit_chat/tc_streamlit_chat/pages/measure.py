@@ -8,7 +8,7 @@ from datetime import datetime
 
 import streamlit as st
 
-from tc_streamlit_chat.choices import base_name, choices, short_name
+from tc_streamlit_chat.choices import base_name, choices, offered, short_name
 from tc_streamlit_chat.configuration import Configuration
 from tc_streamlit_chat.jobs import GivenUp
 from tc_streamlit_chat.local import LocalModels
@@ -68,15 +68,18 @@ def _new(services: Services, models: LocalModels) -> None:
         executors = left.multiselect("Executors", fit.executors, default=fit.executors[:1],
                                      key=f"measured-executors-{model}")
         chosen = right.multiselect("Recipes", recipes, default=recipes[:1], key=f"measured-recipes-{model}")
+        offered(executors, fit.executors)
         work = speed(request, executors, [None if each == AS_IS else each for each in chosen], models.registry)
         ready = bool(executors and chosen)
     else:
         quantised = recipes[1:]
-        chosen = st.multiselect("Recipes", quantised, default=[each for each in USUAL if each in quantised] or quantised[:2],
-                                key=f"compared-recipes-{model}")
+        usual = [each for each in USUAL if each in quantised] or quantised[:2]
+        chosen = st.multiselect("Recipes", quantised, default=usual, key=f"compared-recipes-{model}")
         work, ready = quality(request, chosen, models.registry), bool(chosen)
         if not quantised:
             st.caption("Nothing that is installed makes this model smaller.")
+    offered([model], names)
+    offered(chosen, recipes)
     if st.button("Measure", type="primary", icon=":material/speed:", key="measure-now", disabled=running or not ready):
         title = f"{KINDS[kind]} of {short_name(str(model))}"
 
