@@ -102,7 +102,7 @@ class Page:
         def look(_: Any) -> Any:
             try:
                 return found()
-            except (StaleElementReferenceException, WebDriverException, IndexError):
+            except (StaleElementReferenceException, WebDriverException, IndexError, StopIteration):
                 return None
 
         try:
@@ -126,11 +126,12 @@ class Page:
         self.wait(lambda: text in self.text, text)
 
     def click(self, selector: str) -> None:
+        """The first one that is seen: Streamlit has copies of some buttons, to measure them."""
         def clicked() -> bool:
-            self.all(selector)[0].click()
+            next(each for each in self.all(selector) if each.is_displayed()).click()
             return True
 
-        self.wait(lambda: self.all(selector) and clicked(), selector)
+        self.wait(clicked, selector)
 
     def send(self, text: str) -> None:
         """Types a message, and Enter."""
