@@ -17,6 +17,7 @@ DISTRIBUTIONS = {"torchchat_core": ROOT, "tc_eager": ROOT / "plugins" / "tc_eage
                  "tc_aoti": ROOT / "plugins" / "tc_aoti",
                  "tc_quant_int4": ROOT / "plugins" / "tc_quant_int4",
                  "tc_quant_int8": ROOT / "plugins" / "tc_quant_int8",
+                 "tc_streamlit_chat": ROOT / "apps" / "streamlit_chat",
                  "tc_float8": EXAMPLES / "tc_float8", "tc_zip": EXAMPLES / "tc_zip"}
 INSTALLED = ("torchchat_core", "tc_eager")
 

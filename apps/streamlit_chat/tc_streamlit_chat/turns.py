@@ -15,6 +15,7 @@ from tc_streamlit_chat.figures import Details, Figures
 from tc_streamlit_chat.questions import Backend, Event, Question, Status, Text
 from torchchat_core.errors import TorchchatError
 
+MOST_REMEMBERED = 1000  # turns that are done, for what went wrong in them
 Result = TypeVar("Result")
 Outcome = list[tuple[str, Details]]  # text and details of each answer
 
@@ -141,6 +142,8 @@ class Turns:
             current = self._current.get(place)
             if current is not None and not current.done.is_set():
                 raise TorchchatError("an answer is being written here", "stop it, or wait for its end")
+            if len(self._current) >= MOST_REMEMBERED:
+                self._current = {key: each for key, each in self._current.items() if not each.done.is_set()}
             self._current[place] = turn
         self.run(turn.run(self.backend))
         return turn

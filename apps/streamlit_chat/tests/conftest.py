@@ -30,12 +30,12 @@ def testdata() -> Path:
 
 
 @contextmanager
-def command(*arguments: object, home: Path) -> Iterator[str]:
-    """`torchchat browser` with these arguments; its address."""
+def command(*arguments: object, home: Path, folder: Path | None = None) -> Iterator[str]:
+    """`torchchat browser` with these arguments, in a folder; its address."""
     environment = {**os.environ, "XDG_DATA_HOME": str(home / "data"), "XDG_CACHE_HOME": str(home / "cache"),
                    "XDG_CONFIG_HOME": str(home / "config"), "HOME": str(home), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-m", "torchchat_core", "browser", "--port", "0", *map(str, arguments)],
-                               env=environment, stdout=subprocess.PIPE, stderr=None, text=True)
+                               env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=None, text=True)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -51,8 +51,8 @@ def command(*arguments: object, home: Path) -> Iterator[str]:
 def run_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
     """Starts the command; the address. It ends with the session."""
     with ExitStack() as stack:
-        def run(*arguments: object) -> str:
-            return stack.enter_context(command(*arguments, home=tmp_path_factory.mktemp("home")))
+        def run(*arguments: object, folder: Path | None = None) -> str:
+            return stack.enter_context(command(*arguments, home=tmp_path_factory.mktemp("home"), folder=folder))
 
         yield run
 
@@ -102,7 +102,7 @@ class Page:
         def look(_: Any) -> Any:
             try:
                 return found()
-            except (StaleElementReferenceException, WebDriverException, IndexError):
+            except (StaleElementReferenceException, WebDriverException, IndexError, StopIteration):
                 return None
 
         try:
@@ -126,11 +126,12 @@ class Page:
         self.wait(lambda: text in self.text, text)
 
     def click(self, selector: str) -> None:
+        """The first one that is seen: Streamlit has copies of some buttons, to measure them."""
         def clicked() -> bool:
-            self.all(selector)[0].click()
+            next(each for each in self.all(selector) if each.is_displayed()).click()
             return True
 
-        self.wait(lambda: self.all(selector) and clicked(), selector)
+        self.wait(clicked, selector)
 
     def send(self, text: str) -> None:
         """Types a message, and Enter."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from tc_streamlit_chat.choices import offered
 from tc_streamlit_chat.configuration import SAMPLING, Configuration
 from tc_streamlit_chat.figures import Details
 from tc_streamlit_chat.jobs import Jobs
@@ -19,6 +20,7 @@ from tc_streamlit_chat.services import Services, install
 from tc_streamlit_chat.serving import PAGE
 from tc_streamlit_chat.store import Conversations, Store
 from tc_streamlit_chat.turns import Turns
+from torchchat_core.errors import TorchchatError
 from torchchat_core.pipeline import ModelRequest
 from torchchat_core.plugins import load_registry
 
@@ -171,6 +173,12 @@ def test_strangers_choose_from_what_is_here(models: tuple[LocalModels, Turns], s
     page.session_state["settings_open"] = True
     page = run(page)
     assert "cannot be chosen here" in page.error[0].value
+
+
+def test_what_was_not_offered_is_refused() -> None:
+    offered(["eager", "compile"], ("eager", "compile"))
+    with pytest.raises(TorchchatError, match="'/etc/passwd' cannot be chosen here"):
+        offered(["eager", "/etc/passwd"], ("eager", "compile"))
 
 
 def test_pages_of_a_server_elsewhere_have_what_it_can_do(services: Services) -> None:

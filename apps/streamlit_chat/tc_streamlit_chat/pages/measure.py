@@ -8,7 +8,7 @@ from datetime import datetime
 
 import streamlit as st
 
-from tc_streamlit_chat.choices import base_name, choices, short_name
+from tc_streamlit_chat.choices import base_name, choices, offered, short_name
 from tc_streamlit_chat.configuration import Configuration
 from tc_streamlit_chat.jobs import GivenUp
 from tc_streamlit_chat.local import LocalModels
@@ -29,6 +29,7 @@ EXPLAINED = {
                "torchchat quantize \\-\\-report.",
 }
 AS_IS = "as the model is"
+USUAL = ("linear:int8", "linear:int4")  # recipes that are measured unless others are chosen
 HEIGHT = 760  # pixels of a drawn page
 
 
@@ -51,12 +52,7 @@ def page() -> None:
 
 def _new(services: Services, models: LocalModels) -> None:
     job = services.jobs.at(PLACE)
-    if job is not None and not job.done.is_set():
-        st.caption(plain(job.title))
-        watch(job)
-        return
-    if job is not None and job.error is not None:
-        frame.show_error(job.error)
+    running = job is not None and not job.done.is_set()
     kind = st.segmented_control("What is measured", list(KINDS), default="speed", required=True, key="kind",
                                 format_func=lambda name: KINDS[name], label_visibility="collapsed") or "speed"
     st.caption(EXPLAINED[kind])
@@ -72,16 +68,19 @@ def _new(services: Services, models: LocalModels) -> None:
         executors = left.multiselect("Executors", fit.executors, default=fit.executors[:1],
                                      key=f"measured-executors-{model}")
         chosen = right.multiselect("Recipes", recipes, default=recipes[:1], key=f"measured-recipes-{model}")
+        offered(executors, fit.executors)
         work = speed(request, executors, [None if each == AS_IS else each for each in chosen], models.registry)
         ready = bool(executors and chosen)
     else:
         quantised = recipes[1:]
-        chosen = st.multiselect("Recipes", quantised, default=[each for each in quantised if ":" in each][:3],
-                                key=f"compared-recipes-{model}")
+        usual = [each for each in USUAL if each in quantised] or quantised[:2]
+        chosen = st.multiselect("Recipes", quantised, default=usual, key=f"compared-recipes-{model}")
         work, ready = quality(request, chosen, models.registry), bool(chosen)
         if not quantised:
             st.caption("Nothing that is installed makes this model smaller.")
-    if st.button("Measure", type="primary", icon=":material/speed:", key="measure-now", disabled=not ready):
+    offered([model], names)
+    offered(chosen, recipes)
+    if st.button("Measure", type="primary", icon=":material/speed:", key="measure-now", disabled=running or not ready):
         title = f"{KINDS[kind]} of {short_name(str(model))}"
 
         def kept(given_up: Callable[[], bool]) -> int:
@@ -89,6 +88,11 @@ def _new(services: Services, models: LocalModels) -> None:
 
         services.jobs.start(PLACE, title, kept)
         st.rerun()
+    if job is not None and running:
+        st.caption(plain(job.title))
+        watch(job)
+    elif job is not None and job.error is not None:
+        frame.show_error(job.error)
 
 
 def speed(request: ModelRequest, executors: Sequence[str], recipes: Sequence[str | None], registry: Registry

@@ -8,7 +8,7 @@ from typing import Any
 
 import streamlit as st
 
-from tc_streamlit_chat.choices import AUTO, base_name, choices, short_name
+from tc_streamlit_chat.choices import AUTO, base_name, choices, offered, short_name
 from tc_streamlit_chat.configuration import MOST_SAMPLES, SAMPLING, Configuration
 from tc_streamlit_chat.local import LocalModels
 from tc_streamlit_chat.markdown import plain
@@ -98,6 +98,8 @@ def model_pickers(services: Services, configuration: Configuration, place: str) 
                           format_func=lambda name: name or "as the model is",
                           index=recipes.index(request.quantize or AS_IS),
                           help="How the weights are made smaller. Fewer bits: less memory, more speed, less quality.")
+    offered([executor], executors)
+    offered([recipe], recipes)
     return replace(chosen, executor=executor, quantize=recipe)
 
 
