@@ -100,6 +100,37 @@ def test_a_recipe_comes_from_a_name_a_file_or_text(registry: Registry, tmp_path:
     assert recipe_names() == ("cpu", "cuda", "desktop", "mobile", "pi5")
 
 
+@pytest.mark.parametrize(("content", "message"), [
+    (b'{"linear:int4": {"groupsize": 32}, "linear:int4": {"groupsize": 64}}', "has 'linear:int4' twice"),
+    (b'{"linear:int4": {"groupsize": 32, "groupsize": 64}}', "has 'groupsize' twice"),
+    (b'{"linear:int4": {', "recipe .*mine.json is not JSON"),
+    (b"[" * 100_000, "recipe .*mine.json is not JSON"),
+    (b"[1]", "recipe .*mine.json holds a JSON list"),
+    (b"", "recipe .*mine.json is not JSON"),
+    (b'{"linear:int4\xff": {}}', "recipe .*mine.json is not UTF-8: byte 13 is 0xff"),
+    (b'{"linear:int4": {"layers": [' + b'"lm_head",' * 200_000 + b'"lm_head"]}}', "has more than 1048576 bytes"),
+], ids=["section", "option", "cut", "deep", "list", "empty", "encoding", "size"])
+def test_a_file_that_is_no_recipe_is_told_as_such(content: bytes, message: str, registry: Registry, tmp_path: Path
+                                                  ) -> None:
+    (tmp_path / "mine.json").write_bytes(content)
+    with pytest.raises(TorchchatError, match=message) as caught:
+        parse_recipe(str(tmp_path / "mine.json"), registry)
+    assert "download" not in str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", [
+    json.dumps({"k" * 100_000: {}}), json.dumps({"linear:" + "k" * 100_000: {}}),
+    json.dumps({"version": "k" * 100_000}), json.dumps({"linear:int4": "k" * 100_000}),
+    json.dumps({"linear:int4": {"groupsize": "k" * 100_000}}),
+    json.dumps({"linear:int4": {"k" * 100_000: 1}}), json.dumps({"linear:int4": {"layers": "k" * 100_000}}),
+    json.dumps({"linear:int4": {"bitwidth": "k" * 100_000}}), json.dumps({"embedding": {"bitwidth": "k" * 100_000}}),
+    json.dumps({"executor": "k" * 100_000}), "k" * 100_000], ids=lambda recipe: recipe[:20])
+def test_what_is_wrong_is_quoted_in_short(recipe: str, registry: Registry) -> None:
+    with pytest.raises(TorchchatError) as caught:
+        read_recipe(recipe, registry, "cpu", "fp32")
+    assert len(str(caught.value)) < 1000
+
+
 def test_the_recipe_chooses_dtype_and_device_where_the_user_does_not(registry: Registry) -> None:
     recipe = '{"executor": {"accelerator": "cpu"}, "precision": {"dtype": "fp32"}, "linear:int8": {}}'
     for dtype, expected in ((None, "fp32"), ("bf16", "bf16")):
