@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchchat_core.errors import TorchchatError
 from torchchat_core.models.transformer import Transformer
@@ -17,6 +19,7 @@ from torchchat_core.pipeline import ModelRequest, open_model
 from torchchat_core.plugins import Registry
 from torchchat_core.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from torchchat_core.quantization.recipe import RecipeReport, parse_recipe, read_recipe, recipe_names
+from torchchat_core.quantization.replacing import reason_to_leave
 from torchchat_core.testing.models import seeded, tiny_config
 
 
@@ -184,9 +187,30 @@ def test_a_wrong_selection_changes_nothing(registry: Registry) -> None:
     assert type(model.model.embed_tokens) is nn.Embedding
 
 
-def test_weights_that_are_not_finite_are_left_alone(registry: Registry) -> None:
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_left_alone(number: float, registry: Registry) -> None:
     model = seeded(tiny_config())
-    model.lm_head.weight[0, 0] = float("nan")
+    model.lm_head.weight[0, 0] = number
     report = read_recipe("linear:int8", registry, "cpu", "fp32").apply(model)
     assert [(layer.name, layer.reason) for layer in report.left] == [
         ("lm_head", "it has weights that are not finite")]
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that an operation gave back."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            self.numbers = max(self.numbers, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_looking_for_weights_that_are_not_finite_copies_none(dtype: torch.dtype) -> None:
+    layer = nn.Linear(512, 512, dtype=dtype).requires_grad_(False)
+    with Largest() as largest:
+        assert reason_to_leave(layer, lambda *_: None) is None
+    assert largest.numbers < 100
