@@ -84,7 +84,7 @@ def check_value(owner: type, declared: Field[Any], value: Any) -> None:
         return
     accepted: tuple[type, ...] = (int, float) if wanted is float else (wanted,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
-        raise TorchchatError(f"{declared.name} is {value!r}; it has to be {_type_words(wanted)}")
+        raise TorchchatError(f"{declared.name} is {value!r:.100}; it has to be {_type_words(wanted)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise _out_of_range(declared.name, value, detail)
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -93,7 +93,7 @@ def check_value(owner: type, declared: Field[Any], value: Any) -> None:
         if low or high or (detail.above is not None and value <= detail.above):
             raise _out_of_range(declared.name, value, detail)
     if detail.choices is not None and value not in detail.choices:
-        raise TorchchatError(f"{declared.name} is {value!r}; it has to be {detail.range}",
+        raise TorchchatError(f"{declared.name} is {value!r:.100}; it has to be {detail.range}",
                              did_you_mean(str(value), detail.choices))
 
 
@@ -102,7 +102,7 @@ def from_mapping(owner: type[Options], values: Mapping[str, Any]) -> Options:
     known = {declared.name: declared for declared in fields(owner)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            raise TorchchatError(f"there is no option {name!r}; known are {', '.join(known)}",
+            raise TorchchatError(f"there is no option {name!r:.100}; known are {', '.join(known)}",
                                  did_you_mean(name, known))
     converted = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     made = owner(**converted)
@@ -116,14 +116,15 @@ def from_text(owner: type, name: str, text: str) -> Any:
     declared = next((declared for declared in known if declared.name == name.replace("-", "_")), None)
     if declared is None:
         names = [each.name for each in known]
-        raise TorchchatError(f"there is no option {name!r}; known are {', '.join(names)}", did_you_mean(name, names))
+        raise TorchchatError(f"there is no option {name!r:.100}; known are {', '.join(names)}",
+                             did_you_mean(name, names))
     wanted = value_type(owner, declared.name)
     if text == "none" and type(None) in get_args(_hints(owner)[declared.name]):
         return None
     try:
         value = _PARSERS[wanted](text)
     except (ValueError, KeyError):
-        raise TorchchatError(f"{declared.name} is {text!r}; it has to be {_type_words(wanted)}") from None
+        raise TorchchatError(f"{declared.name} is {text!r:.100}; it has to be {_type_words(wanted)}") from None
     check_value(owner, declared, value)
     return value
 
@@ -143,4 +144,4 @@ def _type_words(wanted: type) -> str:
 
 
 def _out_of_range(name: str, value: object, detail: OptionDetail) -> TorchchatError:
-    return TorchchatError(f"{name} is {value!r}; it has to be {detail.range or 'a finite number'}")
+    return TorchchatError(f"{name} is {value!r:.100}; it has to be {detail.range or 'a finite number'}")

@@ -22,6 +22,14 @@ def expanded(path: str) -> Path:
         raise TorchchatError(f"the home folder in {path!r} cannot be found", "write the whole path") from None
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file: none has a path that is too long, or in a folder that may not be looked into."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def cache_folder() -> Path:
     """Where torchchat keeps what need not be made twice."""
     base = os.environ.get("XDG_CACHE_HOME")

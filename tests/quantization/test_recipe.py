@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchchat_core.errors import TorchchatError
 from torchchat_core.models.transformer import Transformer
@@ -17,6 +19,7 @@ from torchchat_core.pipeline import ModelRequest, open_model
 from torchchat_core.plugins import Registry
 from torchchat_core.quantization.layers import QuantizedEmbedding, QuantizedLinear
 from torchchat_core.quantization.recipe import RecipeReport, parse_recipe, read_recipe, recipe_names, stored_recipe
+from torchchat_core.quantization.replacing import reason_to_leave
 from torchchat_core.testing.models import seeded, tiny_config
 
 
@@ -100,6 +103,37 @@ def test_a_recipe_comes_from_a_name_a_file_or_text(registry: Registry, tmp_path:
     assert recipe_names() == ("cpu", "cuda", "desktop", "mobile", "pi5")
 
 
+@pytest.mark.parametrize(("content", "message"), [
+    (b'{"linear:int4": {"groupsize": 32}, "linear:int4": {"groupsize": 64}}', "has 'linear:int4' twice"),
+    (b'{"linear:int4": {"groupsize": 32, "groupsize": 64}}', "has 'groupsize' twice"),
+    (b'{"linear:int4": {', "recipe .*mine.json is not JSON"),
+    (b"[" * 100_000, "recipe .*mine.json is not JSON"),
+    (b"[1]", "recipe .*mine.json holds a JSON list"),
+    (b"", "recipe .*mine.json is not JSON"),
+    (b'{"linear:int4\xff": {}}', "recipe .*mine.json is not UTF-8: byte 13 is 0xff"),
+    (b'{"linear:int4": {"layers": [' + b'"lm_head",' * 200_000 + b'"lm_head"]}}', "has more than 1048576 bytes"),
+], ids=["section", "option", "cut", "deep", "list", "empty", "encoding", "size"])
+def test_a_file_that_is_no_recipe_is_told_as_such(content: bytes, message: str, registry: Registry, tmp_path: Path
+                                                  ) -> None:
+    (tmp_path / "mine.json").write_bytes(content)
+    with pytest.raises(TorchchatError, match=message) as caught:
+        parse_recipe(str(tmp_path / "mine.json"), registry)
+    assert "download" not in str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", [
+    json.dumps({"k" * 100_000: {}}), json.dumps({"linear:" + "k" * 100_000: {}}),
+    json.dumps({"version": "k" * 100_000}), json.dumps({"linear:int4": "k" * 100_000}),
+    json.dumps({"linear:int4": {"groupsize": "k" * 100_000}}),
+    json.dumps({"linear:int4": {"k" * 100_000: 1}}), json.dumps({"linear:int4": {"layers": "k" * 100_000}}),
+    json.dumps({"linear:int4": {"bitwidth": "k" * 100_000}}), json.dumps({"embedding": {"bitwidth": "k" * 100_000}}),
+    json.dumps({"executor": "k" * 100_000}), "k" * 100_000], ids=lambda recipe: recipe[:20])
+def test_what_is_wrong_is_quoted_in_short(recipe: str, registry: Registry) -> None:
+    with pytest.raises(TorchchatError) as caught:
+        read_recipe(recipe, registry, "cpu", "fp32")
+    assert len(str(caught.value)) < 1000
+
+
 def test_the_recipe_chooses_dtype_and_device_where_the_user_does_not(registry: Registry) -> None:
     recipe = '{"executor": {"accelerator": "cpu"}, "precision": {"dtype": "fp32"}, "linear:int8": {}}'
     for dtype, expected in ((None, "fp32"), ("bf16", "bf16")):
@@ -153,9 +187,10 @@ def test_a_wrong_selection_changes_nothing(registry: Registry) -> None:
     assert type(model.model.embed_tokens) is nn.Embedding
 
 
-def test_weights_that_are_not_finite_are_left_alone(registry: Registry) -> None:
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_left_alone(number: float, registry: Registry) -> None:
     model = seeded(tiny_config())
-    model.lm_head.weight[0, 0] = float("nan")
+    model.lm_head.weight[0, 0] = number
     report = read_recipe("linear:int8", registry, "cpu", "fp32").apply(model)
     assert [(layer.name, layer.reason) for layer in report.left] == [
         ("lm_head", "it has weights that are not finite")]
@@ -181,3 +216,23 @@ def test_what_is_stored_is_named_by_the_recipe_that_was_written_down(registry: R
     assert stored_recipe(None, schemes, registry, "cpu", "fp32") == "linear:int4 as stored"
     unknown = stored_recipe({"linear:int3": {}}, ("linear:int3",), registry, "cpu", "fp32")
     assert unknown == '{"linear:int3": {}}'
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that an operation gave back."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            self.numbers = max(self.numbers, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_looking_for_weights_that_are_not_finite_copies_none(dtype: torch.dtype) -> None:
+    layer = nn.Linear(512, 512, dtype=dtype).requires_grad_(False)
+    with Largest() as largest:
+        assert reason_to_leave(layer, lambda *_: None) is None
+    assert largest.numbers < 100

@@ -34,10 +34,11 @@ from torchchat_core.quantization.selection import (
     layers_of_sections,
     only,
 )
-from torchchat_core.small_files import expanded, read_json
+from torchchat_core.small_files import expanded, is_file, read_json
 from torchchat_core.specs import Calibration, LayerReport, QuantizerInfo, QuantReport
 
 VERSION = 1
+MAXIMUM_BYTES = 1 << 20  # of a file; thousands of times what one needs
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "recipes"
 SETTINGS = {"executor": "accelerator", "precision": "dtype"}  # sections that say how the model runs, and their one key
 EMBEDDING = "embedding"  # the section by the original's name: its bitwidth chooses the scheme
@@ -201,26 +202,23 @@ def is_json(text: str | None) -> bool:
 
 def _content(text: str, registry: Registry) -> Mapping[str, Any]:
     if is_json(text):
-        try:
-            return dict(json.loads(text, object_pairs_hook=_without_repetition))
-        except (ValueError, RecursionError) as error:
-            raise TorchchatError(f"the recipe is not JSON: {error}") from None
+        return _object(text, "the recipe")
     known = _schemes(registry)
     if text in known:
         return {text: {}}
     if text in recipe_names():
         return read_json(SHIPPED / f"{text}.json")
     path = expanded(text)
-    if path.is_file():
-        return read_json(path)
+    if is_file(path):
+        return _object(_text_of(path), f"the recipe {path}")
     if path.stem in recipe_names() and path.parts[-3:-1] == ("config", "data"):  # where the original tool had them
         return read_json(SHIPPED / f"{path.stem}.json")
     if path.stem in recipe_names():
         raise TorchchatError(f"there is no file {text!r}; the recipe comes with torchchat",
                              f"--quantize {path.stem}")
     names = (*recipe_names(), *known)
-    raise TorchchatError(f"there is no recipe, file or scheme {text!r}; recipes: {', '.join(recipe_names())}; schemes "
-                         f"here: {', '.join(known) or 'none'}",
+    raise TorchchatError(f"there is no recipe, file or scheme {text!r:.200}; recipes: {', '.join(recipe_names())}; "
+                         f"schemes here: {', '.join(known) or 'none'}",
                          _how_to_get(text) or did_you_mean(text, names)
                          or "give a recipe, a scheme, a JSON file, or a JSON object")
 
@@ -246,11 +244,38 @@ def recipe_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in SHIPPED.glob("*.json")))
 
 
+def _text_of(path: Path) -> str:
+    """The content of a file that somebody wrote or was given. Raises `TorchchatError` for what is no recipe."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAXIMUM_BYTES + 1)
+        if len(content) > MAXIMUM_BYTES:
+            raise TorchchatError(f"the recipe {path} has more than {MAXIMUM_BYTES} bytes, which no recipe has")
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise TorchchatError(f"the recipe {path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise TorchchatError(f"the recipe {path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
+                             ) from None
+
+
+def _object(text: str, owner: str) -> Mapping[str, Any]:
+    """The JSON object that a recipe is. Raises `TorchchatError`, which calls it `owner`, for anything else."""
+    try:
+        content = json.loads(text, object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError) as error:
+        raise TorchchatError(f"{owner} is not JSON: {error}", "mend it there") from None
+    if not isinstance(content, dict):
+        raise TorchchatError(f"{owner} holds a JSON {type(content).__name__}; it has to be an object",
+                             'such as {"linear:int4": {"groupsize": 32}}')
+    return content
+
+
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise TorchchatError(f"the recipe has {max(names, key=names.count)!r} twice")
+        raise TorchchatError(f"the recipe has {max(names, key=names.count)!r:.80} twice")
     return found
 
 
@@ -274,10 +299,10 @@ def _section(key: str, value: Any, registry: Registry) -> tuple[str | None, Mapp
         return None, {}
     if key != EMBEDDING and ":" not in key:
         known = (*KEYS, *_schemes(registry))
-        raise TorchchatError(f"the recipe has the unknown key {key!r}; known are {', '.join(known)}",
+        raise TorchchatError(f"the recipe has the unknown key {key!r:.80}; known are {', '.join(known)}",
                              did_you_mean(key, known))
     if not isinstance(value, Mapping):
-        raise TorchchatError(f"the options of {key!r} are {value!r}; they have to be a JSON object")
+        raise TorchchatError(f"the options of {key!r:.80} are {value!r:.80}; they have to be a JSON object")
     if key != EMBEDDING:
         return key, value
     bits = value.get("bitwidth", 8)
@@ -302,7 +327,7 @@ def _step(scheme: str, section: Mapping[str, Any], registry: Registry, device: s
         raise TorchchatError(f"{scheme!r} is no scheme, but a way to round the weights of one",
                              f'write {{"linear:int4": {{"method": "{METHODS[scheme]}"}}}}')
     if not makers:
-        raise TorchchatError(f"no installed quantizer makes {scheme!r}; schemes here: {', '.join(known) or 'none'}",
+        raise TorchchatError(f"no installed quantizer makes {scheme!r:.80}; schemes here: {', '.join(known) or 'none'}",
                              _how_to_get(scheme) or did_you_mean(scheme, known) or "install the plugin that makes it")
     fitting = [info for info in makers if device in info.devices and dtype in info.dtypes] or makers
     quantizer = registry.find(QuantizerInfo, fitting[0].name)  # several owners of one name are an error there
@@ -310,7 +335,7 @@ def _step(scheme: str, section: Mapping[str, Any], registry: Registry, device: s
     options = _without_bitwidth(scheme, quantizer, options)
     if quantizer.options is None:
         if options:
-            raise TorchchatError(f"{scheme!r} has no options; {next(iter(options))!r} was given")
+            raise TorchchatError(f"{scheme!r} has no options; {next(iter(options))!r:.80} was given")
         return Step(scheme, quantizer, None, selection)
     try:
         return Step(scheme, quantizer, from_mapping(quantizer.options, options), selection)

@@ -90,9 +90,9 @@ def _matching(selection: Selection, key: str, patterns: Iterable[str], known: Se
     for pattern in patterns:
         matching = [name for name in known if fnmatchcase(name, pattern)]
         if not matching:
-            raise TorchchatError(f'"{key}" of {selection.scheme!r} has {pattern!r}, which is no {selection.kind} layer '
-                                 f"of this model", did_you_mean(pattern, known) or f"layers are called {known[0]!r}"
-                                 if known else None)
+            raise TorchchatError(f'"{key}" of {selection.scheme!r} has {pattern!r:.100}, which is no {selection.kind} '
+                                 "layer of this model", did_you_mean(pattern, known)
+                                 or f"layers are called {known[0]!r}" if known else None)
         found.update(matching)
     return found
 

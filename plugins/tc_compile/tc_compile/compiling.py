@@ -13,6 +13,7 @@ import torch.fx.experimental._config as tracing
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from tc_compile.failures import first_line
 from tc_compile.graphs import LIBRARY, ONE_ROW
 from tc_compile.signature import LayerSignature
 from torchchat_core.errors import TorchchatError
@@ -59,8 +60,7 @@ def compile_layer(signature: LayerSignature, folder: Path) -> None:
     except TorchchatError:
         raise
     except Exception as error:  # the compiler raises whatever it comes upon, and eager is always there
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise TorchchatError(f"PyTorch cannot compile the layers: {first:.200}") from error
+        raise TorchchatError(f"PyTorch cannot compile the layers: {first_line(error)}") from error
 
 
 def _trace(signature: LayerSignature, rows: int | None) -> ExportedProgram:

@@ -8,6 +8,7 @@ whatever the size of the cache, and PyTorch keeps them across starts.
 
 from __future__ import annotations
 
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -17,11 +18,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tc_compile.failures import first_line
+from tc_compile.signature import described, plain_attributes
+from torchchat_core import progress
+from torchchat_core.errors import TorchchatError
 from torchchat_core.models.config import ModelConfig
-from torchchat_core.models.kv_cache import KVCache
+from torchchat_core.models.kv_cache import FIRST_CAPACITY, KVCache
 from torchchat_core.models.transformer import Attend, DecoderLayer, Transformer
 
 Replay = Callable[[], None]
+Recorder = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]  # `CudaRecorder`
 LayerStep = Callable[..., Tensor]  # `layer_step`, compiled
 WARM_UPS = 3  # before recording: kernels are chosen and workspaces taken then
 SPARE = 2  # recordings of one size that are kept for sequences to come
@@ -101,12 +107,20 @@ def compile_layers_for_graphs(module: Transformer, backend: str | Callable[..., 
     steps: dict[object, LayerStep] = {}
     compiled = []
     for layer in cast(Iterable[DecoderLayer], module.model.layers):
-        kind = (module.config.layer_window(layer.self_attn.index), *(type(part) for part in layer.modules()))
+        kind = kind_of(layer, module.config.layer_window(layer.self_attn.index))
         if kind not in steps:
             own = types.FunctionType(layer_step.__code__.replace(), globals(), layer_step.__name__)
             steps[kind] = cast(LayerStep, torch.compile(own, fullgraph=True, dynamic=False, backend=backend))
         compiled.append(CompiledLayer(layer, steps[kind]))
     module.model.layers = nn.ModuleList(compiled)
+
+
+def kind_of(layer: DecoderLayer, window: int | None) -> tuple[object, ...]:
+    """Equal for layers whose code is the same: their parts have the same class, settings, shapes and dtypes."""
+    return (window, *((type(part), repr(described(plain_attributes(part))), *(
+        (name, tensor.dtype, tuple(tensor.shape)) for name, tensor in (*part.named_parameters(recurse=False),
+                                                                       *part.named_buffers(recurse=False))))
+        for part in layer.modules()))
 
 
 @dataclass(eq=False)
@@ -126,23 +140,25 @@ class GraphDecoder:
     """What tc-eager's model calls for one token of one sequence; other steps go the ordinary way."""
 
     def __init__(self, module: Transformer, device: str,
-                 record: Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]] | None = None) -> None:
+                 record: Recorder | None = None) -> None:
         """`record` records CUDA graphs unless something else is given."""
         self._module, self._device = module, device
         self._record = record or CudaRecorder()
         self._used: dict[int, Recording] = {}  # by the id of the cache
         self._spare: list[Recording] = []
+        self._turn = threading.Lock()  # graphs share the memory that they compute with in between
 
     def logits(self, token: int, cache: KVCache, extended: bool) -> Tensor:
         """Of the token behind those that the cache holds: float32 [1, vocab] on the CPU.
 
         Raises `TorchchatError` where the cache is full; `cache.advance` is left to the caller.
         """
-        recording = self._recording(cache, extended)
-        recording.token.fill_(token)
-        recording.position.fill_(cache.length)
-        recording.replay()
-        return on_cpu(recording.logits)  # a copy: the next replay writes to that memory
+        with self._turn:
+            recording = self._recording(cache, extended)
+            recording.token.fill_(token)
+            recording.position.fill_(cache.length)
+            recording.replay()
+            return on_cpu(recording.logits)  # a copy: the next replay writes to that memory
 
     def _recording(self, cache: KVCache, extended: bool) -> Recording:
         """The one that the cache has; where it has grown, or has none, one that was left, or else a new one."""
@@ -166,7 +182,9 @@ class GraphDecoder:
 
     def leave(self, cache: int) -> None:
         """Keeps what the cache of this id had for the next one, unless there are enough of them."""
-        left = self._used.pop(cache)
+        left = self._used.pop(cache, None)
+        if left is None:  # a larger one could not be recorded
+            return
         if sum(each.key == left.key for each in self._spare) < SPARE:
             self._spare.append(left)
 
@@ -187,6 +205,26 @@ class GraphDecoder:
 
         replay, logits = self._record(step)
         return Recording(key, keys, values, token, position, logits, replay)
+
+
+def compiled_decoder(module: Transformer, device: str, backend: str | Callable[..., Any] = "inductor",
+                     record: Recorder | None = None) -> GraphDecoder:
+    """Compiles the layers, and records a first graph, which the first sequence takes over.
+
+    Raises `TorchchatError` where that fails; then the module is as it was.
+    """
+    layers = module.model.layers
+    compile_layers_for_graphs(module, backend)
+    decoder = GraphDecoder(module, device, record)
+    cache = KVCache(module.config, min(FIRST_CAPACITY, module.config.max_context), module.model.norm.weight.dtype,
+                    torch.device(device))
+    try:
+        with torch.inference_mode(), progress.task("compiling the layers"):
+            decoder.logits(0, cache, extended=False)
+    except Exception as error:  # the compiler raises whatever it comes upon, and eager is always there
+        module.model.layers = layers
+        raise TorchchatError(f"PyTorch cannot compile the layers: {first_line(error)}") from error
+    return decoder
 
 
 def _leave(decoder: weakref.ref[GraphDecoder], cache: int) -> None:

@@ -8,7 +8,7 @@ from typing import cast
 
 from torch import nn
 
-from tc_compile.cuda import GraphDecoder, compile_layers_for_graphs
+from tc_compile.cuda import compiled_decoder
 from tc_compile.graphs import find_graph
 from tc_compile.layers import CompiledStack
 from tc_compile.signature import LayerSignature
@@ -35,22 +35,27 @@ class CompileExecutor:
     def load(self, request: LoadRequest) -> EagerModel:
         if request.device == "cuda":
             prepare(request.module, TORCH_DTYPES[request.dtype])
-            compile_layers_for_graphs(request.module)
-            return EagerModel(request, CachedAttention, GraphDecoder(request.module, request.device))
+            try:
+                decoder = compiled_decoder(request.module, request.device)
+            except TorchchatError as error:
+                return self._operation_by_operation(request, error)
+            return EagerModel(request, CachedAttention, decoder)
         reason = kernels.load()
         if reason is not None:
-            logger.warning("not compiled, run operation by operation: %s", reason)
-            return EagerExecutor().load(request)
+            return self._operation_by_operation(request, reason)
         prepare(request.module, TORCH_DTYPES[request.dtype])
         use_kernel_linear(request.module)
-        decoder = token_decoder(request.module)
+        token_step = token_decoder(request.module)
         try:
             compile_layers(request.module)
         except TorchchatError as error:
-            logger.warning("not compiled, run operation by operation: %s", error)
-            return EagerExecutor().load(request)
+            return self._operation_by_operation(request, error)
         use_kernel_norms(request.module.model)
-        return EagerModel(request, KernelAttention, decoder)
+        return EagerModel(request, KernelAttention, token_step)
+
+    def _operation_by_operation(self, request: LoadRequest, reason: TorchchatError | str) -> EagerModel:
+        logger.warning("not compiled, run operation by operation: %s", reason)
+        return EagerExecutor().load(request)
 
 
 def compile_layers(module: Transformer) -> None:

@@ -56,6 +56,12 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in sorted(vars(module).items()) if name not in left_out}
 
 
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Those of `_attributes` that can be compared: the settings of a layer, such as its sizes and format."""
+    return {name: value for name, value in _attributes(module).items()
+            if isinstance(value, PLAIN) or (dataclasses.is_dataclass(value) and not isinstance(value, type))}
+
+
 def described(value: object) -> object:
     """Something whose `repr` is the same for equal values in every process, and never for what cannot be compared."""
     if isinstance(value, PLAIN):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tc_compile.cuda import SPARE, GraphDecoder, Replay, compile_layers_for_graphs
+from tc_compile.cuda import SPARE, GraphDecoder, Replay, compile_layers_for_graphs, compiled_decoder
 from tc_eager.executor import EagerModel, EagerSession
+from torchchat_core.errors import TorchchatError
 from torchchat_core.models.attention import CachedAttention
 from torchchat_core.models.transformer import Transformer
+from torchchat_core.quantization.layers import WeightFormat
+from torchchat_core.quantization.replacing import replace_layer
+from torchchat_core.quantization.rounding import quantise
 from torchchat_core.specs import LoadRequest
 from torchchat_core.testing.models import PROMPTS, VARIANTS, reference_logits, seeded, tiny_config, variant_config
 
@@ -136,3 +143,86 @@ def test_models_are_compiled_however_many_there_were_before() -> None:
         reference = reference_logits(module, (5,))[-1]
         compile_layers_for_graphs(module, "eager")
         torch.testing.assert_close(model(module, Recorder()).session().decode(5), reference, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_of_many_mixtures_of_formats_are_compiled() -> None:
+    """Each layer has another one, of the same classes: more than the compiler makes of one function."""
+    module = seeded(tiny_config(num_layers=10, hidden_size=64))
+    forms = [WeightFormat(bits=4, group_size=32), WeightFormat(bits=8), WeightFormat(bits=8, group_size=32),
+             WeightFormat(bits=4, group_size=32, asymmetric=True)]
+    for index in range(10):
+        for name, form in (("gate_proj", forms[index % 4]), ("up_proj", forms[index // 4])):
+            place = f"model.layers.{index}.mlp.{name}"
+            replace_layer(module, place, "linear:int4", quantise(module.get_submodule(place).weight, form))
+    reference = reference_logits(module, (5,))[-1]
+    compile_layers_for_graphs(module, "eager")
+    torch.testing.assert_close(model(module, Recorder()).session().decode(5), reference, atol=1e-4, rtol=1e-4)
+
+
+def test_where_nothing_compiles_the_module_is_as_it_was_and_the_reason_is_told() -> None:
+    def backend(graph: Any, example: Any) -> Any:
+        raise RuntimeError("there is no compiler")
+
+    module = seeded(tiny_config())
+    layers = module.model.layers
+    with pytest.raises(TorchchatError, match=r"PyTorch cannot compile the layers: RuntimeError: there is no compiler$"):
+        compiled_decoder(module, "cpu", backend, Recorder())
+    assert module.model.layers is layers
+
+
+def test_what_is_recorded_at_loading_serves_the_first_sequence() -> None:
+    module, recorder = seeded(tiny_config()), Recorder()
+    reference = reference_logits(module, PROMPTS[1])
+    decoder = compiled_decoder(module, "cpu", "eager", recorder)
+    loaded = EagerModel(LoadRequest(device="cpu", dtype="fp32", module=module), CachedAttention, decoder)
+    torch.testing.assert_close(run(loaded.session(), PROMPTS[1]), reference, atol=1e-4, rtol=1e-4)
+    assert recorder.recorded == 1
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("again", [True, False])
+def test_a_size_that_could_not_be_recorded_can_be_tried_again(again: bool) -> None:
+    module, recorder = seeded(tiny_config(max_context=600)), Recorder()
+    decoder = GraphDecoder(module, "cpu", record=lambda step: recorder(step))
+    loaded = EagerModel(LoadRequest(device="cpu", dtype="fp32", module=module), CachedAttention, decoder)
+    session = loaded.session()
+    session.decode(5)
+    session.prefill([3] * 300)
+    length = session.length
+    decoder._record = lambda _: (_ for _ in ()).throw(RuntimeError("out of memory"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        session.decode(5)
+    assert session.length == length
+    decoder._record = recorder
+    if again:
+        reference = reference_logits(module, (5, *[3] * 300, 5))[-1]
+        torch.testing.assert_close(session.decode(5), reference, atol=1e-4, rtol=1e-4)
+    del session
+    gc.collect()
+
+
+def test_graphs_run_one_at_a_time_since_they_share_memory() -> None:
+    shared = torch.zeros(1, 96)
+
+    class SharingRecorder(Recorder):
+        def __call__(self, step: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+            def replay() -> None:
+                shared.copy_(step())
+                time.sleep(0.005)  # for the other thread to come in between
+
+            return replay, shared
+
+    module = seeded(tiny_config())
+    loaded, found = model(module, SharingRecorder()), dict[int, Tensor]()
+
+    def answer(token: int) -> None:
+        found[token] = run(loaded.session(), (token,) * 8)
+
+    threads = [threading.Thread(target=answer, args=(token,)) for token in (5, 7)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for token, logits in found.items():
+        torch.testing.assert_close(logits, reference_logits(module, (token,) * 8), atol=1e-4, rtol=1e-4)
+    assert len(found) == 2
