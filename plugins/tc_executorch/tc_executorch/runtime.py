@@ -41,7 +41,7 @@ def bindings() -> Any:
         threads = torch.get_num_threads()
         if library._threadpool_get_thread_count() != threads:
             library._unsafe_reset_threadpool(threads)  # nothing runs yet
-        serial_products_in_pool(library.__file__, threads)
+        serial_products_in_pool(str(library.__file__), threads)
     return library
 
 
