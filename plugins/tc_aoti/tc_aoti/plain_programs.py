@@ -6,12 +6,14 @@ how much of the cache attention looks, without waiting for the device to tell it
 
 from __future__ import annotations
 
+import copy
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tc_aoti.programs import EXAMPLE_ROWS, EXAMPLE_TOKENS, Program, SwitchedRotary
 from torchchat_core.models.transformer import Transformer
-from torchchat_core.quantization.running import prepare
+from torchchat_core.quantization.layers import QuantizedLinear, meaning, rounded_rows
 
 EXAMPLE_HELD = 5
 
@@ -86,8 +88,32 @@ class PlainDecoding(PlainProgram):
         return self.layers(tokens, place, seen, None, keys, values, weights)
 
 
+class OneRowLinear(nn.Module):
+    """A `QuantizedLinear` for one row, as sums over columns: the compiler makes one loop of them and of what the
+    integers mean, so that weights are read as they are stored, and stand nowhere else."""
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__()
+        self.format, self.columns, self.bias = layer.format, layer.columns, layer.bias
+        for name in ("values", "scales", "centres"):
+            self.register_buffer(name, getattr(layer, name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        row = rounded_rows(x) if self.format.activations == "int8" else x
+        weights = meaning(self.values, self.scales, self.centres, self.columns, self.format)  # type: ignore[arg-type]
+        product = (weights * row.float()).sum(-1)[None].to(x.dtype)
+        return product if self.bias is None else product + self.bias
+
+
 def plain_programs_of(module: Transformer, dtype: torch.dtype) -> list[Program]:
-    """The programs of a model for the device that it is on; its layers are replaced."""
-    prepare(module, dtype)
+    """The programs of a model for the device that it is on; its rotary embedding is replaced.
+
+    Quantised layers are those that are stored: kernels that are compiled when they run are no part of a file.
+    """
     module.model.rotary = SwitchedRotary(module.model.rotary)  # type: ignore[assignment]
-    return [PlainLayers(module, dtype), PlainDecoding(module, dtype)]
+    tensors = [*module.parameters(), *module.buffers()]
+    one = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    for name, layer in list(one.named_modules()):
+        if isinstance(layer, QuantizedLinear):
+            one.set_submodule(name, OneRowLinear(layer))
+    return [PlainLayers(module, dtype), PlainDecoding(one, dtype)]

@@ -28,6 +28,8 @@ from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import TORCH_DTYPES
 from torchchat_core.pipeline import ModelRequest, open_model
 from torchchat_core.plugins import load_registry
+from torchchat_core.quantization.layers import WeightFormat
+from torchchat_core.quantization.replacing import quantise_layers
 from torchchat_core.specs import ExportRequest, LoadRequest
 from torchchat_core.testing.models import reference_logits, seeded, tiny_config, variant_config
 
@@ -220,22 +222,29 @@ def test_the_manifest_names_no_path_of_the_machine_that_made_the_file(stories: P
 # ---- programs of PyTorch's operators alone, as CUDA has them ------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["sliding-layers", "longrope"])
-def test_programs_without_kernels_say_what_the_model_says(variant: str, tmp_path: Path, compiler: None,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def quantised_model(variant: str, bits: int | None) -> Transformer:
+    module = seeded(variant_config(variant))
+    if bits is not None:
+        quantise_layers(module, "linear:int4", WeightFormat(bits=bits, group_size=32, asymmetric=bits == 4))
+    return module
+
+
+@pytest.mark.parametrize(("variant", "bits"), [("sliding-layers", 4), ("longrope", None)])
+def test_programs_without_kernels_say_what_the_model_says(variant: str, bits: int | None, tmp_path: Path,
+                                                          compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled for the CPU here: the graph is that of CUDA."""
     def plain(module: Transformer, dtype: str) -> list[Program]:
         return plain_programs_of(copy.deepcopy(module), TORCH_DTYPES[dtype])
 
     monkeypatch.setattr(exporter, "programs_of", plain)
-    config = variant_config(variant)
     path = tmp_path / "m.so"
-    LibraryExporter().export(ExportRequest(module=seeded(config), path=path, device="cpu", dtype="fp32"))
+    module = quantised_model(variant, bits)
+    LibraryExporter().export(ExportRequest(module=module, path=path, device="cpu", dtype="fp32"))
     runtime = open_artifact(path).manifest.runtime
     assert (runtime["kernels"], runtime["operators"], runtime["decoder"]) == (None, {}, None)
     tokens = [(7 * i) % 96 for i in range(24)]
     session = load(path).session()
-    expected = reference_logits(seeded(config), tokens)
+    expected = reference_logits(module, tokens)
     given = [session.score(tokens[:9]), session.prefill(tokens[9:17])[None], session.decode(tokens[17])[None]]
     session.truncate(12)
     given += [session.score(tokens[12:20]), *(session.decode(token)[None] for token in tokens[20:])]
