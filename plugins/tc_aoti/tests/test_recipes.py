@@ -7,6 +7,7 @@ what core's layers with integer weights say.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -15,9 +16,11 @@ from tc_aoti import SCHEMES
 from torchchat_core import kernels
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.transformer import Transformer
-from torchchat_core.quantization.layers import WeightFormat
+from torchchat_core.models.weights import TORCH_DTYPES
+from torchchat_core.quantization.layers import QuantizedEmbedding, WeightFormat
 from torchchat_core.quantization.replacing import replace_layer
 from torchchat_core.quantization.rounding import quantise
+from torchchat_core.specs import LoadRequest
 from torchchat_core.testing import ExporterContract
 from torchchat_core.testing.models import seeded
 
@@ -52,6 +55,12 @@ class QuantisedContract(ExporterContract):
             weight = module.get_submodule(name).get_parameter("weight")
             replace_layer(module, name, scheme, quantise(weight, FORMS[scheme]))
         return module
+
+    def request(self, module: Transformer, device: str, dtype: str, folder: Path) -> LoadRequest:
+        embedding = module.model.embed_tokens
+        if isinstance(embedding, QuantizedEmbedding):
+            embedding.dtype = TORCH_DTYPES[dtype]  # as of a model that is quantised in that dtype
+        return super().request(module, device, dtype, folder)
 
     # These are about files, whatever is in them, or load models of their own, which are not quantised.
     test_the_file_is_where_it_was_asked_for: Any = None
