@@ -11,6 +11,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +23,9 @@ from tc_aoti.exporter import LibraryExporter
 from tc_aoti.plain_programs import plain_programs_of
 from tc_aoti.programs import Program
 from torchchat_core import kernels
-from torchchat_core.artifacts import open_artifact
+from torchchat_core.artifacts import Manifest, Target, open_artifact
 from torchchat_core.errors import TorchchatError
+from torchchat_core.manifest_fields import Fields
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import TORCH_DTYPES
 from torchchat_core.pipeline import ModelRequest, open_model
@@ -137,6 +139,18 @@ def test_a_processor_without_the_instructions_is_refused(stories: Path, monkeypa
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     with pytest.raises(TorchchatError, match=r"m\.so needs a processor with AVX2, and this one has DEFAULT"):
         load(stories / "m.so")
+
+
+@pytest.mark.parametrize(("here", "words"), [(None, "there is none here that PyTorch can use"),
+                                             ("sm_80", "this one is sm_80")])
+def test_another_gpu_is_refused(here: str | None, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here is not None)
+    monkeypatch.setattr(loading, "gpu_architecture", lambda: here)
+    manifest = Manifest(kind="aoti-package", model="m", config=tiny_config(), dtype="bf16", max_seq_length=16,
+                        target=Target(device="cuda", instructions="sm_90"), versions={"torch": torch.__version__})
+    file: Any = SimpleNamespace(manifest=manifest, path=Path("m.pt2"))
+    with pytest.raises(TorchchatError, match=f"m.pt2 was made for a GPU of the architecture sm_90, and {words}"):
+        loading.check_machine(file, Fields({}, "the runtime"))
 
 
 def test_another_pytorch_is_refused(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
