@@ -134,8 +134,7 @@ def test_a_stop_string_ends_the_answer(runner: Path, stories260k: Callable[[str]
     (lambda data: data[: len(data) // 2], "its end is missing"),
     (lambda _: b"", "is empty"),
     (lambda _: b"GGUF" + bytes(10_000), "not written by torchchat"),
-    (lambda data: data.replace(b"vocab_size", b"vocab_sise"), "vocab_size"),
-    (lambda data: data.replace(b'"format_version": 1', b'"format_version": 9'), "version 9"),
+    (lambda data: data.replace(b"vocab_size", b"vocab_sise"), "manifest is not what its checksum says"),
     (lambda data: data[:4000] + bytes([data[4000] ^ 1]) + data[4001:], "changed after it was written"),
 ])
 @pytest.mark.parametrize("kind", KINDS)

@@ -33,7 +33,7 @@ std::string required_text(const nlohmann::json& content, std::string_view key) {
 }
 
 std::string one_of(const nlohmann::json& content, std::string_view key, std::initializer_list<std::string_view> known) {
-    const std::string text = required_text(content, key);
+    std::string text = required_text(content, key);
     if (std::ranges::find(known, text) != known.end()) return text;
     throw malformed(shown(key) + " is " + shown(text) + ", which is not known");
 }
