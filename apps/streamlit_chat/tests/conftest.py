@@ -148,9 +148,11 @@ class Page:
 
     def messages(self, role: str) -> list[str]:
         """What was said, without the buttons and figures beside it."""
-        return list(self.driver.execute_script(f"""
-            return [...document.querySelectorAll('[class*=st-key-said-{role}]')].map(message =>
-                [...message.querySelectorAll('[data-testid=stMarkdown]')].map(text => text.innerText).join("\\n"))"""))
+        return list(self.driver.execute_script("""
+            const texts = '[data-testid=stMarkdown]:not(:has([data-testid=stCaptionContainer]))';
+            return [...document.querySelectorAll(arguments[0])].map(message =>
+                [...message.querySelectorAll(texts)].map(text => text.innerText).join("\\n"))""",
+                                               f"[class*=st-key-said-{role}]"))
 
     def answers(self, count: int) -> list[str]:
         """What the model said, once there are so many answers and none is being written."""

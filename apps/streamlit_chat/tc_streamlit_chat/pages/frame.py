@@ -112,5 +112,5 @@ def show_details(details: Details, text: str) -> None:
         st.caption(plain(details.notice))
     rows = [f"| {plain(name)} | {plain(value)} |" for name, value in details.table]
     if rows:
-        st.markdown("\n".join(["| | |", "|---|---|", *rows]))
+        st.markdown("\n".join([rows[0], "|---|---|", *rows[1:]]))
     st.code(text, language=None, wrap_lines=True)
