@@ -157,8 +157,8 @@ def test_an_embedding_gives_the_rows_of_its_matrix(form: WeightFormat) -> None:
 
 
 @pytest.mark.parametrize("values", [
-    {"bits": 3}, {"bits": 4, "group_size": 0}, {"bits": 4, "group_size": 48}, {"bits": 4, "group_size": 3.5},
-    {"bits": 8, "activations": "int7"}, {"bits": 8, "asymmetric": 1}])
+    {"bits": 3}, {"bits": 4.0}, {"bits": 4, "group_size": 0}, {"bits": 4, "group_size": 48},
+    {"bits": 4, "group_size": 3.5}, {"bits": 8, "activations": "int7"}, {"bits": 8, "asymmetric": 1}])
 def test_an_impossible_format_is_refused(values: dict[str, Any]) -> None:
     whole = {"bits": 4, "group_size": 32, "asymmetric": False, "activations": "float", **values}
     with pytest.raises(TorchchatError):

@@ -34,7 +34,7 @@ class WeightFormat:
     activations: Literal["float", "int8"] = "float"  # "int8": rounded, row by row, before they are multiplied
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        if not isinstance(self.bits, int) or self.bits not in BITS:  # 4.0 is equal to 4
             raise TorchchatError(f"a weight of {self.bits!r} bits; 4 and 8 are known")
         size = self.group_size
         if size is not None and (not isinstance(size, int) or size <= 0 or size % GROUP_STEP):

@@ -34,6 +34,7 @@ class CompiledStack(nn.Module):
                 hidden = layer(hidden, cos, sin, attend)
             return hidden
         cache = attend.segments[0].cache
+        hidden, cos, sin = hidden.contiguous(), cos.contiguous(), sin.contiguous()  # compiled code takes it for granted
         for index, run, weights in self.steps:
             keys, values = cache.room(index, count)  # [kv_heads, capacity, head_dim]
             hidden = run([hidden, cos, sin, keys, values, attend.place(index, cache), *weights])

@@ -76,6 +76,21 @@ def test_layers_that_are_alike_share_one_graph_whatever_their_windows() -> None:
 
 
 @compiles
+def test_hidden_states_may_lie_in_wider_rows() -> None:
+    """Embeddings in groups that do not fill their rows give such ones; compiled code looks at addresses alone."""
+
+    class Wide(nn.Embedding):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return torch.nn.functional.pad(super().forward(tokens), (0, 3))[:, :-3]
+
+    module = seeded(tiny_config())
+    expected = reference_logits(module, PROMPTS[1])
+    plain = module.model.embed_tokens
+    module.model.embed_tokens = Wide(plain.num_embeddings, plain.embedding_dim, _weight=plain.weight)
+    torch.testing.assert_close(load(module).session().score(PROMPTS[1]), expected, atol=1e-4, rtol=1e-4)
+
+
+@compiles
 def test_one_graph_serves_every_length_and_every_growth_of_the_cache() -> None:
     config = tiny_config(max_context=700)
     model = load(seeded(config))
