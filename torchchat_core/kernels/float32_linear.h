@@ -114,12 +114,19 @@ struct FloatTileAvx512 : FloatTile {
             sums[c][r][part] = _mm512_fmadd_ps(loaded[c], activations, sums[c][r][part]);
         }
       }
+    for (int64_t i = whole; i < columns; i += 16) {
+      const auto which = static_cast<__mmask16>(columns - i >= 16 ? 0xffff : (1u << (columns - i)) - 1);
+      for (int r = 0; r < Rows; ++r) {
+        const __m512 activations = _mm512_maskz_loadu_ps(which, a + r * stride + i);
+        for (int c = 0; c < Count; ++c)
+          sums[c][r][0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(which, w + c * columns + i), activations, sums[c][r][0]);
+      }
+    }
     for (int c = 0; c < Count; ++c)
       for (int r = 0; r < Rows; ++r) {
         const __m512* each = sums[c][r];
         out[(row + r) * width + first + c] =
-            _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(each[0], each[1]), _mm512_add_ps(each[2], each[3]))) +
-            multiply_float_row_portable(w + c * columns + whole, a + r * stride + whole, columns - whole);
+            _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(each[0], each[1]), _mm512_add_ps(each[2], each[3])));
       }
   }
 };
