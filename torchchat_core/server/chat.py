@@ -178,7 +178,7 @@ def make_plan(exchange: Exchange, body: ChatRequest) -> Plan:
         raise ApiError(400, "max_tokens is the old name of max_completion_tokens: give one of them", "max_tokens",
                        "invalid_value")
     tools = tool_use(body, text_format)
-    if tools and not isinstance(body.response_format, TextFormatChoice | None):
+    if tools and not tools.forced and not isinstance(body.response_format, TextFormatChoice | None):
         raise ApiError(400, "an answer that has to be JSON cannot call tools: leave out response_format or tools, or set "
                             "tool_choice to \"none\"", "response_format", "invalid_value")
     prompt = chat_prompt(text_format, template_messages(body), tools, body.chat_template_kwargs or {})
