@@ -1,4 +1,4 @@
-"""What strangers send: requests made of the published OpenAPI, and bodies that are too large. Never a 500."""
+"""What strangers send: odd values of every field, and bodies that are too large. Never a 500."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from torchchat_core.server.app import ENDPOINTS
 
-EXAMPLES = 30  # of each endpoint
 MOST_TOKENS = {"max_tokens": 4, "max_completion_tokens": 4, "max_output_tokens": 4, "n": 2}
 ODD = st.one_of(st.none(), st.booleans(), st.integers(), st.integers(-10**400, 10**400), st.floats(), st.text(max_size=20),
                 st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=5), st.integers(), max_size=3))
@@ -27,23 +25,6 @@ def short(body: Any) -> Any:
     bounded = {name: min(body[name], most) if type(body.get(name)) is int else body[name]
                for name, most in MOST_TOKENS.items() if name in body}
     return {**body, "max_tokens": 4, **bounded} if "messages" in body or "prompt" in body else {**body, **bounded}
-
-
-@pytest.mark.parametrize("path", ENDPOINTS)
-def test_requests_of_the_published_interface_never_fail_the_server(client: TestClient, path: str) -> None:
-    schema = schemathesis.openapi.from_asgi("/openapi.json", client.app, headers={"host": "localhost"})
-    seen: set[int] = set()
-
-    @given(case=schema[path]["POST"].as_strategy())
-    @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
-              suppress_health_check=list(HealthCheck))
-    def ask(case: Any) -> None:
-        found = client.post(path, content=json.dumps(short(case.body)), headers={"content-type": "application/json"})
-        seen.add(found.status_code)
-        assert found.status_code in (200, 400, 404, 413, 415, 429), (case.body, found.text)
-
-    ask()
-    assert seen, "nothing was sent"
 
 
 @pytest.mark.parametrize(("path", "body"), [
