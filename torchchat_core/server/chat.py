@@ -179,8 +179,8 @@ def make_plan(exchange: Exchange, body: ChatRequest) -> Plan:
                        "invalid_value")
     tools = tool_use(body, text_format)
     if tools and not tools.forced and not isinstance(body.response_format, TextFormatChoice | None):
-        raise ApiError(400, "an answer that has to be JSON cannot call tools: leave out response_format or tools, or set "
-                            "tool_choice to \"none\"", "response_format", "invalid_value")
+        raise ApiError(400, "an answer that has to be JSON cannot call tools: leave out response_format or tools, or "
+                            "set tool_choice to \"none\"", "response_format", "invalid_value")
     prompt = chat_prompt(text_format, template_messages(body), tools, body.chat_template_kwargs or {})
     exchange.check_prompt(prompt, "messages")
     options = exchange.options(
