@@ -106,7 +106,8 @@ def test_rows_that_do_not_fit_are_refused(wrong: str) -> None:
     given = {"hidden": torch.zeros(2, config.hidden_size), "cos": torch.zeros(2, 1, config.head_dim), "keys": cache,
              "values": [each.clone() for each in cache], "held": [0, 3]}
     run(given["hidden"], given["cos"], given["cos"], given["keys"], given["values"], given["held"])
-    given |= {"rows": {"hidden": torch.zeros(3, config.hidden_size)}, "angles": {"cos": torch.zeros(1, config.head_dim)},
+    given |= {"rows": {"hidden": torch.zeros(3, config.hidden_size)},
+              "angles": {"cos": torch.zeros(1, config.head_dim)},
               "caches": {"keys": cache[1:]}, "capacity": {"values": [each[:, :4].contiguous() for each in cache]},
               "held": {"held": [0, 8]}}[wrong]
     with pytest.raises(RuntimeError):
