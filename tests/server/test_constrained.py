@@ -33,10 +33,12 @@ def chat(client: TestClient, **fields: Any) -> Any:
 
 def test_every_answer_to_a_schema_is_valid(client: TestClient) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
-    found = chat(client, response_format=form, n=24, seed=1, temperature=1.5)
-    assert {choice["finish_reason"] for choice in found["choices"]} == {"stop"}
-    texts = [choice["message"]["content"] for choice in found["choices"]]
-    assert len(set(texts)) > 12
+    answered = [choice for seed in (1, 2) for choice in chat(client, response_format=form, n=100, seed=seed,
+                                                             temperature=1.5)["choices"]]
+    assert {choice["finish_reason"] for choice in answered} == {"stop"}
+    texts = [choice["message"]["content"] for choice in answered]
+    assert len(texts) == 200
+    assert len(set(texts)) > 100
     for text in texts:
         validate(json.loads(text), SCHEMA)
 
@@ -177,3 +179,11 @@ def test_generate_takes_a_schema(torchchat: Callable[..., Any], chat_model: Any,
     found = torchchat("generate", chat_model, "--prompt", "Hi", "--json-schema", tmp_path / "schema.json")
     assert found.code == 1
     assert "the JSON Schema cannot be used" in found.err
+
+
+def test_an_answer_that_has_to_be_json_cannot_choose_to_call(client: TestClient) -> None:
+    sent = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS, "max_tokens": 200,
+            "response_format": {"type": "json_schema", "json_schema": {"name": "p", "schema": SCHEMA}}}
+    found = client.post("/v1/chat/completions", json=sent)
+    assert (found.status_code, found.json()["error"]["param"]) == (400, "response_format")
+    assert client.post("/v1/chat/completions", json={**sent, "tool_choice": "none"}).status_code == 200

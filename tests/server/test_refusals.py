@@ -56,6 +56,7 @@ def post(client: TestClient, **fields: Any) -> Any:
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": [10**400]}}}]},
      "tools[0].function.parameters"),
     ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
 ], ids=lambda value: str(value)[:50])
 def test_a_field_that_cannot_be_honoured_is_named(client: TestClient, fields: dict[str, Any], param: str) -> None:
     found = post(client, **fields)

@@ -97,6 +97,18 @@ TORCHCHAT_AVX2 void blend_values_avx2(const float* weights, const Scalar* values
   }
 }
 
+// The first `count` of 16 numbers, and zeros.
+TORCHCHAT_AVX512 inline __m512 load_some_avx512(const float* at, int64_t count) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), at);
+}
+TORCHCHAT_AVX512 inline __m512 load_some_avx512(const c10::Half* at, int64_t count) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), at));
+}
+TORCHCHAT_AVX512 inline __m512 load_some_avx512(const c10::BFloat16* at, int64_t count) {
+  const __m256i halves = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), at);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
 template <typename Scalar>
 TORCHCHAT_AVX512 void score_keys_avx512(const float* query, const Scalar* keys, int64_t count, int64_t size,
                                         float* out) {
@@ -105,8 +117,10 @@ TORCHCHAT_AVX512 void score_keys_avx512(const float* query, const Scalar* keys, 
     __m512 sum = _mm512_setzero_ps();
     for (int64_t at = 0; at < whole; at += 16)
       sum = _mm512_fmadd_ps(_mm512_loadu_ps(query + at), load_avx512(keys + at), sum);
+    if (whole < size)
+      sum = _mm512_fmadd_ps(load_some_avx512(query + whole, size - whole), load_some_avx512(keys + whole, size - whole),
+                            sum);
     out[i] = _mm512_reduce_add_ps(sum);
-    for (int64_t at = whole; at < size; ++at) out[i] += query[at] * static_cast<float>(keys[at]);
   }
 }
 
@@ -130,9 +144,11 @@ TORCHCHAT_AVX512 void blend_values_avx512(const float* weights, const Scalar* va
       sum = _mm512_fmadd_ps(_mm512_set1_ps(weights[i]), load_avx512(values + i * size + at), sum);
     _mm512_storeu_ps(out + at, sum);
   }
-  for (; at < size; ++at) {
-    out[at] = 0;
-    for (int64_t i = 0; i < count; ++i) out[at] += weights[i] * static_cast<float>(values[i * size + at]);
+  if (at < size) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < count; ++i)
+      sum = _mm512_fmadd_ps(_mm512_set1_ps(weights[i]), load_some_avx512(values + i * size + at, size - at), sum);
+    _mm512_mask_storeu_ps(out + at, static_cast<__mmask16>((1u << (size - at)) - 1), sum);
   }
 }
 

@@ -1,5 +1,6 @@
 // One token from its embedding to its logits, as torch.classes.torchchat.Decoder: the threads start once for a token,
-// wait for each other five times a layer, and nothing is allocated or looked up in between.
+// wait for each other five times a layer, and nothing is allocated or looked up in between. For one token of each of
+// several sequences there is row_decoding.cpp.
 //
 // It computes what torchchat_core.models.transformer does, in float32 between the products. Work is split
 // by outputs in panels of 16, and attention by heads; norms and the rounding of activations are done by every thread
@@ -7,195 +8,25 @@
 // helps with what is left of the others' parts: where something else takes a core's time, nobody waits for it long.
 
 #include <ATen/core/Tensor.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <omp.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
-#include <atomic>
 #include <cmath>
-#include <cstring>
 #include <optional>
 #include <vector>
 
 #include "attention.h"
-#include "bfloat16_linear.h"
-#include "float32_linear.h"
-#include "quantized_linear.h"
+#include "decoder_model.h"
 #include "rms_norm.h"
 
 namespace torchchat {
 namespace {
 
-constexpr int64_t kBytesOfAThread = 1 << 18;  // of a layer's weights, or the head's, that are worth a thread
-// Of a stage's weights that a thread takes at once. A memory that is read in long runs is faster, and what is taken last
-// is what others wait for.
-constexpr int64_t kLeastPiece = 1 << 16, kLargestPiece = 1 << 18, kPiecesOfAThread = 8;
-constexpr int64_t kStages = 4;                // of a layer, after each of which all threads wait; the head is one more
+constexpr int64_t kStages = 4;  // of a layer, after each of which all threads wait; the head is one more
 
-// The input of products: as it is, rounded to int8 and as bfloat16, of which only what is needed is made.
-struct Input {
-  Input(int64_t columns, bool rounds, bool halves)
-      : values(rounds || halves ? (columns + kBlockColumns - 1) / kBlockColumns * kBlockColumns : columns),
-        rounded(rounds ? 1 : 0, columns),
-        halves(halves ? columns : 0),
-        columns(columns) {}
-
-  // Makes what is needed of the blocks [first, last) of 32 values.
-  void prepare(int64_t first, int64_t last, RoundBlock round) {
-    if (rounded.rows > 0)
-      for (int64_t block = first; block < last; ++block)
-        round(values.data() + block * kBlockColumns, rounded.values.data() + block * kBlockColumns,
-              rounded.scales[block], rounded.counts[block]);
-    if (!halves.empty())
-      for (int64_t i = first * kBlockColumns; i < std::min(last * kBlockColumns, columns); ++i)
-        halves[i] = c10::BFloat16(values[i]);
-  }
-
-  void prepare(RoundBlock round) { prepare(0, (columns + kBlockColumns - 1) / kBlockColumns, round); }
-
-  std::vector<float> values;  // filled up with zeros to whole blocks
-  RoundedRows rounded;
-  std::vector<c10::BFloat16> halves;
-  int64_t columns;
-};
-
-// A matrix [outputs, columns] that is packed, bfloat16 or float32, and perhaps a bias.
-struct Product {
-  at::Tensor weight, bias;
-  int64_t outputs, columns, bits;  // bits 0: not packed
-  PanelLayout layout{};
-
-  int64_t panels() const { return panels_of(outputs); }
-  int64_t bytes_of_panel() const { return static_cast<int64_t>(weight.nbytes()) / panels(); }
-  bool rounds() const { return bits > 0; }
-  bool halves() const { return bits == 0 && weight.scalar_type() == at::kBFloat16; }
-
-  // 16 outputs, or those that are left of them.
-  void multiply(int64_t panel, const Input& x, Instructions instructions, float* out) const {
-    const int64_t first = panel * kPanelRows, count = std::min(kPanelRows, outputs - first);
-    if (bits > 0) {
-      const uint8_t* data = weight.const_data_ptr<uint8_t>() + panel * layout.panel_bytes();
-      choose_multiply_panel(instructions, layout.bits)(layout, data, x.rounded, 0, 1, out);
-    } else if (halves()) {
-      const auto multiply_row = choose_multiply_row(instructions);
-      const auto* data = reinterpret_cast<const uint16_t*>(weight.const_data_ptr<at::BFloat16>());
-      for (int64_t i = 0; i < count; ++i)
-        multiply_row(data + (first + i) * columns, reinterpret_cast<const uint16_t*>(x.halves.data()), columns, 1,
-                     out + i);
-    } else {
-      const auto multiply_row = choose_multiply_float_row(instructions);
-      const float* data = weight.const_data_ptr<float>();
-      for (int64_t i = 0; i < count; ++i) out[i] = multiply_row(data + (first + i) * columns, x.values.data(), columns);
-    }
-    if (bias.defined())
-      for (int64_t i = 0; i < count; ++i) out[i] += bias.const_data_ptr<float>()[first + i];
-  }
-};
-
-enum Place { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kProducts };
-
-struct Layer {
-  std::vector<Product> products;  // in the order of `Place`
-  at::Tensor input_norm, feed_forward_norm, query_norm, key_norm;  // float32; the last two may be undefined
-  int64_t window;  // positions that are seen, or 0 for all
-};
-
-// Turns the pairs of one head by their angles; `sine` has its signs already.
-void rotate(const float* x, const float* cosine, const float* sine, int64_t size, bool interleaved, float* out) {
-  const int64_t half = size / 2;
-  if (interleaved)
-    for (int64_t i = 0; i < size; ++i) out[i] = x[i] * cosine[i] + x[i ^ 1] * sine[i];
-  else
-    for (int64_t i = 0; i < half; ++i) {
-      out[i] = x[i] * cosine[i] + x[i + half] * sine[i];
-      out[i + half] = x[i + half] * cosine[i + half] + x[i] * sine[i + half];
-    }
-}
-
-struct Share {
-  int64_t first, last;
-};
-
-// The part of `count` things that a thread does.
-Share share_of(int64_t count, int64_t thread, int64_t threads) {
-  return {count * thread / threads, count * (thread + 1) / threads};
-}
-
-struct Decoder : torch::CustomClassHolder {
-  Decoder(int64_t hidden, int64_t heads, int64_t kv_heads, int64_t head_dim, bool interleaved, double eps,
-          double scale, double residual)
-      : hidden_(hidden), heads_(heads), kv_heads_(kv_heads), size_(head_dim), interleaved_(interleaved),
-        eps_(static_cast<float>(eps)), scale_(static_cast<float>(scale)), residual_(static_cast<float>(residual)) {
-    TORCH_CHECK(hidden > 0 && kv_heads > 0 && heads > 0 && heads % kv_heads == 0 && head_dim > 0 && head_dim % 2 == 0,
-                heads, " heads over ", kv_heads, " kv_heads of ", head_dim, " for ", hidden, " numbers");
-  }
-
-  // The next of the products of a layer, in the order of `Place`: packed weights with their bits, or with bits 0 a
-  // matrix of bfloat16 or float32 [outputs, columns].
-  void add_product(const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t outputs, int64_t columns,
-                   int64_t bits, int64_t group_size, bool asymmetric) {
-    TORCH_CHECK(weight.device().is_cpu() && weight.is_contiguous(), "weights have to be contiguous, on the CPU");
-    TORCH_CHECK(outputs > 0 && columns > 0, "a matrix of ", outputs, " rows and ", columns, " columns");
-    Product product{weight, at::Tensor(), outputs, columns, bits, {}};
-    if (bits > 0) {
-      TORCH_CHECK((bits == 4 || bits == 8) && group_size > 0 && group_size % kBlockColumns == 0, bits,
-                  " bits in groups of ", group_size);
-      const int64_t blocks = (columns + kBlockColumns - 1) / kBlockColumns;
-      product.layout = {static_cast<int>(bits), asymmetric, blocks, std::min(group_size / kBlockColumns, blocks)};
-      TORCH_CHECK(weight.scalar_type() == at::kByte &&
-                      weight.numel() == product.panels() * product.layout.panel_bytes(),
-                  "packed weights have ", weight.numel(), " bytes, which are not those of ", outputs, " rows of ",
-                  columns);
-    } else {
-      TORCH_CHECK(weight.scalar_type() == at::kBFloat16 || weight.scalar_type() == at::kFloat, "a matrix of ",
-                  weight.scalar_type(), "; it has to be bfloat16 or float32");
-      TORCH_CHECK(weight.dim() == 2 && weight.size(0) == outputs && weight.size(1) == columns, "a matrix of ",
-                  weight.sizes(), " and not of ", outputs, " rows of ", columns);
-    }
-    if (bias) {
-      product.bias = bias->to(at::kFloat).contiguous();
-      TORCH_CHECK(product.bias.numel() == outputs, "the bias has ", product.bias.numel(), " values for ", outputs,
-                  " outputs");
-    }
-    waiting_.push_back(std::move(product));
-  }
-
-  // A layer of the seven products that were added last.
-  void add_layer(const at::Tensor& input_norm, const at::Tensor& feed_forward_norm,
-                 const std::optional<at::Tensor>& query_norm, const std::optional<at::Tensor>& key_norm,
-                 int64_t window) {
-    TORCH_CHECK(waiting_.size() == kProducts, "a layer of ", waiting_.size(), " products; it has ", int{kProducts});
-    const int64_t inner = heads_ * size_, kv = kv_heads_ * size_, wide = waiting_[kGate].outputs;
-    const int64_t outputs[] = {inner, kv, kv, hidden_, wide, wide, hidden_};
-    const int64_t columns[] = {hidden_, hidden_, hidden_, inner, hidden_, hidden_, wide};
-    for (int place = 0; place < kProducts; ++place)
-      TORCH_CHECK(waiting_[place].outputs == outputs[place] && waiting_[place].columns == columns[place], "product ",
-                  place, " is of ", waiting_[place].outputs, " rows of ", waiting_[place].columns, " and not of ",
-                  outputs[place], " of ", columns[place]);
-    layers_.push_back({std::move(waiting_), norm_of(input_norm, hidden_), norm_of(feed_forward_norm, hidden_),
-                       query_norm ? norm_of(*query_norm, size_) : at::Tensor(),
-                       key_norm ? norm_of(*key_norm, size_) : at::Tensor(), window});
-    waiting_.clear();
-    widest_ = std::max(widest_, wide);
-    for (const Product& product : layers_.back().products) {
-      rounds_ = rounds_ || product.rounds();
-      halves_ = halves_ || product.halves();
-    }
-  }
-
-  // The last norm, and the product that was added last, which makes the logits; they are divided by `divisor`.
-  void set_head(const at::Tensor& norm, double divisor) {
-    TORCH_CHECK(waiting_.size() == 1 && waiting_[0].columns == hidden_ && divisor != 0, "a head of ", waiting_.size(),
-                " products");
-    norm_ = norm_of(norm, hidden_);
-    head_ = std::move(waiting_);
-    waiting_.clear();
-    divisor_ = static_cast<float>(divisor);
-    rounds_ = rounds_ || head_[0].rounds();
-    halves_ = halves_ || head_[0].halves();
-  }
+struct Decoder : torch::CustomClassHolder, DecoderModel {
+  using DecoderModel::DecoderModel;
 
   // hidden [1, hidden], cosine and sine float32 [head_dim] of its position, and the caches of all layers, each
   // [kv_heads, capacity, head_dim], which hold `held` positions and get one more -> logits, float32 [1, vocabulary].
@@ -222,30 +53,19 @@ struct Decoder : torch::CustomClassHolder {
     return out;
   }
 
+  // The same for rows of tokens, each of a sequence of its own: hidden [rows, hidden], cosine and sine
+  // [rows, head_dim], the caches of the first row's layers, then the second's, ..., and what each row's hold.
+  at::Tensor run_rows(const at::Tensor& hidden, const at::Tensor& cosine, const at::Tensor& sine,
+                      std::vector<at::Tensor> keys, std::vector<at::Tensor> values, std::vector<int64_t> held) const {
+    return decode_rows(*this, hidden, cosine, sine, keys, values, held);
+  }
+
  private:
-  static at::Tensor norm_of(const at::Tensor& weight, int64_t size) {
-    TORCH_CHECK(weight.dim() == 1 && weight.size(0) == size && weight.device().is_cpu(), "a norm of ", weight.sizes(),
-                " for ", size, " numbers");
-    return weight.to(at::kFloat).contiguous();
-  }
-
-  int64_t threads() const {
-    int64_t bytes = 0;
-    for (const Product& product : layers_.front().products) bytes += static_cast<int64_t>(product.weight.nbytes());
-    bytes = std::max(bytes, static_cast<int64_t>(head_[0].weight.nbytes()));
-    return omp_in_parallel() ? 1 : std::clamp<int64_t>(bytes / kBytesOfAThread, 1, at::get_num_threads());
-  }
-
-  // How much of one thread's part of a stage is taken, alone in its line of the cache.
-  struct alignas(64) Taken {
-    std::atomic<int64_t> count{0};
-  };
-
   // What all threads see.
   struct Shared {
     std::vector<float> hidden, query, key, value, context;
     Input activations;
-    std::vector<Taken> taken;  // [stages, threads]
+    Stages stages;
   };
 
   template <typename Scalar>
@@ -257,8 +77,8 @@ struct Decoder : torch::CustomClassHolder {
     const int64_t count = threads();
     Shared shared{std::vector<float>(from, from + hidden_), std::vector<float>(heads_ * size_),
                   std::vector<float>(kv_heads_ * size_), std::vector<float>(kv_heads_ * size_),
-                  std::vector<float>(heads_ * size_), Input(widest_, rounds_, halves_),
-                  std::vector<Taken>((layers_.size() * kStages + 1) * count)};
+                  std::vector<float>(heads_ * size_), Input(1, widest_, rounds_, halves_),
+                  Stages(layers_.size() * kStages + 1, count)};
     std::vector<Scalar*> key_data, value_data;
     for (const at::Tensor& each : keys) key_data.push_back(each.mutable_data_ptr<Scalar>());
     for (const at::Tensor& each : values) value_data.push_back(each.mutable_data_ptr<Scalar>());
@@ -285,8 +105,8 @@ struct Decoder : torch::CustomClassHolder {
           instructions(instructions_in_use), round(choose_round_block(instructions)),
           score(choose_score_keys<Scalar>(instructions)), to_weights(choose_scores_to_weights(instructions)),
           blend(choose_blend_values<Scalar>(instructions)),
-          normed(decoder.hidden_, decoder.rounds_, decoder.halves_),
-          context(decoder.heads_ * decoder.size_, decoder.rounds_, decoder.halves_), weights(held + 1),
+          normed(1, decoder.hidden_, decoder.rounds_, decoder.halves_),
+          context(1, decoder.heads_ * decoder.size_, decoder.rounds_, decoder.halves_), weights(held + 1),
           turned(decoder.size_), key(decoder.size_), blended(decoder.size_), newest_key(decoder.size_),
           newest_value(decoder.size_) {}
 
@@ -297,7 +117,7 @@ struct Decoder : torch::CustomClassHolder {
       attend(layer, keys, values, capacity);
       wait();
       std::copy(shared.context.begin(), shared.context.end(), context.values.begin());
-      context.prepare(round);
+      context.prepare(0, round);
       add(layer.products[kOutput], context);
       wait();
       norm(layer.feed_forward_norm);
@@ -316,28 +136,15 @@ struct Decoder : torch::CustomClassHolder {
 #pragma omp barrier
     }
 
-    // Calls `work(first, last)` for pieces of [0, count), first of this thread's own part and then of the others', until
-    // all are taken. Every thread comes here with the same stages in the same order.
     template <typename Work>
     void take(int64_t count, int64_t bytes_of_each, Work work) {
-      const int64_t bytes = std::clamp(count * bytes_of_each / (kPiecesOfAThread * threads), kLeastPiece, kLargestPiece);
-      const int64_t piece = std::max<int64_t>(1, bytes / std::max<int64_t>(1, bytes_of_each));
-      Taken* taken = shared.taken.data() + stage++ * threads;
-      for (int64_t i = 0; i < threads; ++i) {
-        const int64_t owner = (thread + i) % threads;
-        const Share share = share_of(count, owner, threads);
-        for (;;) {
-          const int64_t first = share.first + taken[owner].count.fetch_add(piece, std::memory_order_relaxed);
-          if (first >= share.last) break;
-          work(first, std::min(first + piece, share.last));
-        }
-      }
+      shared.stages.take(stage++, thread, threads, count, bytes_of_each, work);
     }
 
     void norm(const at::Tensor& weight) {
       normalise_row(shared.hidden.data(), weight.const_data_ptr<float>(), decoder.hidden_, decoder.eps_,
                 normed.values.data());
-      normed.prepare(round);
+      normed.prepare(0, round);
     }
 
     // Products of the normed state with matrices that follow each other, each to its own place.
@@ -351,7 +158,7 @@ struct Decoder : torch::CustomClassHolder {
           float* const* out = outs.begin();
           for (; panel >= product->panels(); ++product, ++out) panel -= product->panels();
           float sums[kPanelRows];
-          product->multiply(panel, normed, instructions, sums);
+          product->multiply(panel, normed, 1, instructions, sums);
           const int64_t start = panel * kPanelRows;
           for (int64_t i = 0; i < std::min(kPanelRows, product->outputs - start); ++i) (*out)[start + i] = sums[i] / divisor;
         }
@@ -363,7 +170,7 @@ struct Decoder : torch::CustomClassHolder {
       take(product.panels(), product.bytes_of_panel(), [&](int64_t first, int64_t last) {
         float sums[kPanelRows];
         for (int64_t panel = first; panel < last; ++panel) {
-          product.multiply(panel, x, instructions, sums);
+          product.multiply(panel, x, 1, instructions, sums);
           const int64_t start = panel * kPanelRows, count = std::min(kPanelRows, product.outputs - start);
           for (int64_t i = 0; i < count; ++i) shared.hidden[start + i] += sums[i] * decoder.residual_;
         }
@@ -378,13 +185,13 @@ struct Decoder : torch::CustomClassHolder {
         float gates[kPanelRows], ups[kPanelRows];
         Input& out = shared.activations;
         for (int64_t panel = first * kPanels; panel < std::min(last * kPanels, gate.panels()); ++panel) {
-          gate.multiply(panel, normed, instructions, gates);
-          up.multiply(panel, normed, instructions, ups);
+          gate.multiply(panel, normed, 1, instructions, gates);
+          up.multiply(panel, normed, 1, instructions, ups);
           const int64_t start = panel * kPanelRows, count = std::min(kPanelRows, gate.outputs - start);
           for (int64_t i = 0; i < count; ++i) out.values[start + i] = gates[i] / (1.0f + std::exp(-gates[i])) * ups[i];
         }
         if (last == blocks) std::fill(out.values.begin() + gate.outputs, out.values.end(), 0.0f);
-        out.prepare(first, last, round);
+        out.prepare(0, first, last, round);
       });
     }
 
@@ -439,15 +246,6 @@ struct Decoder : torch::CustomClassHolder {
     std::vector<float> weights, turned, key, blended;
     std::vector<Scalar> newest_key, newest_value;
   };
-
-  int64_t hidden_, heads_, kv_heads_, size_;
-  bool interleaved_;
-  float eps_, scale_, residual_, divisor_ = 1.0f;
-  at::Tensor norm_;
-  std::vector<Product> waiting_, head_;  // the head is one product
-  std::vector<Layer> layers_;
-  int64_t widest_ = 0;
-  bool rounds_ = false, halves_ = false;
 };
 
 // Takes tensors and numbers one after the other from the flat lists that `decode_token` is given.
@@ -527,7 +325,8 @@ TORCH_LIBRARY_FRAGMENT(torchchat, library) {
                           std::vector<double> scalars) {
         return torchchat::decoder_of(hidden, tensors, numbers, scalars);
       }))
-      .def("run", &Decoder::run);
+      .def("run", &Decoder::run)
+      .def("run_rows", &Decoder::run_rows);
 }
 
 TORCH_LIBRARY_IMPL(torchchat, CPU, library) { library.impl("decode_token", &torchchat::decode_token); }

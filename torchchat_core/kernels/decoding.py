@@ -1,4 +1,4 @@
-"""One token of one sequence from its embedding to its logits in a single call: core's C++ `Decoder`."""
+"""One token of one sequence, or of several, from embedding to logits in a single call: core's C++ `Decoder`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torchchat_core.quantization.running import PanelLinear
 
 
 class TokenDecoder:
-    """Decodes as `Transformer` does, one token of one sequence at a time. It shares the weights."""
+    """Decodes as `Transformer` does, one token of each sequence at a time. It shares the weights."""
 
     def __init__(self, parts: DecoderParts, embedding: nn.Module, rotary: RotaryEmbedding, config: ModelConfig) -> None:
         """`kernels.load` has to have succeeded. Raises `RuntimeError` where the parts do not belong together."""
@@ -39,6 +39,18 @@ class TokenDecoder:
         keys, values = cache.all_rooms(1)
         cos, sin = self._angles.at(cache.length, extended)
         logits: Tensor = self._decoder.run(self._embedded(token), cos, sin, keys, values, cache.length)
+        return logits
+
+    def logits_of_rows(self, tokens: Sequence[int], caches: Sequence[KVCache], extended: bool) -> Tensor:
+        """The same for several sequences, a token for each: float32 [n, vocab], a row for a row equal to `logits`."""
+        rooms = [cache.all_rooms(1) for cache in caches]
+        held = [cache.length for cache in caches]
+        cos, sin = self._angles.of_rows(held, extended)
+        hidden: Tensor = self._embedding(torch.tensor(tokens))
+        if self._multiplier != 1.0:
+            hidden = hidden * self._multiplier
+        logits: Tensor = self._decoder.run_rows(hidden, cos, sin, [each for keys, _ in rooms for each in keys],
+                                                [each for _, values in rooms for each in values], held)
         return logits
 
     def _embedded(self, token: int) -> Tensor:
@@ -97,12 +109,21 @@ class RotaryTable:
 
     def at(self, position: int, extended: bool) -> tuple[Tensor, Tensor]:
         """What `RotaryEmbedding` gives for one position: cos, signed sin, each [1, 1, head_dim] float32."""
+        cos, sin = self._table(position, extended)
+        return cos.narrow(0, position, 1), sin.narrow(0, position, 1)
+
+    def of_rows(self, positions: Sequence[int], extended: bool) -> tuple[Tensor, Tensor]:
+        """The same for several positions: [n, 1, head_dim] each."""
+        cos, sin = self._table(max(positions), extended)
+        places = torch.tensor(positions)
+        return cos[places], sin[places]
+
+    def _table(self, position: int, extended: bool) -> tuple[Tensor, Tensor]:
         table = self._tables.get(extended)
         if table is None or len(table[0]) <= position:
             count = min(max(FIRST_CAPACITY, 1 << position.bit_length()), self._positions)
             table = self._tables[extended] = self._rotary(torch.arange(count), extended)
-        cos, sin = table  # whatever other threads put in its place meanwhile
-        return cos.narrow(0, position, 1), sin.narrow(0, position, 1)
+        return table  # whatever other threads put in its place meanwhile
 
 
 def decodes(module: Transformer) -> bool:

@@ -239,9 +239,9 @@ struct RowProducts<at::BFloat16> {
 
 template <>
 struct RowProducts<float> {
-  MultiplyFloatRow multiply_row = choose_multiply_float_row(instructions_in_use);
+  MultiplyFloatRows multiply_rows = choose_multiply_float_rows(instructions_in_use);
   void operator()(const float* weights, const float* x, int64_t columns, int64_t count, float* sums) const {
-    for (int64_t row = 0; row < count; ++row) sums[row] = multiply_row(weights, x + row * columns, columns);
+    multiply_rows(weights, 1, x, columns, count, columns, sums, 1);
   }
 };
 

@@ -180,6 +180,8 @@ def _endpoint(kind: type[Body], answer: Answer) -> Callable[[Request], Awaitable
     async def handle(request: Request) -> Response:
         service: Service = request.app.state.service
         body = parsed(kind, await read_body(request, service.limits.max_body_bytes))
+        if getattr(body, "stream_options", None) is not None and not getattr(body, "stream", None):
+            raise ApiError(400, "stream_options needs stream to be true", "stream_options", "invalid_value")
         model = getattr(body, "model", None)
         exchange = Exchange(service, request, next(iter(service.shelf.entries)) if model is None else model)
         streams = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,14 +16,12 @@ from torchchat_core.conversation import TRANSCRIPT_STOP, Message, render, with_s
 from torchchat_core.errors import TorchchatError
 from torchchat_core.generation import Event, FinishedEvent, TextEvent, TokenEvent
 from torchchat_core.generation_options import GenerationOptions, Grammar
-from torchchat_core.server.engine import Answers
 from torchchat_core.server.errors import ApiError, refused
 from torchchat_core.server.exchange import (
-    DONE_EVENT,
     EventStream,
     Exchange,
+    chunks,
     collect,
-    data_event,
     json_response,
     logprob_entry,
     new_id,
@@ -36,6 +34,7 @@ from torchchat_core.server.schemas import (
     JsonSchemaChoice,
     NamedTool,
     SystemMessage,
+    TextFormatChoice,
     TextPart,
     ToolMessage,
     UserMessage,
@@ -78,37 +77,11 @@ async def answer(exchange: Exchange, body: ChatRequest) -> Response:
     head = {"id": new_id("chatcmpl-"), "created": exchange.created, "model": body.model,
             "system_fingerprint": exchange.service.fingerprint, "service_tier": "default"}
     if body.stream:
-        wants_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return EventStream(_events(answers, choices, head, wants_usage, len(plan.prompt)), exchange.close)
+        head["object"] = "chat.completion.chunk"
+        return EventStream(chunks(answers, choices, head, len(plan.prompt), body.stream_options), exchange.close)
     await exchange.watched(collect(answers, choices))
     return json_response({**head, "object": "chat.completion", "choices": [choice.whole() for choice in choices],
-                          "usage": usage(len(plan.prompt), [choice.end for choice in choices], jobs)})
-
-
-async def _events(answers: Answers, choices: Sequence[Choice], head: Mapping[str, Any], wants_usage: bool,
-                  prompt_tokens: int) -> AsyncIterator[str]:
-    extra: dict[str, Any] = {"usage": None} if wants_usage else {}
-
-    def chunk(listed: list[dict[str, Any]]) -> str:
-        return data_event({**head, "object": "chat.completion.chunk", "choices": listed, **extra})
-
-    for choice in choices:
-        yield chunk([choice.part({"role": "assistant", "content": ""})])
-    try:
-        while events := await answers.read():
-            for place, event in events:
-                choices[place].take(event)
-            for choice in choices:
-                for part in choice.parts():
-                    yield chunk([part])
-    except ApiError as error:
-        yield data_event(error.body)
-        yield DONE_EVENT
-        return
-    if wants_usage:
-        extra["usage"] = usage(prompt_tokens, [choice.end for choice in choices], answers.jobs)
-        yield chunk([])
-    yield DONE_EVENT
+                          "usage": usage(len(plan.prompt), [choice.end for choice in choices if choice.end], jobs)})
 
 
 @dataclass
@@ -119,8 +92,7 @@ class Choice:
     tokenizer: Tokenizer
     tools: ToolUse | None
     with_logprobs: bool
-    end: FinishedEvent = field(init=False)
-    finished: bool = field(default=False, init=False)
+    end: FinishedEvent | None = field(default=None, init=False)
     text: str = field(default="", init=False)
     calls: list[dict[str, Any]] = field(default_factory=list, init=False)
     logprobs: list[dict[str, Any]] = field(default_factory=list, init=False)
@@ -138,7 +110,7 @@ class Choice:
         elif isinstance(event, TextEvent) and not (self.tools and self.tools.forced):
             self.text += self._reader.push(event.text) if self._reader else event.text
         elif isinstance(event, FinishedEvent):
-            self.end, self.finished = event, True
+            self.end = event
             self._finish(event)
 
     def _finish(self, event: FinishedEvent) -> None:
@@ -155,8 +127,10 @@ class Choice:
                        "function": {"name": call.name, "arguments": call.arguments}} for call in calls]
 
     @property
-    def reason(self) -> str:
-        return "tool_calls" if self.calls and self.end.reason == "stop" else self.end.reason
+    def reason(self) -> str | None:
+        """Why it ended, where it has."""
+        reason = self.end.reason if self.end else None
+        return "tool_calls" if self.calls and reason == "stop" else reason
 
     def whole(self) -> dict[str, Any]:
         """As it stands in an answer that is not streamed."""
@@ -167,6 +141,10 @@ class Choice:
         return {"index": self.index, "message": message, "finish_reason": self.reason,
                 "logprobs": {"content": self.logprobs, "refusal": None} if self.with_logprobs else None}
 
+    def opening(self) -> list[dict[str, Any]]:
+        """What stands in chunks before anything is generated."""
+        return [self.part({"role": "assistant", "content": ""})]
+
     def parts(self) -> list[dict[str, Any]]:
         """What is new since the last call, as it stands in chunks."""
         found = []
@@ -174,7 +152,7 @@ class Choice:
         if len(self.text) > self._sent or logprobs:
             found.append(self.part({"content": self.text[self._sent :]}, logprobs))
             self._sent = len(self.text)
-        if self.finished and not self._told:
+        if self.end and not self._told:
             self._told = True
             if self.calls:
                 found.append(self.part({"tool_calls": [{"index": index, **call}
@@ -200,6 +178,9 @@ def make_plan(exchange: Exchange, body: ChatRequest) -> Plan:
         raise ApiError(400, "max_tokens is the old name of max_completion_tokens: give one of them", "max_tokens",
                        "invalid_value")
     tools = tool_use(body, text_format)
+    if tools and not tools.forced and not isinstance(body.response_format, TextFormatChoice | None):
+        raise ApiError(400, "an answer that has to be JSON cannot call tools: leave out response_format or tools, or "
+                            "set tool_choice to \"none\"", "response_format", "invalid_value")
     prompt = chat_prompt(text_format, template_messages(body), tools, body.chat_template_kwargs or {})
     exchange.check_prompt(prompt, "messages")
     options = exchange.options(

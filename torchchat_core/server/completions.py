@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,15 +12,13 @@ from starlette.responses import Response
 from torchchat_core.batching import Job
 from torchchat_core.conversation import encode_plain
 from torchchat_core.generation import Event, FinishedEvent, TextEvent, TokenEvent, TokenLogprobs
-from torchchat_core.server.engine import Answers
 from torchchat_core.server.errors import ApiError
 from torchchat_core.server.exchange import (
-    DONE_EVENT,
     LEAST_LOGPROB,
     EventStream,
     Exchange,
+    chunks,
     collect,
-    data_event,
     json_response,
     new_id,
     token_text,
@@ -59,8 +57,7 @@ async def answer(exchange: Exchange, body: CompletionRequest) -> Response:
             "system_fingerprint": exchange.service.fingerprint}
     prompt_tokens = sum(map(len, prompts))
     if body.stream:
-        wants_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return EventStream(_events(answers, choices, head, wants_usage, prompt_tokens), exchange.close)
+        return EventStream(chunks(answers, choices, head, prompt_tokens, body.stream_options), exchange.close)
     await exchange.watched(collect(answers, choices))
     ends = [choice.end for choice in choices if choice.end]
     return json_response({**head, "choices": [choice.whole() for choice in choices],
@@ -75,33 +72,6 @@ def prompts_of(prompt: str | list[str] | list[int] | list[list[int]], tokenizer:
         return [[token for token in prompt if isinstance(token, int)]]
     return [encode_plain(each, tokenizer, special=True) if isinstance(each, str) else list(each)
             for each in prompt if not isinstance(each, int)]
-
-
-async def _events(answers: Answers, choices: Sequence[Choice], head: dict[str, Any], wants_usage: bool,
-                  prompt_tokens: int) -> AsyncIterator[str]:
-    extra: dict[str, Any] = {"usage": None} if wants_usage else {}
-
-    def chunk(listed: list[dict[str, Any]]) -> str:
-        return data_event({**head, "choices": listed, **extra})
-
-    try:
-        for choice in choices:
-            if choice.echoed or not answers.jobs:
-                yield chunk([choice.part()])
-        while events := await answers.read():
-            for place, event in events:
-                choices[place].take(event)
-            for choice in choices:
-                if choice.has_news:
-                    yield chunk([choice.part()])
-    except ApiError as error:
-        yield data_event(error.body)
-        yield DONE_EVENT
-        return
-    if wants_usage:
-        extra["usage"] = usage(prompt_tokens, [choice.end for choice in choices if choice.end], answers.jobs)
-        yield chunk([])
-    yield DONE_EVENT
 
 
 @dataclass
@@ -145,9 +115,14 @@ class Choice:
             if event.end is not None:  # evaluations count on as many entries as tokens were chosen
                 self._note(event.end.token, event.end.logprobs)
 
-    @property
-    def has_news(self) -> bool:
-        return len(self.text) > self._sent or (self.end is not None and not self._told)
+    def opening(self) -> list[dict[str, Any]]:
+        """What stands in chunks before anything is generated: the echo, which may be all."""
+        return [self.part()] if self.echoed or not self.generated else []
+
+    def parts(self) -> list[dict[str, Any]]:
+        """What is new since the last call, as it stands in chunks."""
+        news = len(self.text) > self._sent or (self.end is not None and not self._told)
+        return [self.part()] if news else []
 
     def whole(self) -> dict[str, Any]:
         return self.part()

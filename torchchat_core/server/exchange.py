@@ -23,7 +23,7 @@ from torchchat_core.server.engine import Answers, Engine
 from torchchat_core.server.errors import ApiError, refused
 from torchchat_core.server.limits import Limits
 from torchchat_core.server.metrics import Metrics
-from torchchat_core.server.schemas import Sampling
+from torchchat_core.server.schemas import Sampling, StreamOptions
 from torchchat_core.server.shelf import Shelf
 from torchchat_core.specs import Tokenizer
 from torchchat_core.tokenizers.base import text_bytes
@@ -195,6 +195,51 @@ class Taker(Protocol):
     """One choice of an answer."""
 
     def take(self, event: Event) -> None: ...
+
+
+class StreamedChoice(Taker, Protocol):
+    """One choice of an answer that is streamed."""
+
+    end: FinishedEvent | None
+
+    def opening(self) -> list[dict[str, Any]]:
+        """What stands in chunks before anything is generated."""
+
+    def parts(self) -> list[dict[str, Any]]:
+        """What is new since the last call, as it stands in chunks."""
+
+
+async def chunks(answers: Answers, choices: Sequence[StreamedChoice], head: Mapping[str, Any], prompt_tokens: int,
+                 options: StreamOptions | None) -> AsyncIterator[str]:
+    """The stream of chat and text completions: a chunk for what is new of each choice, usage where it is asked for,
+    and the end. An answer that fails ends the stream with its error.
+
+    `head` is the same in all chunks, and is written once.
+    """
+    counted = options is not None and bool(options.include_usage)
+    before, after = f'data: {json_text(head)[:-1]},"choices":[', ']' + (',"usage":null' if counted else "") + "}\n\n"
+
+    def chunk(part: dict[str, Any]) -> str:
+        return f"{before}{json_text(part)}{after}"
+
+    try:
+        opening = [chunk(part) for choice in choices for part in choice.opening()]
+        if opening:
+            yield "".join(opening)
+        while events := await answers.read():
+            for place, event in events:
+                choices[place].take(event)
+            touched = dict.fromkeys(place for place, _ in events)
+            found = [chunk(part) for place in touched for part in choices[place].parts()]
+            if found:
+                yield "".join(found)
+    except ApiError as error:
+        yield data_event(error.body) + DONE_EVENT
+        return
+    if counted:
+        ends = [choice.end for choice in choices if choice.end is not None]
+        yield data_event({**head, "choices": [], "usage": usage(prompt_tokens, ends, answers.jobs)})
+    yield DONE_EVENT
 
 
 async def collect(answers: Answers, choices: Sequence[Taker]) -> None:

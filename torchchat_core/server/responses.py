@@ -91,11 +91,12 @@ class Written:
 
     def response(self) -> dict[str, Any]:
         """The whole object, as far as it is."""
-        if not self.choice.finished:
+        end = self.choice.end
+        if end is None:
             return {**self._head, "status": "in_progress", "output": [], "usage": None, "error": None,
                     "incomplete_details": None}
-        cut = self.choice.end.reason == "length"
-        prompt, new = len(self._job.prompt), generated_tokens(self.choice.end)
+        cut = end.reason == "length"
+        prompt, new = len(self._job.prompt), generated_tokens(end)
         return {**self._head, "status": "incomplete" if cut else "completed", "error": None,
                 "incomplete_details": {"reason": "max_output_tokens"} if cut else None, "output": self.output(),
                 "usage": {"input_tokens": prompt, "input_tokens_details": {"cached_tokens": self._job.reused},
@@ -104,7 +105,7 @@ class Written:
 
     def output(self) -> list[dict[str, Any]]:
         """The message, where it says anything or nothing else is there, and the calls."""
-        found = [self.message("incomplete" if self.choice.end.reason == "length" else "completed")] \
+        found = [self.message("incomplete" if self.choice.reason == "length" else "completed")] \
             if self.choice.text or not self.choice.calls else []
         while len(self._call_ids) < len(self.choice.calls):
             self._call_ids.append(new_id("fc_"))
@@ -137,7 +138,7 @@ async def _events(answers: Answers, written: Written) -> AsyncIterator[str]:
         while events := await answers.read():
             for _, each in events:
                 choice.take(each)
-            if not opened and (choice.text or (choice.finished and not choice.calls)):
+            if not opened and (choice.text or (choice.end and not choice.calls)):
                 opened = True
                 yield event("response.output_item.added", output_index=0, item=written.message("in_progress"))
                 yield event("response.content_part.added", **place, part=written.part(""))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,6 +27,14 @@ class StepDecoder(Protocol):
 
     def logits(self, token: int, cache: KVCache, extended: bool) -> Tensor:
         """Of the token behind those that the cache holds, which gets its keys and values: float32 [1, vocab], CPU."""
+
+
+@runtime_checkable
+class RowDecoder(StepDecoder, Protocol):
+    """Decodes one token of each of several sequences in some quicker way than the module."""
+
+    def logits_of_rows(self, tokens: Sequence[int], caches: Sequence[KVCache], extended: bool) -> Tensor:
+        """As `StepDecoder.logits`, a row for each: float32 [n, vocab], CPU."""
 
 
 class EagerExecutor:
@@ -72,15 +80,21 @@ class EagerModel:
                                  "for each of several different sessions")
         for session in sessions:
             session.check_room(1)
-        positions = [session.length for session in sessions]
-        segments = [Segment(session.cache, 1) for session in sessions]
         groups = {session.extended for session in sessions}
         if len(groups) > 1:  # longrope: sequences on both sides of the original context have other angles
             return torch.stack([session.decode(token) for session, token in zip(sessions, tokens, strict=True)])
-        logits = self.forward(tokens, positions, segments, rows=None, extended=groups == {True})
+        logits = self._decoded(sessions, tokens, groups == {True})
         for session in sessions:
             session.cache.advance(1)
         return logits
+
+    def _decoded(self, sessions: Sequence[EagerSession], tokens: Sequence[int], extended: bool) -> Tensor:
+        decoder = self._decoder  # which another thread may take away
+        if len(tokens) > 1 and isinstance(decoder, RowDecoder):
+            check_tokens(tokens, self.vocab_size)
+            return decoder.logits_of_rows(tokens, [session.cache for session in sessions], extended)
+        segments = [Segment(session.cache, 1) for session in sessions]
+        return self.forward(tokens, [session.length for session in sessions], segments, rows=None, extended=extended)
 
     def forward(self, tokens: Sequence[int], positions: Sequence[int], segments: Sequence[Segment],
                 rows: list[int] | None, extended: bool) -> Tensor:

@@ -1,0 +1,114 @@
+"""One token of each of several sequences in one call: every row is what its sequence gets alone, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from torchchat_core import kernels
+from torchchat_core.kernels.layers import use_kernel_linear
+from torchchat_core.models.kv_cache import KVCache
+from torchchat_core.models.transformer import Transformer
+from torchchat_core.quantization.layers import WeightFormat
+from torchchat_core.quantization.replacing import quantise_layers
+from torchchat_core.quantization.running import prepare
+from torchchat_core.testing.models import seeded, tiny_config
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="the CPU kernels cannot be built here")
+
+
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    try:
+        torch.ops.torchchat.use_instructions(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error).partition("\n")[0])
+    yield request.param
+    torch.ops.torchchat.use_instructions("")
+
+
+def decoder(module: Transformer) -> Any:
+    from torchchat_core.kernels.decoding import TokenDecoder
+
+    prepare(module, module.model.norm.weight.dtype)
+    use_kernel_linear(module)
+    return TokenDecoder.of(module)
+
+
+def alone_and_together(module: Transformer, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the same next tokens of sequences of so many tokens, one by one and in one call, twice each."""
+    found, dtype = decoder(module), module.model.norm.weight.dtype
+    both = []
+    for together in (False, True):
+        caches = [KVCache(module.config, 600, dtype, torch.device("cpu")) for _ in counts]
+        for row, (cache, count) in enumerate(zip(caches, counts, strict=True)):
+            for at in range(count):
+                found.logits((5 * at + row) % 96, cache, False)
+                cache.advance(1)
+        steps = []
+        for step in range(2):
+            tokens = [(11 * row + step) % 96 for row in range(len(counts))]
+            steps.append(found.logits_of_rows(tokens, caches, False) if together else torch.cat(
+                [found.logits(token, cache, False) for token, cache in zip(tokens, caches, strict=True)]))
+            for cache in caches:
+                cache.advance(1)
+        both.append(torch.cat(steps))
+    return both[0], both[1]
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"rope_interleaved": True, "qk_norm": True}, {"attention_bias": True, "mlp_bias": True},
+    {"sliding_window": 6, "sliding_layers": (True, False), "num_kv_heads": 1},
+    {"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "logits_divisor": 4.0, "intermediate_size": 40},
+], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_are_what_they_are_alone(instructions: str, changes: dict[str, Any], dtype: torch.dtype) -> None:
+    module = seeded(tiny_config(**changes)).to(dtype)
+    for counts in ([0, 1], [3, 0, 17, 9, 1, 2, 30, 5]):
+        alone, together = alone_and_together(module, counts)
+        assert torch.equal(alone, together)
+        assert len(set(alone[:, 0].tolist())) == len(alone)  # rows that differ: none was computed for another
+
+
+@pytest.mark.parametrize("form", [WeightFormat(bits=4, group_size=32), WeightFormat(bits=8),
+                                  WeightFormat(bits=4, group_size=32, asymmetric=True)], ids=str)
+def test_quantised_rows_are_what_they_are_alone(instructions: str, form: WeightFormat) -> None:
+    module = seeded(tiny_config())
+    quantise_layers(module, "linear:int4", form)
+    alone, together = alone_and_together(module, [3, 0, 17, 9, 1, 2, 30, 5, 4, 4, 4, 6, 7, 8, 9])
+    assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize(("rows", "hidden", "layers"), [(40, 256, 4), (3, 1024, 2), (36, 1024, 2)], ids=[
+    "in groups", "together, as the weights are large", "a group for each thread"])
+def test_threads_change_nothing(rows: int, hidden: int, layers: int) -> None:
+    """Sizes at which `row_decoding.cpp` takes each of its ways, where there are two threads."""
+    config = tiny_config(hidden_size=hidden, intermediate_size=2 * hidden, num_layers=layers, vocab_size=2048)
+    module, before = seeded(config), torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(alone_and_together(module, [row % 5 for row in range(rows)])[1])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("wrong", ["rows", "angles", "caches", "capacity", "held"])
+def test_rows_that_do_not_fit_are_refused(wrong: str) -> None:
+    module = seeded(tiny_config())
+    config, run = module.config, decoder(module)._decoder.run_rows
+    cache = [torch.zeros(config.num_kv_heads, 8, config.head_dim) for _ in range(2 * config.num_layers)]
+    given = {"hidden": torch.zeros(2, config.hidden_size), "cos": torch.zeros(2, 1, config.head_dim), "keys": cache,
+             "values": [each.clone() for each in cache], "held": [0, 3]}
+    run(given["hidden"], given["cos"], given["cos"], given["keys"], given["values"], given["held"])
+    given |= {"rows": {"hidden": torch.zeros(3, config.hidden_size)},
+              "angles": {"cos": torch.zeros(1, config.head_dim)},
+              "caches": {"keys": cache[1:]}, "capacity": {"values": [each[:, :4].contiguous() for each in cache]},
+              "held": {"held": [0, 8]}}[wrong]
+    with pytest.raises(RuntimeError):
+        run(given["hidden"], given["cos"], given["cos"], given["keys"], given["values"], given["held"])
