@@ -15,7 +15,8 @@ from torchchat_core.server.app import ENDPOINTS
 
 MOST_TOKENS = {"max_tokens": 4, "max_completion_tokens": 4, "max_output_tokens": 4, "n": 2}
 ODD = st.one_of(st.none(), st.booleans(), st.integers(), st.integers(-10**400, 10**400), st.floats(),
-                st.text(max_size=20), st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=5), st.integers(), max_size=3))
+                st.text(max_size=20), st.lists(st.integers(), max_size=3),
+                st.dictionaries(st.text(max_size=5), st.integers(), max_size=3))
 
 
 def short(body: Any) -> Any:
