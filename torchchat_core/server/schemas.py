@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 LARGEST_COUNT = 1 << 31
 MOST_CHOICES = 128
@@ -53,6 +53,16 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(),
                               hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown_field(cls, value: Any) -> Any:
+        """One is refused as well as any number of them, each of which would cost an error of its own."""
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        if not isinstance(value, dict) or len(value) <= len(known):
+            return value
+        unknown = next(key for key in value if key not in known)
+        return {key: value[key] for key in value if key in known or key == unknown}
 
 
 class Sampling(Body):
