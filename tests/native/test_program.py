@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from building import NATIVE, build, missing, run
+from building import NATIVE, missing, run
 from test_runner import run as started
 
 HUGE = "9" * 40
@@ -149,7 +149,6 @@ def test_ctrl_c_ends_one_answer_with_status_130(terminal: Callable[..., Any]) ->
 
 def test_an_application_finds_what_was_installed(native: Path, embedded: Callable[[str], Path], tmp_path: Path) -> None:
     prefix, example = tmp_path / "prefix", tmp_path / "example"
-    build(native, ["all"], {})
     run("cmake", "--install", native, "--prefix", prefix)
     run("cmake", "-S", NATIVE / "examples", "-B", example, f"-DCMAKE_PREFIX_PATH={prefix}")
     run("cmake", "--build", example)
