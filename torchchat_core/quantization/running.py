@@ -77,7 +77,9 @@ def _whole_groups_of_four_bits(layer: QuantizedLinear) -> bool:
 
 
 def _fits_tinygemm(layer: QuantizedLinear, dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16 and layer.rows % 8 == 0 and layer.columns % TILE_COLUMNS == 0
+    """Its tiles are those of GPUs from Ampere on."""
+    whole = layer.rows % 8 == 0 and layer.columns % TILE_COLUMNS == 0
+    return dtype == torch.bfloat16 and whole and torch.cuda.get_device_capability(layer.values.device) >= (8, 0)
 
 
 class RunningLinear(nn.Module):
