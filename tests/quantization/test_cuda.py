@@ -6,18 +6,14 @@ Activations that are rounded, and a model in half precision, may differ by a ste
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.transformer import Transformer
-from torchchat_core.models.weights import TORCH_DTYPES
 from torchchat_core.plugins import load_registry
-from torchchat_core.quantization.layers import QuantizedEmbedding
 from torchchat_core.quantization.recipe import read_recipe
-from torchchat_core.specs import LoadedModel
 from torchchat_core.testing import ExecutorContract
 from torchchat_core.testing.models import seeded
 
@@ -37,12 +33,6 @@ class CudaContract(ExecutorContract):
 
     def devices_and_dtypes(self) -> tuple[frozenset[str], frozenset[str]]:
         return frozenset({"cuda"}), frozenset({"fp32", "bf16", "fp16"})
-
-    def load(self, module: Transformer, device: str, dtype: str, folder: Path) -> LoadedModel:
-        embedding = module.model.embed_tokens
-        if isinstance(embedding, QuantizedEmbedding):
-            embedding.dtype = TORCH_DTYPES[dtype]  # the module was quantised in float32
-        return super().load(module, device, dtype, folder)
 
     def model(self, config: ModelConfig) -> Transformer:
         module = seeded(dataclasses.replace(config, **WIDE_ENOUGH))

@@ -172,3 +172,14 @@ def test_tensors_that_do_not_belong_together_are_refused() -> None:
                                     (good.values.to(torch.int8), good.scales, None)):
         with pytest.raises(TorchchatError, match="quantised weights"):
             IntegerWeights(format=form, columns=64, values=values, scales=scales, centres=centres)
+
+
+def test_converting_a_module_changes_activations_and_not_what_the_integers_mean() -> None:
+    form = WeightFormat(bits=8, asymmetric=True)
+    weights = quantise(torch.randn(7, 64, generator=torch.Generator().manual_seed(0)), form)
+    module = nn.Sequential(QuantizedEmbedding(weights, torch.float32), QuantizedLinear(weights, torch.zeros(7)))
+    expected = module[0].dequantised(torch.float32)
+    module.to(torch.bfloat16)
+    assert [layer.scales.dtype for layer in module] == [layer.centres.dtype for layer in module] == [torch.float16] * 2
+    assert torch.equal(module[1].dequantised(torch.float32), expected)
+    assert module(torch.tensor([3])).dtype == module[1].bias.dtype == torch.bfloat16

@@ -11,7 +11,7 @@ These layers compute what they mean by plain PyTorch, on every device. What runs
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +136,15 @@ class QuantizedLayer(nn.Module):
     def rows(self) -> int:
         return int(self.values.shape[0])
 
+    def _apply(self, function: Any, recurse: bool = True) -> Self:
+        """Moves with the module to another device; what the integers mean stays as it is, in float16."""
+        scales, centres = self.scales, self.centres
+        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        if self.scales.dtype != scales.dtype:
+            device = self.scales.device
+            self.scales, self.centres = scales.to(device), None if centres is None else centres.to(device)
+        return self
+
     def stored(self) -> Tensor:
         """The integers, uint8 [rows, columns]."""
         return unpacked_values(self.values, self.columns, self.format.bits)
@@ -186,6 +195,11 @@ class QuantizedEmbedding(QuantizedLayer):
     def __init__(self, weights: IntegerWeights, dtype: torch.dtype) -> None:
         super().__init__(weights)
         self.dtype = dtype
+
+    def _apply(self, function: Any, recurse: bool = True) -> Self:
+        super()._apply(function, recurse)
+        self.dtype = function(torch.empty(0, dtype=self.dtype, device=self.values.device)).dtype
+        return self
 
     @property
     def num_embeddings(self) -> int:

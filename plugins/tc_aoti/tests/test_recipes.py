@@ -7,7 +7,6 @@ what core's layers with integer weights say.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -16,11 +15,9 @@ from tc_aoti import SCHEMES
 from torchchat_core import kernels
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.transformer import Transformer
-from torchchat_core.models.weights import TORCH_DTYPES
-from torchchat_core.quantization.layers import QuantizedEmbedding, WeightFormat
+from torchchat_core.quantization.layers import WeightFormat
 from torchchat_core.quantization.replacing import replace_layer
 from torchchat_core.quantization.rounding import quantise
-from torchchat_core.specs import LoadRequest
 from torchchat_core.testing import ExporterContract
 from torchchat_core.testing.models import seeded
 
@@ -37,12 +34,15 @@ FORMS: Mapping[str, WeightFormat] = {
 
 
 class QuantisedContract(ExporterContract):
-    """Of a tiny model whose layers are quantised by `schemes`: parts of their names -> scheme."""
+    """Of a tiny model whose layers are quantised by `schemes`: parts of their names -> scheme.
+
+    Core's kernels round activations to eight bits: the tolerance is theirs, as for models in memory.
+    """
 
     plugin = "tc_aoti"
     schemes: Mapping[str, str]
     dtypes: frozenset[str]
-    tolerances: ClassVar = {"fp32": 0.02, "bf16": 0.05, "fp16": 0.02}
+    tolerances: ClassVar = {"fp32": 0.08, "bf16": 0.1, "fp16": 0.08}
 
     def devices_and_dtypes(self) -> tuple[frozenset[str], frozenset[str]]:
         return frozenset({"cpu"}), self.dtypes
@@ -55,12 +55,6 @@ class QuantisedContract(ExporterContract):
             weight = module.get_submodule(name).get_parameter("weight")
             replace_layer(module, name, scheme, quantise(weight, FORMS[scheme]))
         return module
-
-    def request(self, module: Transformer, device: str, dtype: str, folder: Path) -> LoadRequest:
-        embedding = module.model.embed_tokens
-        if isinstance(embedding, QuantizedEmbedding):
-            embedding.dtype = TORCH_DTYPES[dtype]  # as of a model that is quantised in that dtype
-        return super().request(module, device, dtype, folder)
 
     # These are about files, whatever is in them, or load models of their own, which are not quantised.
     test_the_file_is_where_it_was_asked_for: Any = None
