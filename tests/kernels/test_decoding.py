@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,16 +21,6 @@ from torchchat_core.testing.models import reference_logits, seeded, tiny_config
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the CPU kernels cannot be built here")
 TOKENS = [(7 * i) % 96 for i in range(30)]
-
-
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    try:
-        torch.ops.torchchat.use_instructions(request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error).partition("\n")[0])
-    yield request.param
-    torch.ops.torchchat.use_instructions("")
 
 
 def decoder(module: Transformer) -> Any:
