@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,17 +20,6 @@ pytestmark = pytest.mark.skipif(not kernels.available(), reason="the CPU kernels
 SHAPES = [(16, 32, 32), (64, 64, 32), (50, 100, 32), (33, 256, 128), (7, 288, 256), (17, 40, 64), (16, 4, 32),
           (20, 45, 32)]
 operators = torch.ops.torchchat
-
-
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert kernels.load() is None
-    try:
-        operators.use_instructions(request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error).partition("\n")[0])
-    yield request.param
-    operators.use_instructions("")
 
 
 def matrix(outputs: int, columns: int, bits: int, group: int, asymmetric: bool) -> tuple[Tensor, Tensor]:
