@@ -247,10 +247,9 @@ class ScoresAndForgets(Right):
 
 class OnePositionForAll(Right):
     class Model(EagerModel):
-        def forward(self, tokens: Sequence[int], positions: Sequence[int], segments: Sequence[Segment],
-                    rows: list[int] | None, extended: bool) -> Tensor:
-            same = [positions[0]] * len(positions) if len(segments) > 1 else positions
-            return super().forward(tokens, same, segments, rows, extended)
+        def _decoded(self, sessions: Sequence[EagerSession], tokens: Sequence[int], extended: bool) -> Tensor:
+            segments = [Segment(session.cache, 1) for session in sessions]
+            return self.forward(tokens, [sessions[0].length] * len(sessions), segments, None, extended)
 
 
 class BatchByTurns(Right):
