@@ -23,8 +23,8 @@ constexpr int64_t kStages = 5;  // of a layer, whose work is taken in pieces; th
 // in any case pay off for fewer.
 constexpr int64_t kRowsOfAThread = 16, kRowsOfSmallModels = 4, kBytesNearby = 8 << 20;
 constexpr int64_t kGroupsOfAThread = 4;  // at most, where matrices are near: who is through early takes more
-// Products of a thread that are worth waiting for it, where other work may keep it from its core: 1 to 3 milliseconds.
-constexpr int64_t kProductsOfAThread = 1 << 25;
+// Products of a thread that are worth waiting for it: with attention and all else some half a millisecond.
+constexpr int64_t kProductsOfAThread = 1 << 22;
 
 // What all threads see. All vectors are [rows, ...].
 struct Shared {
