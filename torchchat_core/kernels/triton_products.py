@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from torchchat_core.quantization.layers import GROUP_STEP, QuantizedLinear
+from torchchat_core.quantization.running import TILE_COLUMNS, TILE_ROWS
 
-TINY_COLUMNS = 128  # of a tile of tinygemm
-TINY_ROWS = 8
 ROWS_OF_PROGRAM = 4  # of the weights, in the product of one row
 BLOCK = 1024  # columns that a program dequantises
 
@@ -190,7 +189,7 @@ def dequantised_tiles(packed: Tensor, pairs: Tensor, group_size: int) -> Tensor:
     makes them with eight inner tiles: of a row, the lane 4 row + l has the columns 2l, 2l + 8 and those behind them of
     each 16, two sixteens to a word, even columns in its lower half. `pairs` [groups, rows, 2] are scales and centres.
     """
-    rows, columns = packed.shape[0] * TINY_ROWS, packed.shape[1] * TINY_COLUMNS
+    rows, columns = packed.shape[0] * TILE_ROWS, packed.shape[1] * TILE_COLUMNS
     out = torch.empty((rows, columns), dtype=pairs.dtype, device=packed.device)
     _traced(_dequantise_tiles)[(rows, -(-columns // BLOCK))](packed, pairs, out, rows, columns, group_size,
                                                              COLUMNS=BLOCK, num_warps=4)

@@ -21,7 +21,7 @@ from torchchat_core.quantization.layers import GROUP_STEP, QuantizedLinear, roun
 ATEN_GROUPS = (32, 64, 128, 256)  # that the products of four-bit weights take
 # Elsewhere core's kernels are plain C++, and ATen's own are faster where they take the weights.
 HAS_KERNEL_INSTRUCTIONS = platform.machine().lower() in ("x86_64", "amd64")
-TILE_COLUMNS = 128  # of tinygemm, with eight inner tiles
+TILE_ROWS, TILE_COLUMNS = 8, 128  # of tinygemm, with eight inner tiles
 INNER_TILES = 8
 TINYGEMM_ROWS = 24  # beyond, dequantising is quicker (tools/compare_cuda.py)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -78,7 +78,7 @@ def _whole_groups_of_four_bits(layer: QuantizedLinear) -> bool:
 
 def _fits_tinygemm(layer: QuantizedLinear, dtype: torch.dtype) -> bool:
     """Its tiles are those of GPUs from Ampere on."""
-    whole = layer.rows % 8 == 0 and layer.columns % TILE_COLUMNS == 0
+    whole = layer.rows % TILE_ROWS == 0 and layer.columns % TILE_COLUMNS == 0
     return dtype == torch.bfloat16 and whole and torch.cuda.get_device_capability(layer.values.device) >= (8, 0)
 
 

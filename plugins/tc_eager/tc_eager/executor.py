@@ -15,7 +15,7 @@ from torchchat_core.models.kv_cache import KVCache
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import TORCH_DTYPES
 from torchchat_core.quantization.running import prepare
-from torchchat_core.sequence_limits import check_append, check_tokens, session_limit
+from torchchat_core.sequence_limits import check_append, check_batch, check_tokens, session_limit
 from torchchat_core.specs import LoadRequest
 
 if TYPE_CHECKING:
@@ -74,10 +74,7 @@ class EagerModel:
 
     @torch.inference_mode()
     def decode_batch(self, sessions: Sequence[EagerSession], tokens: Sequence[int]) -> Tensor:
-        different = len({id(session) for session in sessions}) == len(sessions)
-        if not sessions or not different or len(sessions) != len(tokens):
-            raise TorchchatError(f"a batch of {len(sessions)} sessions and {len(tokens)} tokens: it takes one token "
-                                 "for each of several different sessions")
+        check_batch(sessions, tokens)
         for session in sessions:
             session.check_room(1)
         groups = {session.extended for session in sessions}
