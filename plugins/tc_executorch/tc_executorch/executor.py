@@ -60,10 +60,11 @@ class Method:
             self._method.set_inputs([torch.tensor([list(tokens)]), torch.tensor([position])])
             with serial_products():
                 self._method.execute()
-            logits: Tensor = self._method.get_outputs(True)[0]
+            logits: Tensor = self._method.get_outputs(False)[0]  # its own memory, which the next step writes to
         except RuntimeError as error:
             raise TorchchatError(f"ExecuTorch stopped: {_first_line(error)}", AGAIN) from error
-        return logits
+        # Not by `clone`, whose threads would still wait for work, on ExecuTorch's cores, while the next token is computed.
+        return torch.from_numpy(logits.numpy().copy())
 
 
 def step_length(meta: Any, name: str, vocab_size: int) -> int:
