@@ -86,6 +86,12 @@ def test_what_cannot_be_written_is_told(arguments: list[str], code: int, words: 
     assert not list(Path.cwd().glob("a*"))
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no folder here in which nobody can write")
+def test_a_folder_that_takes_no_files_is_told_before_the_model_is_loaded(torchchat: Any) -> None:
+    done = torchchat("export", "no-such-model", "-o", "/proc/a.one")
+    assert (done.code, "no file can be written into '/proc'" in done.err) == (1, True), done.err
+
+
 def test_what_is_no_ordinary_file_is_not_replaced(torchchat: Any) -> None:
     os.mkfifo("pipe.one")
     done = torchchat("export", "embedded", "-o", "pipe.one")

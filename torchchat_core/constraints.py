@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torchchat_core.errors import TorchchatError
 from torchchat_core.generation_options import Grammar
+from torchchat_core.sampling import numbers
 from torchchat_core.specs import Tokenizer
 from torchchat_core.text_format import TextFormat
 
@@ -75,12 +76,12 @@ class Constraint:
         if self._matcher.is_error():
             raise GrammarError(f"the grammar of the answer failed: {_first_line(self._matcher.get_error())}",
                                "make it simpler")
-        permitted = torch.zeros(logits.shape[0], dtype=torch.bool)
-        count = min(len(bits), logits.shape[0])
-        permitted[:count] = torch.from_numpy(bits[:count].astype(bool))
+        row = numbers(logits).copy()
+        permitted = bits[: len(row)].astype(bool)
         if not permitted.any():
             raise _unsayable()
-        return logits.masked_fill(~permitted, -torch.inf)
+        row[: len(permitted)][~permitted] = row[len(permitted) :] = -np.inf
+        return torch.from_numpy(row)
 
     def accept(self, token: int) -> None:
         """Counts a token as said. Raises `TorchchatError` for one that breaks the grammar."""

@@ -5,18 +5,29 @@ logits -> bias -> repetition, presence and frequency penalty -> temperature -> t
 Temperature 0 takes the largest logit after bias and penalties; of equal ones, the lowest id. A draw walks the
 remaining tokens by rising id with one random number from `philox_uniform`, so that the same logits and the same
 seed give the same token on every machine. docs/sampling.md specifies it for other implementations.
+
+It computes with numpy: a row is too short for several threads, and PyTorch's would still wait for work, on the same
+cores, when the next token is computed.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from torchchat_core.errors import TorchchatError
 from torchchat_core.generation_options import SamplingOptions
+
+Row = NDArray[np.float64]  # logits, [vocab] or of the tokens that are left
+Positions = NDArray[np.intp]  # in a row, rising
+BLOCK = 32  # logits of which the largest is looked for, on the way to the k largest
 
 
 class Sampler:
@@ -32,6 +43,7 @@ class Sampler:
         self._prompt = set(prompt)
         self._counts: dict[int, int] = {}  # tokens of the answer
         self._step = 0
+        self._row: Row = np.empty(0, np.float64)
 
     @property
     def takes_the_likeliest(self) -> bool:
@@ -45,108 +57,142 @@ class Sampler:
 
         Raises `TorchchatError` where the logits hold NaN, or where nothing is left to choose from.
         """
-        token = self._pick(self._processed(logits.to(torch.float64)))
+        token = _likeliest(numbers(logits)) if self.takes_the_likeliest else self._chosen(logits)
         self._counts[token] = self._counts.get(token, 0) + 1
         self._step += 1
         return token
 
-    def _processed(self, logits: Tensor) -> Tensor:
-        options = self.options
-        if options.logit_bias:
-            logits = add_bias(logits, options.logit_bias)
-        if options.repetition_penalty != 1.0:
-            logits = penalise_repetition(logits, self._prompt | self._counts.keys(), options.repetition_penalty)
-        if options.presence_penalty or options.frequency_penalty:
-            logits = penalise_counts(logits, self._counts, options.presence_penalty, options.frequency_penalty)
-        return logits
-
-    def _pick(self, logits: Tensor) -> int:
-        options = self.options
-        best = highest(logits)
-        if not torch.isfinite(logits[best]):
-            raise TorchchatError(f"the model returned {float(logits[best])} as its highest logit",
-                                 "its weights are damaged, or its dtype overflows: try --dtype fp32 or bf16")
-        if options.temperature == 0.0:
+    def _chosen(self, logits: Tensor) -> int:
+        row = self._processed(logits)
+        best = _likeliest(row)
+        if self.options.temperature == 0.0:
             return best
-        kept = (logits - logits[best]) / options.temperature  # the difference, which no temperature can overflow
+        row -= row[best]  # now no temperature can make it overflow, but for -inf
+        with np.errstate(over="ignore"):
+            row /= self.options.temperature
+        tokens = None
+        for keep in self._filters():
+            kept = keep(row)
+            row, tokens = row[kept], kept if tokens is None else tokens[kept]
+        position = draw(np.exp(row, out=row), philox_uniform(self.seed, self._stream, self._step))
+        return position if tokens is None else int(tokens[position])
+
+    def _processed(self, logits: Tensor) -> Row:
+        options, given = self.options, numbers(logits)
+        if len(self._row) != len(given):  # made once: to get such memory from the system takes longer than the work
+            self._row = np.empty(len(given), np.float64)
+        row = self._row
+        row[:] = given
+        if options.logit_bias:
+            add_bias(row, options.logit_bias)
+        if options.repetition_penalty != 1.0:
+            penalise_repetition(row, self._prompt | self._counts.keys(), options.repetition_penalty)
+        if options.presence_penalty or options.frequency_penalty:
+            penalise_counts(row, self._counts, options.presence_penalty, options.frequency_penalty)
+        return row
+
+    def _filters(self) -> Iterator[Callable[[Row], Positions]]:
+        options = self.options
         if options.top_k:
-            kept = keep_top_k(kept, options.top_k)
+            yield partial(keep_top_k, k=options.top_k)
         if options.top_p < 1.0:
-            kept = keep_top_p(kept, options.top_p)
+            yield partial(keep_top_p, p=options.top_p)
         if options.min_p > 0.0:
-            kept = keep_min_p(kept, options.min_p)
-        return draw(kept, philox_uniform(self.seed, self._stream, self._step))
+            yield partial(keep_min_p, p=options.min_p)
 
 
 def highest(logits: Tensor) -> int:
-    """The first of the highest logits [vocab]; of NaN too, if there is one.
-
-    A row is too short for several threads, and PyTorch's would still wait for work when the next token is computed.
-    """
-    plain = logits.device.type == "cpu" and logits.dtype == torch.float32
-    return int(logits.numpy().argmax() if plain else logits.argmax())
+    """The first of the highest logits [vocab]; of NaN too, if there is one."""
+    return int(numbers(logits).argmax())
 
 
-def add_bias(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
-    """logits[t] + bias[t]. Raises `TorchchatError` for a token outside the vocabulary."""
-    outside = [token for token in bias if token >= logits.shape[0]]
+def _likeliest(row: NDArray[np.floating[Any]]) -> int:
+    best = int(row.argmax())  # NaN, if there is one
+    if not np.isfinite(row[best]):
+        raise TorchchatError(f"the model returned {float(row[best])} as its highest logit",
+                             "its weights are damaged, or its dtype overflows: try --dtype fp32 or bf16")
+    return best
+
+
+def numbers(logits: Tensor) -> NDArray[np.floating[Any]]:
+    """Logits for numpy: the same memory, where it is the processor's and of a type that numpy has."""
+    row = logits.detach().cpu()
+    found: NDArray[np.floating[Any]] = (row if row.dtype in (torch.float32, torch.float64) else row.float()).numpy()
+    return found
+
+
+def add_bias(logits: Row, bias: Mapping[int, float]) -> None:
+    """logits[t] + bias[t], in place. Raises `TorchchatError` for a token outside the vocabulary."""
+    outside = [token for token in bias if token >= len(logits)]
     if outside:
-        raise TorchchatError(f"logit_bias names token {outside[0]}; the vocabulary ends at {logits.shape[0] - 1}")
-    logits = logits.clone()
-    logits[list(bias.keys())] += torch.tensor(list(bias.values()), dtype=logits.dtype)
-    return logits
+        raise TorchchatError(f"logit_bias names token {outside[0]}; the vocabulary ends at {len(logits) - 1}")
+    logits[list(bias)] += list(bias.values())
 
 
-def penalise_repetition(logits: Tensor, seen: set[int], penalty: float) -> Tensor:
-    """Divides positive logits of seen tokens by the penalty, multiplies negative ones (CTRL, arXiv:1909.05858)."""
-    if not seen:
-        return logits
-    tokens = torch.tensor(sorted(seen))
+def penalise_repetition(logits: Row, seen: Collection[int], penalty: float) -> None:
+    """Divides positive logits of seen tokens by the penalty, multiplies negative ones, in place.
+
+    From CTRL, arXiv:1909.05858.
+    """
+    tokens = np.fromiter(seen, np.intp, len(seen))
     chosen = logits[tokens]
-    return logits.index_put((tokens,), torch.where(chosen > 0, chosen / penalty, chosen * penalty))
+    logits[tokens] = np.where(chosen > 0, chosen / penalty, chosen * penalty)
 
 
-def penalise_counts(logits: Tensor, counts: Mapping[int, int], presence: float, frequency: float) -> Tensor:
-    """logits[t] - presence * [count(t) > 0] - frequency * count(t), as OpenAI's API defines it."""
-    if not counts:
-        return logits
-    tokens = torch.tensor(list(counts.keys()))
-    times = torch.tensor(list(counts.values()), dtype=logits.dtype)
-    return logits.index_put((tokens,), logits[tokens] - presence - frequency * times)
+def penalise_counts(logits: Row, counts: Mapping[int, int], presence: float, frequency: float) -> None:
+    """logits[t] - presence * [count(t) > 0] - frequency * count(t), in place, as OpenAI's API defines it."""
+    tokens = np.fromiter(counts, np.intp, len(counts))
+    logits[tokens] -= presence + frequency * np.fromiter(counts.values(), np.float64, len(counts))
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """All but the k largest logits become -inf; of equal ones, lower ids stay."""
-    if k >= logits.shape[0]:
-        return logits
-    least = torch.topk(logits, k).values[-1]
-    above = logits > least
-    equal = (logits == least).nonzero()[:, 0][: k - int(above.sum())]
-    above[equal] = True
-    return logits.masked_fill(~above, -torch.inf)
+def keep_top_k(logits: Row, k: int) -> Positions:
+    """Where the k largest are; of equal ones, the first."""
+    near = _at_least_the_largest(logits, k)
+    values = logits[near]
+    if k >= len(values):
+        return near
+    least = np.partition(values, len(values) - k)[len(values) - k]
+    above = np.flatnonzero(values > least)
+    equal = np.flatnonzero(values == least)[: k - len(above)]
+    return near[np.sort(np.concatenate((above, equal)))]
 
 
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keeps the shortest run of likeliest tokens whose probabilities reach p (Holtzman et al., arXiv:1904.09751)."""
-    ordered, ids = logits.sort(descending=True, stable=True)
-    before = ordered.softmax(0).cumsum(0).roll(1)
-    before[0] = 0.0  # the likeliest token always stays
-    return logits.index_fill(0, ids[before >= p], -torch.inf)
+def _at_least_the_largest(logits: Row, k: int) -> Positions:
+    """Positions that the k largest are among and, of a large vocabulary, few others: quicker than sorting out all.
+
+    As many as k blocks have a value that large, so that the k largest of all are no smaller.
+    """
+    blocks = len(logits) // BLOCK
+    if k >= blocks:
+        return np.arange(len(logits))
+    highest_of_each = logits[: blocks * BLOCK].reshape(blocks, BLOCK).max(axis=1)
+    return np.flatnonzero(logits >= np.partition(highest_of_each, blocks - k)[blocks - k])
 
 
-def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Keeps tokens with at least p times the highest probability (Nguyen et al., arXiv:2407.01082)."""
-    return logits.masked_fill((logits - logits.max()).exp() < p, -torch.inf)
+def keep_top_p(logits: Row, p: float) -> Positions:
+    """The shortest run of likeliest tokens whose probabilities reach p (Holtzman et al., arXiv:1904.09751)."""
+    chances = np.exp(logits - logits.max())
+    chances /= chances.sum()
+    # Tokens below that come to half of what is beyond p, all together: they need not be sorted, which takes longest.
+    likely = np.flatnonzero(chances > (1.0 - p) / (2 * len(chances)))
+    order = likely[np.argsort(-logits[likely], kind="stable")]
+    before = np.concatenate(([0.0], chances[order].cumsum()[:-1]))  # the likeliest token always stays
+    return np.sort(order[before < p])
 
 
-def draw(logits: Tensor, uniform: float) -> int:
-    """The first token, by rising id, at which the sum of probabilities passes `uniform` in [0, 1)."""
-    cumulative = (logits - logits.max()).exp().cumsum(0)
-    target = uniform * float(cumulative[-1])
-    token = int(torch.searchsorted(cumulative, torch.tensor(target, dtype=cumulative.dtype), right=True))
-    if token < logits.shape[0]:
-        return token
-    return int((logits > -torch.inf).nonzero()[-1])  # uniform * sum was rounded up to the sum
+def keep_min_p(logits: Row, p: float) -> Positions:
+    """Where tokens have at least p times the highest probability (Nguyen et al., arXiv:2407.01082)."""
+    return np.flatnonzero(np.exp(logits - logits.max()) >= p)
+
+
+def draw(weights: Row, uniform: float) -> int:
+    """The first position at which the sum of weights passes `uniform`, in [0, 1), of the whole sum.
+
+    The weights are overwritten.
+    """
+    sums = weights.cumsum(out=weights)
+    passed = np.searchsorted(sums, uniform * sums[-1], side="right")
+    return int(min(passed, np.searchsorted(sums, sums[-1])))  # that product may have been rounded up to the sum
 
 
 def philox_uniform(seed: int, stream: int, step: int) -> float:

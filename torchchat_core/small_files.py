@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,27 @@ def expanded(path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise TorchchatError(f"the home folder in {path!r} cannot be found", "write the whole path") from None
+
+
+def output_file(flag: str, text: str) -> Path:
+    """The file that the value of a flag names. Raises `TorchchatError`, before any work is done, where none can be
+    written there."""
+    path = expanded(text)
+    given = f"{flag} is {text!r}"
+    if path.is_dir():
+        raise TorchchatError(f"{given}, which is a folder", "give the name of the file in it")
+    if path.exists() and not path.is_file():
+        raise TorchchatError(f"{given}, which is no ordinary file, so it is not replaced",
+                             "give the name of a new file")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise TorchchatError(f"{given}; there is no folder {str(path.parent)!r}", "make it first")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return path
+    except OSError as error:
+        raise TorchchatError(f"{given}; no file can be written into {str(folder)!r}: {error.strerror}",
+                             "choose another folder") from None
 
 
 def is_file(path: Path) -> bool:

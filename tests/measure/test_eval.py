@@ -246,7 +246,7 @@ def test_what_a_task_that_draws_does_not_say_is_as_lm_evals_own_model_has_it() -
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--include-path", "/no/such/folder"), "there is no folder '/no/such/folder'"),
     (("--tasks", "mine", "--include-path", "MADE"), "the data of mine cannot be read: Unable to find '/no/such.jsonl'"),
-    (("--output", "/no/such/folder/out.json"), "no file can be written there"),
+    (("--output", "/no/such/folder/out.json"), "there is no folder"),
     ((), "the data of wikitext cannot be had: Couldn't reach 'EleutherAI/wikitext_document_level' on the Hub; there "
          "is no network (it is unplugged), and it is not kept here"),
 ])

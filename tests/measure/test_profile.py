@@ -32,7 +32,7 @@ def test_a_trace_is_written_and_the_answer_is_the_same(name: str, torchchat: Run
 
 
 @pytest.mark.parametrize(("path", "message"), [("trace.txt", "a trace ends in .json"),
-                                               ("/no/such/folder/trace.json", "no file can be written there")])
+                                               ("/no/such/folder/trace.json", "there is no folder")])
 def test_a_trace_that_cannot_be_written_is_told_before_anything_is_loaded(path: str, message: str, torchchat: Run
                                                                          ) -> None:
     done = torchchat("generate", "--prompt", "Hi", "--profile", path)

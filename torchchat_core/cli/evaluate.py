@@ -14,7 +14,7 @@ from torchchat_core.cli.opening import opened_model
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
-from torchchat_core.small_files import expanded, write_whole
+from torchchat_core.small_files import expanded, output_file, write_whole
 
 
 @click.command("eval")
@@ -39,10 +39,7 @@ def evaluate(registry: Registry, /, **flags: Any) -> None:
     if find_spec("lm_eval") is None:
         raise TorchchatError("the tasks are those of lm-eval, which is not installed",
                              "pip install 'torchchat-core[eval]'; torchchat perplexity needs nothing")
-    output = expanded(flags["output"]) if flags["output"] is not None else None
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise TorchchatError(f"--output is {flags['output']!r}; no file can be written there",
-                             "name a file in a folder that exists")
+    output = output_file("--output", flags["output"]) if flags["output"] is not None else None
     from torchchat_core.measure.evaluation import Wish
     from torchchat_core.measure.evaluation import evaluate as run
 

@@ -12,7 +12,7 @@ from torchchat_core.cli.flags import EXPORTED, model_flags, model_request
 from torchchat_core.errors import TorchchatError, did_you_mean
 from torchchat_core.options import detail_of, from_text
 from torchchat_core.plugins import Registry, load_registry
-from torchchat_core.small_files import expanded
+from torchchat_core.small_files import output_file
 from torchchat_core.specs import ExporterInfo
 
 OUTPUT = "output"
@@ -95,11 +95,11 @@ def _target(flags: dict[str, Any], exporters: list[ExporterInfo]) -> tuple[Expor
         given = [info.flag for info, _ in named] + (["-o"] if flags[OUTPUT] is not None else [])
         raise click.UsageError(f"{' and '.join(given)} exclude each other: one file is written at a time")
     if named:
-        return named[0][0], _writable(named[0][1])
+        return named[0][0], output_file(named[0][0].flag, named[0][1])
     listed = ", ".join(f"{info.suffix} ({info.name})" for info in exporters)
     if flags[OUTPUT] is None:
         raise click.UsageError(f"say where to write: -o FILE, with one of the endings {listed}")
-    path = _writable(flags[OUTPUT])
+    path = output_file("-o", flags[OUTPUT])
     fitting = [info for info in exporters if info.suffix == path.suffix.lower()]
     if not path.suffix and len(exporters) == 1:
         return exporters[0], path
@@ -129,17 +129,6 @@ def _with_preset(exporter: ExporterInfo, flags: dict[str, Any]) -> tuple[dict[st
 
 def _path_name(info: ExporterInfo) -> str:
     return info.flag.removeprefix("--").replace("-", "_")
-
-
-def _writable(text: str) -> Path:
-    path = expanded(text)
-    if path.is_dir():
-        raise TorchchatError(f"{text!r} is a folder", "give the name of the file in it")
-    if path.exists() and not path.is_file():
-        raise TorchchatError(f"{text!r} is no ordinary file, so it is not replaced", "give the name of a new file")
-    if not path.absolute().parent.is_dir():
-        raise TorchchatError(f"there is no folder {str(path.parent)!r}", "make it first")
-    return path
 
 
 def _options(exporter: ExporterInfo, flags: dict[str, Any], registry: Registry) -> Any:

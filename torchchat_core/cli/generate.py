@@ -15,7 +15,7 @@ from torchchat_core.cli.flags import generation_options, model_flags, sampling_f
 from torchchat_core.cli.opening import opened_model
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
-from torchchat_core.small_files import expanded, read_json
+from torchchat_core.small_files import expanded, output_file, read_json
 
 if TYPE_CHECKING:
     from torchchat_core.generation import Event, FinishedEvent, TokenSequence
@@ -66,12 +66,9 @@ def _trace_path(text: str | None) -> Path | None:
     """Where --profile writes to. Raises `TorchchatError` where it cannot, before anything is loaded."""
     if text is None:
         return None
-    path = expanded(text)
+    path = output_file("--profile", text)
     if not path.name.endswith((".json", ".json.gz")):
         raise TorchchatError(f"--profile is {text!r}; a trace ends in .json or .json.gz")
-    if path.is_dir() or not path.parent.is_dir():
-        raise TorchchatError(f"--profile is {text!r}, and no file can be written there", "name a file in a folder that "
-                                                                                         "exists")
     return path
 
 
