@@ -7,7 +7,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <optional>
@@ -20,9 +19,6 @@
 namespace torchchat {
 
 constexpr int64_t kBytesOfAThread = 1 << 18;  // of a layer's weights, or the head's, that are worth a thread
-// Of a stage's weights that a thread takes at once. A memory that is read in long runs is faster, and what is taken last
-// is what others wait for.
-constexpr int64_t kLeastPiece = 1 << 16, kLargestPiece = 1 << 18, kPiecesOfAThread = 8;
 
 // The input of products: rows as they are, rounded to int8 and as bfloat16, of which only what is needed is made.
 struct Input {
@@ -123,43 +119,6 @@ inline void rotate(const float* x, const float* cosine, const float* sine, int64
     }
 }
 
-struct Share {
-  int64_t first, last;
-};
-
-// The part of `count` things that a thread does.
-inline Share share_of(int64_t count, int64_t thread, int64_t threads) {
-  return {count * thread / threads, count * (thread + 1) / threads};
-}
-
-// How far the work of each stage is taken. Every thread first takes pieces of its own part and then of the others': where
-// something else takes a core's time, nobody waits for it long.
-struct Stages {
-  Stages(int64_t stages, int64_t threads) : taken(stages * threads) {}
-
-  // Calls `work(first, last)` for pieces of [0, count) until all are taken. Every thread comes here with the same
-  // stages in the same order. `bytes_of_each`: what is read for one of them.
-  template <typename Work>
-  void take(int64_t stage, int64_t thread, int64_t threads, int64_t count, int64_t bytes_of_each, Work work) {
-    const int64_t bytes = std::clamp(count * bytes_of_each / (kPiecesOfAThread * threads), kLeastPiece, kLargestPiece);
-    const int64_t piece = std::max<int64_t>(1, bytes / std::max<int64_t>(1, bytes_of_each));
-    for (int64_t i = 0; i < threads; ++i) {
-      const int64_t owner = (thread + i) % threads;
-      const Share share = share_of(count, owner, threads);
-      for (;;) {
-        const int64_t first = share.first + taken[stage * threads + owner].count.fetch_add(piece, std::memory_order_relaxed);
-        if (first >= share.last) break;
-        work(first, std::min(first + piece, share.last));
-      }
-    }
-  }
-
-  struct alignas(64) Taken {  // alone in its line of the cache
-    std::atomic<int64_t> count{0};
-  };
-  std::vector<Taken> taken;  // [stages, threads]
-};
-
 struct DecoderModel {
   DecoderModel(int64_t hidden, int64_t heads, int64_t kv_heads, int64_t head_dim, bool interleaved, double eps,
           double scale, double residual)
@@ -258,7 +217,9 @@ struct DecoderModel {
   bool rounds_ = false, halves_ = false;
 };
 
-// One token for each of several sequences: row_decoding.cpp.
+// The next token of each of several sequences: row_decoding.cpp. hidden [rows, hidden], cosine and sine [rows, head_dim] of
+// their positions, the caches of the first row's layers, then the second's, ..., each [kv_heads, capacity, head_dim], and
+// what each row's hold, which becomes one position more -> logits, float32 [rows, vocabulary].
 at::Tensor decode_rows(const DecoderModel& model, const at::Tensor& hidden, const at::Tensor& cosine,
                        const at::Tensor& sine, const std::vector<at::Tensor>& keys,
                        const std::vector<at::Tensor>& values, const std::vector<int64_t>& held);
