@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import se
 from torch import Tensor
 
 from tc_executorch.constants import Constant, constant
-from torchchat_core.quantization.layers import QuantizedLinear
 
 INVALID = 0xFFFFFFFF  # XNN_INVALID_VALUE_ID
 EXTERNAL_INPUT, EXTERNAL_OUTPUT, KEEP_DIMS = 1, 2, 0x40  # flags of xnnpack.h
@@ -31,6 +31,31 @@ class Value:
 
     id: int
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A linear layer, or some of its rows in another order."""
+
+    layer: Any  # nn.Linear or QuantizedLinear
+    rows: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return int(self.layer.out_features) if self.rows is None else len(self.rows)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The same rows of a tensor that has one for each of the layer's."""
+        return tensor if self.rows is None else tensor[self.rows]
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """One below the other; one alone is not copied."""
+    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+
+
+def _of_all(parts: Sequence[Rows], name: str) -> Tensor:
+    return stacked([part.of(getattr(part.layer, name)) for part in parts])
 
 
 @dataclass
@@ -125,6 +150,13 @@ class Subgraph:
                                          input4_id=INVALID, output_id=out.id, flags=0, input5_id=INVALID))
         return out
 
+    def columns(self, value: Value, first: int, count: int, into: Value | None = None) -> Value:
+        """Of [n, size] the columns from `first` on, [n, count]."""
+        out = into or self._define((value.shape[0], count))
+        self._add(schema.XNNStaticSlice(num_dims=2, offsets=[0, first], sizes=[0, count], input_id=value.id,
+                                        output_id=out.id, flags=0))  # a size of 0: what there is at run time
+        return out
+
     def mean_of_squares(self, value: Value) -> Value:
         """[n, size] -> [n, 1]."""
         rows, size = value.shape
@@ -153,26 +185,28 @@ class Subgraph:
 
     # ---- weights --------------------------------------------------------------------------------------------------
 
-    def weights(self, matrix: Tensor, rows: Tensor | None) -> Value:
-        """A matrix as float32, all of its rows or those given."""
-        chosen = slice(None) if rows is None else rows
-        shape = (matrix.shape[0] if rows is None else len(rows), matrix.shape[1])
-        data = self._put(Constant(lambda: matrix[chosen].float(), shape[0] * shape[1] * 4))
+    def weights(self, parts: Sequence[Rows]) -> Value:
+        """Linear layers as one matrix of float32."""
+        shape = (sum(part.count for part in parts), parts[0].layer.weight.shape[1])
+        data = self._put(Constant(lambda: stacked([part.of(part.layer.weight).float() for part in parts]),
+                                  shape[0] * shape[1] * 4))
         return self._define(shape, data=data)
 
-    def integers(self, layer: QuantizedLinear, rows: Tensor | None) -> Value:
-        """The layer's integers and scales, of all rows or of those given."""
-        chosen = slice(None) if rows is None else rows
-        shape = (layer.rows if rows is None else len(rows), layer.columns)
+    def integers(self, parts: Sequence[Rows]) -> Value:
+        """The integers and scales of quantised layers of one format, as one matrix."""
+        layer = parts[0].layer
+        shape = (sum(part.count for part in parts), layer.columns)
+        values = partial(_of_all, parts, "values")
+        scales = partial(_of_all, parts, "scales")
         if layer.format.bits == 8:
-            weights = self._put(constant(lambda: layer.values[chosen] ^ 128))  # less 128, as int8
-            scales = self._put(constant(lambda: layer.scales[chosen].float()))
-            quantised = schema.PerChannelQuant(scale=[], channel_dim=0, scale_buffer_idx=scales, num_scales=shape[0])
+            weights = self._put(constant(lambda: values() ^ 128))  # less 128, as int8
+            place = self._put(constant(lambda: scales().float()))
+            quantised = schema.PerChannelQuant(scale=[], channel_dim=0, scale_buffer_idx=place, num_scales=shape[0])
             return self._define(shape, Type.xnn_datatype_qcint8, weights, quantised=quantised)
-        weights = self._put(constant(lambda: layer.values[chosen]))
-        scales = self._put(constant(lambda: layer.scales[chosen].bfloat16()))
+        weights = self._put(constant(values))
+        place = self._put(constant(lambda: scales().bfloat16()))
         size = layer.format.columns_of_group(layer.columns)
-        grouped = schema.PerChannelGroupQuant(scale=[], channel_dim=0, group_size=size, scale_buffer_idx=scales,
+        grouped = schema.PerChannelGroupQuant(scale=[], channel_dim=0, group_size=size, scale_buffer_idx=place,
                                               num_scales=shape[0] * layer.format.groups(layer.columns))
         return self._define(shape, Type.xnn_datatype_qbint4, weights, quantised=grouped)
 

@@ -63,7 +63,7 @@ class Method:
             logits: Tensor = self._method.get_outputs(False)[0]  # its own memory, which the next step writes to
         except RuntimeError as error:
             raise TorchchatError(f"ExecuTorch stopped: {_first_line(error)}", AGAIN) from error
-        # Not by `clone`, whose threads would still wait for work, on ExecuTorch's cores, while the next token is computed.
+        # Not by `clone`: its threads would still wait for work, on ExecuTorch's cores, in the next step.
         return torch.from_numpy(logits.numpy().copy())
 
 

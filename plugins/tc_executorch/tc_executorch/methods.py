@@ -4,14 +4,14 @@ Between two attentions lies one subgraph of XNNPACK: the output projection and f
 queries, keys and values of the next one, turned by their angles. Attention with its KV cache is ExecuTorch's operator
 `llama::sdpa_with_kv_cache`, which costs what the sequence is long.
 
-Queries and keys are computed as two halves, by two products with half of the rows each: the rotation takes one
-dimension of each pair from either. That puts the dimensions of a head in another order, the same in queries and keys,
-on which their products do not depend.
+Queries and keys are computed as two halves, each with half of the rows: the rotation takes one dimension of each pair
+from either. That puts the dimensions of a head in another order, the same in queries and keys, on which their products
+do not depend. The halves and the values come from one product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from executorch.exir.scalar_type import ScalarType
 from torch import Tensor, nn
 
 from tc_executorch.constants import constant
-from tc_executorch.delegate import Subgraph, Value
+from tc_executorch.delegate import Rows, Subgraph, Value, stacked
 from tc_executorch.program import Method, Program
 from torchchat_core.errors import TorchchatError
 from torchchat_core.models.transformer import Attention, DecoderLayer, RMSNorm, Transformer
@@ -187,7 +187,7 @@ class Writer:
         x = finished(graph, self.model.model.layers[-1], x, attended)  # type: ignore[arg-type]
         x = normed(graph, self.model.model.norm, x)
         plain = config.logits_divisor == 1.0
-        logits = multiplied(graph, self.model.lm_head, x, rounded_for(graph, [self.model.lm_head], x),
+        logits = multiplied(graph, [Rows(self.model.lm_head)], x, rounded_for(graph, [self.model.lm_head], x),
                             into=out if plain else None)
         if not plain:
             graph.multiply(logits, graph.scalar(1.0 / config.logits_divisor), out)
@@ -218,18 +218,21 @@ def projected(graph: Subgraph, layer: DecoderLayer, x: Value, angles: tuple[Valu
     """Queries and keys [1, n, heads, head_dim] of a layer, and values [n, kv_heads * head_dim], from [n, hidden]."""
     attention = layer.self_attn
     x = normed(graph, layer.input_layernorm, x)
-    rounded = rounded_for(graph, [attention.q_proj, attention.k_proj, attention.v_proj], x)
-    turned(graph, attention, attention.q_proj, attention.num_heads, attention.q_norm, (x, rounded), angles, out[0])
-    turned(graph, attention, attention.k_proj, attention.num_kv_heads, attention.k_norm, (x, rounded), angles, out[1])
-    multiplied(graph, attention.v_proj, x, rounded, into=out[2])
+    parts = [Rows(linear, rows) for linear, heads in ((attention.q_proj, attention.num_heads),
+                                                      (attention.k_proj, attention.num_kv_heads))
+             for rows in halves(heads, attention.head_dim, attention.rope_interleaved)]
+    parts.append(Rows(attention.v_proj))
+    rounded = rounded_for(graph, [part.layer for part in parts], x)
+    products = multiplied_together(graph, parts, x, rounded, [None, None, None, None, out[2]])
+    turned(graph, attention, attention.num_heads, attention.q_norm, products[0:2], angles, out[0])
+    turned(graph, attention, attention.num_kv_heads, attention.k_norm, products[2:4], angles, out[1])
 
 
-def turned(graph: Subgraph, attention: Attention, layer: nn.Module, heads: int, norm: RMSNorm | None,
-           x: tuple[Value, Value], angles: tuple[Value, Value], out: Value) -> None:
-    """A projection, normed where the model does that, and turned by the angles: [1, n, heads, head_dim]."""
-    rows = halves(heads, attention.head_dim, attention.rope_interleaved)
-    shape = (1, x[0].shape[0], heads, attention.head_dim // 2)
-    first, second = (graph.reshape(multiplied(graph, layer, *x, rows=each), shape, dynamic=1) for each in rows)
+def turned(graph: Subgraph, attention: Attention, heads: int, norm: RMSNorm | None, products: Sequence[Value],
+           angles: tuple[Value, Value], out: Value) -> None:
+    """Both halves of a projection, normed where the model does that, and turned: [1, n, heads, head_dim]."""
+    shape = (1, products[0].shape[0], heads, attention.head_dim // 2)
+    first, second = (graph.reshape(each, shape, dynamic=1) for each in products)
     if norm is not None:
         first, second = normed_halves(graph, norm, first, second, attention.rope_interleaved)
     cos, sin = angles
@@ -254,7 +257,7 @@ def normed_halves(graph: Subgraph, norm: RMSNorm, first: Value, second: Value, i
 def finished(graph: Subgraph, layer: DecoderLayer, x: Value, attended: Value, into: Value | None = None) -> Value:
     """The rest of a layer behind its attention, which gave [n, heads * head_dim]: [n, hidden]."""
     output = layer.self_attn.o_proj
-    x = added(graph, layer, x, multiplied(graph, output, attended, rounded_for(graph, [output], attended)))
+    x = added(graph, layer, x, multiplied(graph, [Rows(output)], attended, rounded_for(graph, [output], attended)))
     return added(graph, layer, x, fed_forward(graph, layer, x), into)
 
 
@@ -262,10 +265,10 @@ def fed_forward(graph: Subgraph, layer: DecoderLayer, x: Value) -> Value:
     mlp = layer.mlp
     x = normed(graph, layer.post_attention_layernorm, x)
     rounded = rounded_for(graph, [mlp.gate_proj, mlp.up_proj], x)
-    gate, up = (multiplied(graph, each, x, rounded) for each in (mlp.gate_proj, mlp.up_proj))
+    gate, up = (multiplied(graph, [Rows(each)], x, rounded) for each in (mlp.gate_proj, mlp.up_proj))
     silu = graph.multiply(gate, graph.unary(nodes.XNNSigmoid, gate))
     hidden = graph.multiply(silu, up)
-    return multiplied(graph, mlp.down_proj, hidden, rounded_for(graph, [mlp.down_proj], hidden))
+    return multiplied(graph, [Rows(mlp.down_proj)], hidden, rounded_for(graph, [mlp.down_proj], hidden))
 
 
 def added(graph: Subgraph, layer: DecoderLayer, x: Value, update: Value, into: Value | None = None) -> Value:
@@ -292,17 +295,39 @@ def rounded_for(graph: Subgraph, layers: list[nn.Module], x: Value) -> Value:
     return graph.rounded(x) if any(map(rounds, layers)) else x
 
 
-def multiplied(graph: Subgraph, layer: nn.Module, x: Value, rounded: Value, rows: Tensor | None = None,
-               into: Value | None = None) -> Value:
-    """A linear layer, or the given rows of it."""
-    chosen = slice(None) if rows is None else rows
+def multiplied_together(graph: Subgraph, parts: Sequence[Rows], x: Value, rounded: Value,
+                        into: Sequence[Value | None]) -> list[Value]:
+    """Products with several layers, in one where their weights are alike: threads wait for each other after each."""
+    if len({kind_of(part.layer) for part in parts}) > 1:
+        return [multiplied(graph, [part], x, rounded, out) for part, out in zip(parts, into, strict=True)]
+    product, first, found = multiplied(graph, parts, x, rounded), 0, []
+    for part, out in zip(parts, into, strict=True):
+        found.append(graph.columns(product, first, part.count, out))
+        first += part.count
+    return found
+
+
+def kind_of(layer: nn.Module) -> object:
+    """What is equal for layers whose weights can stand in one matrix."""
+    return layer.format if isinstance(layer, QuantizedLinear) else type(layer)
+
+
+def multiplied(graph: Subgraph, parts: Sequence[Rows], x: Value, rounded: Value, into: Value | None = None) -> Value:
+    """The product with linear layers of one kind, one below the other."""
+    layer, bias = parts[0].layer, biases(parts)
     if isinstance(layer, QuantizedLinear):
-        bias = None if layer.bias is None else layer.bias[chosen]
         if rounds(layer) or bias is None:
-            return graph.linear(rounded if rounds(layer) else x, graph.integers(layer, rows), bias, into)
-        product = graph.linear(x, graph.integers(layer, rows), None)
+            return graph.linear(rounded if rounds(layer) else x, graph.integers(parts), bias, into)
+        product = graph.linear(x, graph.integers(parts), None)
         return graph.add(product, graph.constant(bias), into)  # the kernel would multiply the bias with the scales
     if not isinstance(layer, nn.Linear):
         raise TorchchatError(f"an ExecuTorch file cannot hold a layer of the kind {type(layer).__name__}")
-    bias = None if layer.bias is None else layer.bias[chosen]
-    return graph.linear(x, graph.weights(layer.weight, rows), bias, into)
+    return graph.linear(x, graph.weights(parts), bias, into)
+
+
+def biases(parts: Sequence[Rows]) -> Tensor | None:
+    """One number for each row, or None where no layer has a bias."""
+    if all(part.layer.bias is None for part in parts):
+        return None
+    return stacked([torch.zeros(part.count) if part.layer.bias is None else part.of(part.layer.bias).float()
+                    for part in parts])
