@@ -235,14 +235,14 @@ class Batch:
             answer = _answer(job)
             try:
                 if finite[row] and answer.takes_the_likeliest:
-                    self._go_on(job, list(answer.take_token(likeliest[row])))
+                    self._go_on(job, answer.take_token(likeliest[row]))
                 else:
                     self._take(job, logits[row])
             except Exception as error:
                 self._fail(job, error)
 
     def _take(self, job: Job, logits: Tensor) -> None:
-        self._go_on(job, list(_answer(job).take(logits)))
+        self._go_on(job, _answer(job).take(logits))
 
     def _go_on(self, job: Job, events: list[Event]) -> None:
         answer = _answer(job)

@@ -218,7 +218,7 @@ class Answer:
         self._produced: list[int] = []
         self._pieces: list[str] = []
 
-    def take(self, logits: Tensor) -> Iterator[Event]:
+    def take(self, logits: Tensor) -> list[Event]:
         """Chooses the next token for logits [vocab]; where it is the last one, `reason` says why.
 
         Raises `TorchchatError` where the logits leave nothing to choose from.
@@ -226,39 +226,40 @@ class Answer:
         permitted = logits if self._constraint is None else self._constraint.apply(logits)
         token = self._sampler.choose(permitted)
         wanted = self._options.logprobs
-        yield from self.take_token(token, None if wanted is None else token_logprobs(logits, token, wanted))
+        return self.take_token(token, None if wanted is None else token_logprobs(logits, token, wanted))
 
-    def take_token(self, token: int, logprobs: TokenLogprobs | None = None) -> Iterator[Event]:
+    def take_token(self, token: int, logprobs: TokenLogprobs | None = None) -> list[Event]:
         """Goes on with a token that was chosen."""
         self.clock.count_token()
         self.token = token
+        chosen = TokenEvent(token=token, logprobs=logprobs)
         if token in self._end_ids:
             self.reason = "stop"
-            self._end = TokenEvent(token=token, logprobs=logprobs)
-            return
+            self._end = chosen
+            return []
         self._produced.append(token)
-        yield TokenEvent(token=token, logprobs=logprobs)
-        yield from self._certain(self._stops.push(self._decoder.push(token)))
+        events = [chosen, *self._certain(self._stops.push(self._decoder.push(token)))]
         if self._constraint is not None:
             self._constraint.accept(token)
         if self._stops.found or (self._constraint is not None and self._constraint.complete):
             self.reason = "stop"
         elif len(self._produced) == self._options.max_new_tokens or len(self._produced) >= self._room:
             self.reason = "length"
+        return events
 
-    def finish(self) -> Iterator[Event]:
+    def finish(self) -> list[Event]:
         """What was held back, and the last event. An answer that has not ended was cancelled."""
-        if not self._stops.found:
-            yield from self._certain(self._stops.push(self._decoder.finish()))
-            yield from self._certain(self._stops.finish())
-        yield FinishedEvent(reason=self.reason or "cancelled", text="".join(self._pieces),
-                            token_ids=tuple(self._produced), statistics=self.clock.statistics(len(self._produced)),
-                            end=self._end)
+        rest = "" if self._stops.found else self._stops.push(self._decoder.finish())
+        events = self._certain(rest if self._stops.found else rest + self._stops.finish())
+        return [*events, FinishedEvent(
+            reason=self.reason or "cancelled", text="".join(self._pieces), token_ids=tuple(self._produced),
+            statistics=self.clock.statistics(len(self._produced)), end=self._end)]
 
-    def _certain(self, text: str) -> Iterator[TextEvent]:
-        if text:
-            self._pieces.append(text)
-            yield TextEvent(text=text)
+    def _certain(self, text: str) -> list[Event]:
+        if not text:
+            return []
+        self._pieces.append(text)
+        return [TextEvent(text=text)]
 
 
 def token_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
