@@ -100,6 +100,10 @@ class TokenSequence:
         """Ids of the tokens in the cache."""
         return self._tokens[: self.session.length]  # an interruption can leave one of the two behind
 
+    def begins_with(self, tokens: list[int]) -> bool:
+        """Whether these are the first tokens of the cache."""
+        return self.session.length >= len(tokens) and self._tokens[: len(tokens)] == tokens
+
     def reuse(self, tokens: Sequence[int]) -> int:
         """Cuts the session to what it shares with `tokens`, their last one excepted; the length that remains."""
         shared = shared_length(self.held, tokens[:-1])

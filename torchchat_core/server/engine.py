@@ -97,6 +97,7 @@ class Engine:
         self._closing = False
         self._error: BaseException | None = None  # what ended the thread
         self._answers: dict[int, Answers] = {}  # id of a job -> where its events go
+        self._news: deque[tuple[Iterable[Answers], Iterable[tuple[Job, bool]]]] = deque()  # for the event loop
         self._thread = threading.Thread(target=self._run, name="torchchat-model", daemon=True)
         self._thread.start()
 
@@ -260,13 +261,17 @@ class Engine:
             if answers.put(job, event):
                 touched[answers] = None
         if touched:
-            self._tell(lambda: self._wake(touched, ended))
+            self._news.append((touched, ended))
+            if len(self._news) == 1:  # else the event loop has been called, and was not there yet
+                self._tell(self._wake)
 
-    def _wake(self, touched: Iterable[Answers], ended: Iterable[tuple[Job, bool]]) -> None:
+    def _wake(self) -> None:
         """On the event loop."""
-        for job, failed in ended:
-            answers = self._answers.pop(id(job), None)
-            if answers is not None:
-                answers.ended(failed)
-        for answers in touched:
-            answers.wake()
+        while self._news:
+            touched, ended = self._news.popleft()
+            for job, failed in ended:
+                answers = self._answers.pop(id(job), None)
+                if answers is not None:
+                    answers.ended(failed)
+            for answers in touched:
+                answers.wake()
