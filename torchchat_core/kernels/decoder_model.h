@@ -258,9 +258,10 @@ struct DecoderModel {
   bool rounds_ = false, halves_ = false;
 };
 
-// One token for each of several sequences: row_decoding.cpp.
+// The next tokens of several sequences, `counts` of them for each, behind `lengths`: row_decoding.cpp.
 at::Tensor decode_rows(const DecoderModel& model, const at::Tensor& hidden, const at::Tensor& cosine,
                        const at::Tensor& sine, const std::vector<at::Tensor>& keys,
-                       const std::vector<at::Tensor>& values, const std::vector<int64_t>& held);
+                       const std::vector<at::Tensor>& values, const std::vector<int64_t>& counts,
+                       const std::vector<int64_t>& lengths);
 
 }  // namespace torchchat

@@ -53,11 +53,13 @@ struct Decoder : torch::CustomClassHolder, DecoderModel {
     return out;
   }
 
-  // The same for rows of tokens, each of a sequence of its own: hidden [rows, hidden], cosine and sine
-  // [rows, head_dim], the caches of the first row's layers, then the second's, ..., and what each row's hold.
+  // The same for the next tokens of several sequences, one after the other: hidden [rows, hidden], cosine and sine
+  // [rows, head_dim], the caches of the first sequence's layers, then the second's, ..., how many tokens each gets, and
+  // how many it holds. Logits [sequences, vocab], of the last token of each.
   at::Tensor run_rows(const at::Tensor& hidden, const at::Tensor& cosine, const at::Tensor& sine,
-                      std::vector<at::Tensor> keys, std::vector<at::Tensor> values, std::vector<int64_t> held) const {
-    return decode_rows(*this, hidden, cosine, sine, keys, values, held);
+                      std::vector<at::Tensor> keys, std::vector<at::Tensor> values, std::vector<int64_t> counts,
+                      std::vector<int64_t> lengths) const {
+    return decode_rows(*this, hidden, cosine, sine, keys, values, counts, lengths);
   }
 
  private:

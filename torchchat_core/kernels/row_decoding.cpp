@@ -1,6 +1,7 @@
-// One token of each of several sequences from their embeddings to their logits: what decoding.cpp does for one. A matrix
-// is read once for all rows, and each row attends to caches of its own. A row's numbers are formed in the order in which
-// decoding.cpp forms them: its logits are the same bit for bit, whatever stands beside it.
+// Tokens of several sequences from their embeddings to the logits of each sequence's last one: what decoding.cpp does for
+// one token. A matrix is read once for all rows, and each row attends to the caches of its sequence, up to its own
+// position. A row's numbers are formed in the order in which decoding.cpp forms them: logits and caches are the same bit
+// for bit as if the tokens had come one by one, whatever stands beside them.
 //
 // Many rows are split among the threads, each of which goes through all layers alone: matrices are read once by each, and
 // nobody waits for anyone before the end. A few rows of a model that is larger than the caches of the processor go
@@ -10,6 +11,7 @@
 #include <ATen/ops/empty.h>
 
 #include <deque>
+#include <limits>
 
 #include "attention.h"
 #include "decoder_model.h"
@@ -18,7 +20,7 @@
 namespace torchchat {
 namespace {
 
-constexpr int64_t kStages = 5;  // of a layer, whose work is taken in pieces; the head is one more
+constexpr int64_t kStages = 6;  // of a layer, whose work is taken in pieces; the head is one more
 // Rows of a thread from which it is arithmetic that takes the time, and not the reading of matrices; those that are near
 // in any case pay off for fewer.
 constexpr int64_t kRowsOfAThread = 16, kRowsOfSmallModels = 4, kBytesNearby = 8 << 20;
@@ -40,6 +42,14 @@ struct Shared {
   Stages stages;
 };
 
+// The rows of whole sequences.
+struct Rows {
+  std::vector<int64_t> last;  // [sequences], the row of the last token of each
+  int64_t count;
+
+  bool has_prompts() const { return static_cast<int64_t>(last.size()) < count; }  // several tokens of one sequence
+};
+
 // The caches of one layer, of all rows.
 template <typename Scalar>
 struct Caches {
@@ -51,12 +61,12 @@ struct Caches {
 template <typename Scalar>
 struct Worker {
   Worker(const DecoderModel& model, Shared& shared, const float* cosine, const float* sine,
-         const int64_t* held, int64_t rows, int64_t thread)
-      : model(model), shared(shared), cosine(cosine), sine(sine), held(held), rows(rows), thread(thread), instructions(instructions_in_use), round(choose_round_block(instructions)),
+         const int64_t* held, const Rows& taken, int64_t thread)
+      : model(model), shared(shared), cosine(cosine), sine(sine), held(held), taken(taken), rows(taken.count),
+        thread(thread), instructions(instructions_in_use), round(choose_round_block(instructions)),
         score(choose_score_keys<Scalar>(instructions)), to_weights(choose_scores_to_weights(instructions)),
         blend(choose_blend_values<Scalar>(instructions)), sums(2 * rows * kPanelRows),
-        weights(*std::max_element(held, held + rows) + 1), turned(model.size_), key(model.size_),
-        blended(model.size_), newest_key(model.size_), newest_value(model.size_) {}
+        weights(*std::max_element(held, held + rows) + 1), turned(model.size_), key(model.size_), blended(model.size_) {}
 
   void run(const Layer& layer, const Caches<Scalar>& caches) {
     const std::vector<Product>& products = layer.products;
@@ -79,9 +89,13 @@ struct Worker {
     wait();
   }
 
+  // Of the last token of each sequence: [sequences, vocab].
   void make_logits(float* logits) {
-    norm(model.norm_);
+    const auto count = static_cast<int64_t>(taken.last.size());
+    const Share own = share_of(count, thread, threads);
+    for (int64_t index = own.first; index < own.last; ++index) norm(taken.last[index], index, model.norm_);
     wait();
+    rows = count;
     project(model.head_.data(), {logits}, model.divisor_);
   }
 
@@ -97,11 +111,13 @@ struct Worker {
 
   void norm(const at::Tensor& weight) {
     const Share own = share_of(rows, thread, threads);
-    for (int64_t row = own.first; row < own.last; ++row) {
-      normalise_row(shared.hidden.data() + row * model.hidden_, weight.const_data_ptr<float>(), model.hidden_, model.eps_,
-                    shared.normed.row(row));
-      shared.normed.prepare(row, round);
-    }
+    for (int64_t row = own.first; row < own.last; ++row) norm(row, row, weight);
+  }
+
+  void norm(int64_t row, int64_t place, const at::Tensor& weight) {
+    normalise_row(shared.hidden.data() + row * model.hidden_, weight.const_data_ptr<float>(), model.hidden_, model.eps_,
+                  shared.normed.row(place));
+    shared.normed.prepare(place, round);
   }
 
   // Products of the normed states with matrices that follow each other, each to its own place [rows, outputs].
@@ -159,35 +175,50 @@ struct Worker {
     });
   }
 
-  // The query heads of one key head, row by row. The newest key and value go into the cache first.
+  // The query heads of one key head, row by row. Keys and values of a row go into the cache first, and those of all rows
+  // before any other thread may look for them.
   void attend(const Layer& layer, const Caches<Scalar>& caches) {
     const int64_t mean = static_cast<int64_t>(weights.size()) * model.size_ * static_cast<int64_t>(sizeof(Scalar));
-    take(rows * model.kv_heads_, 2 * mean, [&](int64_t first, int64_t last) {
-      for (int64_t each = first; each < last; ++each) attend(layer, caches, each / model.kv_heads_, each % model.kv_heads_);
+    const int64_t count = rows * model.kv_heads_;
+    const bool apart = taken.has_prompts() && threads > 1;
+    if (apart) {
+      take(count, 2 * model.size_ * static_cast<int64_t>(sizeof(float)), [&](int64_t first, int64_t last) {
+        for (int64_t each = first; each < last; ++each) keep(layer, caches, each / model.kv_heads_, each % model.kv_heads_);
+      });
+      wait();
+    }
+    take(count, 2 * mean, [&](int64_t first, int64_t last) {
+      for (int64_t each = first; each < last; ++each) {
+        const int64_t row = each / model.kv_heads_, kv_head = each % model.kv_heads_;
+        if (!apart) keep(layer, caches, row, kv_head);
+        attend(layer, caches, row, kv_head);
+      }
     });
+  }
+
+  void keep(const Layer& layer, const Caches<Scalar>& caches, int64_t row, int64_t kv_head) {
+    const int64_t size = model.size_, place = (row * model.kv_heads_ + kv_head) * size;
+    const int64_t offset = (kv_head * caches.capacities[row] + held[row]) * size;
+    turn(row, shared.key.data() + place, layer.key_norm, key.data());
+    for (int64_t i = 0; i < size; ++i) caches.keys[row][offset + i] = static_cast<Scalar>(key[i]);
+    for (int64_t i = 0; i < size; ++i) caches.values[row][offset + i] = static_cast<Scalar>(shared.value[place + i]);
   }
 
   void attend(const Layer& layer, const Caches<Scalar>& caches, int64_t row, int64_t kv_head) {
     const int64_t size = model.size_, group = model.heads_ / model.kv_heads_, holds = held[row];
     const int64_t first = layer.window > 0 ? std::max<int64_t>(0, holds + 1 - layer.window) : 0, count = holds - first;
-    Scalar* keys = caches.keys[row] + kv_head * caches.capacities[row] * size;
-    Scalar* values = caches.values[row] + kv_head * caches.capacities[row] * size;
-    const int64_t place = (row * model.kv_heads_ + kv_head) * size;
-    turn(row, shared.key.data() + place, layer.key_norm, key.data());
-    for (int64_t i = 0; i < size; ++i) newest_key[i] = static_cast<Scalar>(key[i]);
-    for (int64_t i = 0; i < size; ++i) newest_value[i] = static_cast<Scalar>(shared.value[place + i]);
-    std::copy(newest_key.begin(), newest_key.end(), keys + holds * size);
-    std::copy(newest_value.begin(), newest_value.end(), values + holds * size);
+    const Scalar* keys = caches.keys[row] + (kv_head * caches.capacities[row] + first) * size;
+    const Scalar* values = caches.values[row] + (kv_head * caches.capacities[row] + first) * size;
+    const Scalar* newest_value = values + count * size;
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
       turn(row, shared.query.data() + (row * model.heads_ + head) * size, layer.query_norm, turned.data());
       for (int64_t i = 0; i < size; ++i) turned[i] *= model.scale_;
-      score(turned.data(), keys + first * size, count, size, weights.data());
-      score(turned.data(), newest_key.data(), 1, size, weights.data() + count);
+      score(turned.data(), keys, count, size, weights.data());
+      score(turned.data(), keys + count * size, 1, size, weights.data() + count);
       to_weights(weights.data(), count + 1);
-      blend(weights.data(), values + first * size, count, size, blended.data());
+      blend(weights.data(), values, count, size, blended.data());
       float* out = shared.context.row(row) + head * size;
-      for (int64_t i = 0; i < size; ++i)
-        out[i] = blended[i] + weights[count] * static_cast<float>(newest_value[i]);
+      for (int64_t i = 0; i < size; ++i) out[i] = blended[i] + weights[count] * static_cast<float>(newest_value[i]);
     }
   }
 
@@ -203,6 +234,7 @@ struct Worker {
   Shared& shared;
   const float *cosine, *sine;
   const int64_t* held;
+  const Rows& taken;
   int64_t rows, thread, threads = 1, stage = 0;
   Instructions instructions;
   RoundBlock round;
@@ -210,30 +242,44 @@ struct Worker {
   ScoresToWeights to_weights;
   BlendValues<Scalar> blend;
   std::vector<float> sums, weights, turned, key, blended;
-  std::vector<Scalar> newest_key, newest_value;
 };
 
-// Some of the rows, and the threads that take them through the layers.
+// The rows of some of the sequences, and the threads that take them through the layers.
 template <typename Scalar>
 struct Group {
-  Group(const DecoderModel& model, Share rows, const Scalar* hidden, const float* cosine, const float* sine,
-        const std::vector<at::Tensor>& keys, const std::vector<at::Tensor>& values, const int64_t* held, float* logits,
-        int64_t threads)
-      : model(model), shared(model, rows.last - rows.first, threads), caches(model.layers_.size()),
-        logits(logits + rows.first * model.head_[0].outputs) {
-    const int64_t count = rows.last - rows.first, layers = static_cast<int64_t>(caches.size());
-    hidden += rows.first * model.hidden_;
-    for (int64_t i = 0; i < count * model.hidden_; ++i) shared.hidden[i] = static_cast<float>(hidden[i]);
-    for (int64_t i = rows.first * layers; i < rows.last * layers; ++i) {
-      Caches<Scalar>& layer = caches[i % layers];
-      layer.keys.push_back(keys[i].mutable_data_ptr<Scalar>());
-      layer.values.push_back(values[i].mutable_data_ptr<Scalar>());
-      layer.capacities.push_back(keys[i].size(1));
-    }
+  // `ends`: the first row behind each of all sequences; `sequences`: those of this group.
+  Group(const DecoderModel& model, const std::vector<int64_t>& ends, Share sequences, const Scalar* hidden,
+        const float* cosine, const float* sine, const std::vector<at::Tensor>& keys,
+        const std::vector<at::Tensor>& values, const int64_t* held, float* logits, int64_t threads)
+      : model(model), rows(rows_of(ends, sequences)), shared(model, rows.count, threads), caches(model.layers_.size()),
+        logits(logits + sequences.first * model.head_[0].outputs) {
+    const int64_t before = first_row(ends, sequences), layers = static_cast<int64_t>(caches.size());
+    hidden += before * model.hidden_;
+    for (int64_t i = 0; i < rows.count * model.hidden_; ++i) shared.hidden[i] = static_cast<float>(hidden[i]);
+    for (int64_t sequence = sequences.first; sequence < sequences.last; ++sequence)
+      for (int64_t i = 0; i < layers; ++i) {
+        const at::Tensor &key = keys[sequence * layers + i], &value = values[sequence * layers + i];
+        const int64_t count = ends[sequence] - (sequence > 0 ? ends[sequence - 1] : 0);
+        caches[i].keys.insert(caches[i].keys.end(), count, key.mutable_data_ptr<Scalar>());
+        caches[i].values.insert(caches[i].values.end(), count, value.mutable_data_ptr<Scalar>());
+        caches[i].capacities.insert(caches[i].capacities.end(), count, key.size(1));
+      }
     workers.reserve(threads);
     for (int64_t thread = 0; thread < threads; ++thread)
-      workers.emplace_back(model, shared, cosine + rows.first * model.size_, sine + rows.first * model.size_,
-                           held + rows.first, count, thread);
+      workers.emplace_back(model, shared, cosine + before * model.size_, sine + before * model.size_, held + before,
+                           rows, thread);
+  }
+
+  static int64_t first_row(const std::vector<int64_t>& ends, Share sequences) {
+    return sequences.first > 0 ? ends[sequences.first - 1] : 0;
+  }
+
+  static Rows rows_of(const std::vector<int64_t>& ends, Share sequences) {
+    const int64_t before = first_row(ends, sequences);
+    Rows rows{{}, ends[sequences.last - 1] - before};
+    for (int64_t sequence = sequences.first; sequence < sequences.last; ++sequence)
+      rows.last.push_back(ends[sequence] - 1 - before);
+    return rows;
   }
 
   void run(int64_t thread, int64_t threads) {
@@ -244,6 +290,7 @@ struct Group {
   }
 
   const DecoderModel& model;
+  const Rows rows;
   Shared shared;
   std::vector<Caches<Scalar>> caches;  // [layers]
   std::vector<Worker<Scalar>> workers;
@@ -274,19 +321,32 @@ int64_t groups_of(int64_t bytes, int64_t rows, int64_t threads) {
   return rows >= threads * kRowsOfAThread ? threads : 1;
 }
 
+// The sequences in so many parts of about as many rows.
+std::vector<Share> parts_of(const std::vector<int64_t>& ends, int64_t count) {
+  const auto sequences = static_cast<int64_t>(ends.size());
+  std::vector<Share> parts;
+  for (int64_t sequence = 0; sequence < sequences; ++sequence) {
+    if (parts.empty() || ends[sequence] > share_of(ends.back(), static_cast<int64_t>(parts.size()) - 1, count).last)
+      if (static_cast<int64_t>(parts.size()) < count) parts.push_back({sequence, sequence});
+    parts.back().last = sequence + 1;
+  }
+  return parts;
+}
+
 template <typename Scalar>
 void run_as(const DecoderModel& model, const at::Tensor& hidden, const float* cosine, const float* sine,
-            const std::vector<at::Tensor>& keys, const std::vector<at::Tensor>& values, const std::vector<int64_t>& held,
-            float* logits) {
+            const std::vector<at::Tensor>& keys, const std::vector<at::Tensor>& values,
+            const std::vector<int64_t>& ends, const std::vector<int64_t>& held, float* logits) {
   const auto rows = static_cast<int64_t>(held.size());
   const Size size = size_of(model);
   const int64_t threads = omp_in_parallel() ? 1 : std::clamp<int64_t>(
       size.weights * rows / kProductsOfAThread, 1, at::get_num_threads());
-  const int64_t count = groups_of(size.bytes, rows, threads);
+  const std::vector<Share> parts = parts_of(ends, groups_of(size.bytes, rows, threads));
+  const auto count = static_cast<int64_t>(parts.size());
   std::deque<Group<Scalar>> groups;  // made here: nothing may be thrown where the threads are
-  for (int64_t group = 0; group < count; ++group)
-    groups.emplace_back(model, share_of(rows, group, count), hidden.const_data_ptr<Scalar>(), cosine, sine, keys, values,
-                        held.data(), logits, count > 1 ? 1 : threads);
+  for (const Share& part : parts)
+    groups.emplace_back(model, ends, part, hidden.const_data_ptr<Scalar>(), cosine, sine, keys, values, held.data(),
+                        logits, count > 1 ? 1 : threads);
   if (count > 1) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(std::min(threads, count)))
     for (int64_t group = 0; group < count; ++group) groups[group].run(0, 1);
@@ -300,32 +360,44 @@ void run_as(const DecoderModel& model, const at::Tensor& hidden, const float* co
 
 at::Tensor decode_rows(const DecoderModel& model, const at::Tensor& hidden, const at::Tensor& cosine,
                        const at::Tensor& sine, const std::vector<at::Tensor>& keys,
-                       const std::vector<at::Tensor>& values, const std::vector<int64_t>& held) {
+                       const std::vector<at::Tensor>& values, const std::vector<int64_t>& counts,
+                       const std::vector<int64_t>& lengths) {
   TORCH_CHECK(!model.layers_.empty() && !model.head_.empty(), "a decoder without layers or without a head");
-  const auto rows = static_cast<int64_t>(held.size()), layers = static_cast<int64_t>(model.layers_.size());
-  TORCH_CHECK(rows > 0 && hidden.dim() == 2 && hidden.size(0) == rows && hidden.size(1) == model.hidden_ &&
-                  hidden.is_contiguous(), "the tokens have to be [", rows, ", ", model.hidden_, "]");
+  const auto sequences = static_cast<int64_t>(counts.size()), layers = static_cast<int64_t>(model.layers_.size());
+  TORCH_CHECK(sequences > 0 && lengths.size() == counts.size() && hidden.dim() == 2 && hidden.size(1) == model.hidden_ &&
+                  hidden.is_contiguous(), "the tokens have to be [n, ", model.hidden_, "], of sequences with lengths");
+  const int64_t rows = hidden.size(0);
+  std::vector<int64_t> ends, held;  // of each sequence the first row behind it; of each row the tokens before it
+  for (int64_t sequence = 0, end = 0; sequence < sequences; ++sequence) {
+    TORCH_CHECK(0 < counts[sequence] && counts[sequence] <= rows - end && 0 <= lengths[sequence] &&
+                    lengths[sequence] <= std::numeric_limits<int32_t>::max(),
+                counts[sequence], " tokens behind ", lengths[sequence], ", of ", rows - end);
+    ends.push_back(end += counts[sequence]);
+    for (int64_t i = 0; i < counts[sequence]; ++i) held.push_back(lengths[sequence] + i);
+  }
+  TORCH_CHECK(ends.back() == rows, rows, " tokens for sequences of ", ends.back());
   for (const at::Tensor* each : {&cosine, &sine})
     TORCH_CHECK(each->numel() == rows * model.size_ && each->is_contiguous() && each->scalar_type() == at::kFloat,
-                "cosine and sine have to be float32 of ", model.size_, " numbers for each of ", rows, " rows");
+                "cosine and sine have to be float32 of ", model.size_, " numbers for each of ", rows, " tokens");
   for (const std::vector<at::Tensor>* caches : {&keys, &values}) {
-    TORCH_CHECK(static_cast<int64_t>(caches->size()) == rows * layers, "caches of ", caches->size(), " layers for ",
-                rows, " rows of ", layers);
+    TORCH_CHECK(static_cast<int64_t>(caches->size()) == sequences * layers, "caches of ", caches->size(),
+                " layers for ", sequences, " sequences of ", layers);
     for (size_t i = 0; i < caches->size(); ++i) {
       const at::Tensor &each = (*caches)[i], &key = keys[i];
-      const int64_t holds = held[i / model.layers_.size()];
+      const int64_t holds = lengths[i / model.layers_.size()], last = holds + counts[i / model.layers_.size()] - 1;
       TORCH_CHECK(each.dim() == 3 && each.size(0) == model.kv_heads_ && each.size(2) == model.size_ &&
                       each.is_contiguous() && each.scalar_type() == hidden.scalar_type() && 0 <= holds &&
-                      holds < each.size(1) && each.size(1) == key.size(1),
-                  "a cache of ", each.sizes(), " for ", model.kv_heads_, " heads of ", model.size_, " and position ", holds);
+                      last < each.size(1) && each.size(1) == key.size(1),
+                  "a cache of ", each.sizes(), " for ", model.kv_heads_, " heads of ", model.size_, " and position ", last);
     }
   }
-  at::Tensor out = at::empty({rows, model.head_[0].outputs}, hidden.options().dtype(at::kFloat));
+  at::Tensor out = at::empty({sequences, model.head_[0].outputs}, hidden.options().dtype(at::kFloat));
   const float *cosines = cosine.const_data_ptr<float>(), *sines = sine.const_data_ptr<float>();
   float* logits = out.mutable_data_ptr<float>();
-  if (hidden.scalar_type() == at::kFloat) run_as<float>(model, hidden, cosines, sines, keys, values, held, logits);
+  if (hidden.scalar_type() == at::kFloat)
+    run_as<float>(model, hidden, cosines, sines, keys, values, ends, held, logits);
   else if (hidden.scalar_type() == at::kBFloat16)
-    run_as<at::BFloat16>(model, hidden, cosines, sines, keys, values, held, logits);
+    run_as<at::BFloat16>(model, hidden, cosines, sines, keys, values, ends, held, logits);
   else TORCH_CHECK(false, "the tokens are of ", hidden.scalar_type(), "; they have to be float32 or bfloat16");
   return out;
 }
