@@ -5,8 +5,9 @@
     python tools/load_server.py http://127.0.0.1:8000 --soak 2000 --pid PID
 
 The first form asks greedily, each prompt alone and then all at once, compares the answers, and prints tokens/s of one
-client and of all: medians of --rounds. What came is taken apart when the clock has stopped. The second sends requests of which a third are cut off at random, and prints the server's memory as
-it goes; at the end every prompt is asked again and compared.
+client and of all: medians of --rounds. What came is taken apart when the clock has stopped. The second sends requests
+of which a third are cut off at random, and prints the server's memory as it goes; at the end every prompt is asked
+again and compared.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.generation_options import GenerationOptions
 from torchchat_core.memory import peak_rss_bytes
 from torchchat_core.sampling import Sampler
-from torchchat_core.specs import BatchedModel, ForkingSession, ScoringSession, Session
+from torchchat_core.specs import BatchedModel, ForkingSession, PromptBatchingModel, ScoringSession, Session
 from torchchat_core.text_format import TextFormat
 from torchchat_core.tokenizers.stream import TextStream
 
@@ -135,16 +135,25 @@ class TokenSequence:
         self._tokens.extend(tokens)
         return logits
 
-    def appended(self, token: int) -> None:
-        """Says that the session was given one token more by `BatchedModel.decode_batch`."""
-        self._tokens.append(token)
+    def appended(self, tokens: Sequence[int]) -> None:
+        """Says that the session was given tokens together with others."""
+        self._tokens.extend(tokens)
 
 
 def decode_together(model: BatchedModel, sequences: Sequence[TokenSequence], tokens: Sequence[int]) -> Tensor:
     """Appends one token to each of the sequences in one step; logits [sequences, vocab]."""
     logits = model.decode_batch([sequence.session for sequence in sequences], tokens)
     for sequence, token in zip(sequences, tokens, strict=True):
-        sequence.appended(token)
+        sequence.appended((token,))
+    return logits
+
+
+def prefill_together(model: PromptBatchingModel, sequences: Sequence[TokenSequence],
+                     prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Appends tokens to each of the sequences in one call; logits [sequences, vocab] at the last of each."""
+    logits = model.prefill_batch([sequence.session for sequence in sequences], prompts)
+    for sequence, prompt in zip(sequences, prompts, strict=True):
+        sequence.appended(prompt)
     return logits
 
 

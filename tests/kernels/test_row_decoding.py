@@ -90,7 +90,8 @@ def prompts_and_tokens(module: Transformer, lengths: list[int]) -> tuple[torch.T
     return both[0], both[1]
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "sliding_window": 6, "sliding_layers": (True, False)}], ids=str)
+@pytest.mark.parametrize("changes", [
+    {}, {"qk_norm": True, "sliding_window": 6, "sliding_layers": (True, False)}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lengths", [[9, 1, 14, 3, 8, 20, 2], [16]], ids=str)
 def test_prompts_are_what_their_tokens_are_one_by_one(changes: dict[str, Any], dtype: torch.dtype, lengths: list[int]
