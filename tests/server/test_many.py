@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -209,21 +205,10 @@ def test_when_the_thread_of_a_model_dies_its_clients_hear_of_it(
         assert client.post("/v1/completions", json=body).status_code == 200
 
 
-@pytest.fixture
-def process(chat_model: Path) -> Any:
-    """A server of its own process on a free port, and its address."""
-    started = subprocess.Popen([sys.executable, "-m", "torchchat_core", "server", str(chat_model), "--port", "0"],
-                               stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    line = started.stderr.readline()  # type: ignore[union-attr]
-    found = re.search(r"http://127\.0\.0\.1:\d+", line)
-    assert found, line
-    yield started, found[0], chat_model.name
-    started.kill()
-    started.wait()
-
-
-def test_clients_that_leave_free_their_places_and_sigterm_waits_for_the_rest(process: Any) -> None:
-    started, address, model = process
+def test_clients_that_leave_free_their_places_and_sigterm_waits_for_the_rest(chat_model: Path, start: Callable[..., Any]
+                                                                              ) -> None:
+    started, address = start(chat_model)
+    model = chat_model.name
     body = {"model": model, "prompt": "x", "max_tokens": 700, "logit_bias": {"1": -100, "0": -100}}
 
     def figure(name: str) -> float:
