@@ -24,10 +24,11 @@ from torchchat_core.generation import (
     TokenSequence,
     check_prompt,
     decode_together,
+    prefill_together,
 )
 from torchchat_core.generation_options import GenerationOptions
-from torchchat_core.sequence_pool import SequencePool
-from torchchat_core.specs import BatchedModel, ExecutorInfo, LoadedModel
+from torchchat_core.sequence_pool import WORTH_COPYING, SequencePool
+from torchchat_core.specs import BatchedModel, ExecutorInfo, LoadedModel, PromptBatchingModel
 from torchchat_core.text_format import TextFormat
 
 
@@ -72,15 +73,17 @@ class Batch:
         self.pool = SequencePool(model, limit=limit, kept_tokens=kept_tokens, forks="fork" in executor.abilities)
         self._model, self._text_format, self._limit = model, text_format, limit
         self._batched = "batch" in executor.abilities
+        self._prompts_batched = "prompt_batch" in executor.abilities
         self._waiting: list[Job] = []
-        self._prefilling: Job | None = None
+        self._prefilling: Job | None = None  # a prompt that is computed in parts
+        self._short: list[Job] = []  # prompts that are computed together, in this step
         self._decoding: list[Job] = []
         self._outcomes: list[Outcome] = []  # of steps, until they are asked for
 
     @property
     def active(self) -> int:
         """Answers in progress."""
-        return len(self._decoding) + (self._prefilling is not None)
+        return len(self._decoding) + len(self._short) + (self._prefilling is not None)
 
     @property
     def waiting(self) -> int:
@@ -117,7 +120,7 @@ class Batch:
     def close(self) -> None:
         """Gives the memory of all sequences back. Answers in progress are forgotten."""
         self.pool.close()
-        self._waiting, self._prefilling, self._decoding = [], None, []
+        self._waiting, self._prefilling, self._short, self._decoding = [], None, [], []
 
     # ---- those that go ---------------------------------------------------------------------------------------------
 
@@ -131,11 +134,12 @@ class Batch:
                 self._fail(job, TorchchatError("the time for the answer is over"), late=True)
 
     def _jobs(self) -> list[Job]:
-        return [*self._waiting, *([self._prefilling] if self._prefilling else []), *self._decoding]
+        return [*self._waiting, *([self._prefilling] if self._prefilling else []), *self._short, *self._decoding]
 
     def _release(self, job: Job, broken: bool = False) -> None:
         """Takes a job out, and its sequence back."""
         self._waiting = [each for each in self._waiting if each is not job]
+        self._short = [each for each in self._short if each is not job]
         self._decoding = [each for each in self._decoding if each is not job]
         if self._prefilling is job:
             self._prefilling = None
@@ -152,7 +156,10 @@ class Batch:
     # ---- prompts ---------------------------------------------------------------------------------------------------
 
     def _prefill(self) -> None:
-        """Computes about `PREFILL_CHUNK` tokens of prompts, so that answers in progress do not wait for long."""
+        """Computes at most `PREFILL_CHUNK` tokens of prompts, so that answers in progress do not wait for long.
+
+        What else waits has no part in how a prompt is cut, and so none in how its numbers are rounded.
+        """
         budget = PREFILL_CHUNK
         while budget > 0:
             job = self._prefilling or self._next()
@@ -162,20 +169,60 @@ class Batch:
             try:
                 if job.sequence is None:
                     self._begin(job)
-                logits, computed = self._chunk(job, budget)
-                budget -= computed
-                if logits is not None:
+                chunk = job.prompt[job.done : job.done + PREFILL_CHUNK]
+                if len(chunk) > budget:  # a step of its own
+                    break
+                budget -= len(chunk)
+                if self._prompts_batched and len(chunk) <= WORTH_COPYING:  # nobody waits for what it has in common
                     self._prefilling = None
-                    self._decoding.append(job)
-                    self._take(job, logits)
+                    self._short.append(job)
+                else:
+                    self._prefill_one(job, chunk)
             except Exception as error:
                 self._fail(job, error)
+        self._prefill_short()
+
+    def _prefill_short(self) -> None:
+        """The prompts, or what is left of them, that take one call together."""
+        jobs = list(self._short)
+        chunks = [job.prompt[job.done :] for job in jobs]
+        if len(jobs) > 1:
+            try:
+                logits = prefill_together(cast(PromptBatchingModel, self._model), _sequences(jobs), chunks)
+            except Exception:  # of one of them: whose it is, is seen when they go one by one
+                pass
+            else:
+                for job in jobs:
+                    self._prefilled(job)
+                self._choose(jobs, logits)
+                return
+        for job, chunk in zip(jobs, chunks, strict=True):
+            try:
+                self._prefill_one(job, chunk)
+            except Exception as error:
+                self._fail(job, error)
+
+    def _prefill_one(self, job: Job, chunk: Sequence[int]) -> None:
+        logits = cast(TokenSequence, job.sequence).prefill(chunk)
+        job.done += len(chunk)
+        if job.done == len(job.prompt):
+            self._prefilled(job)
+            self._take(job, logits)
+
+    def _prefilled(self, job: Job) -> None:
+        """The prompt is complete: the answer begins."""
+        clock = cast(Clock, job.clock)
+        clock.prefilled = clock.now()
+        if self._prefilling is job:
+            self._prefilling = None
+        self._short = [each for each in self._short if each is not job]
+        self._decoding.append(job)
 
     def _next(self) -> Job | None:
         """Of those that wait, the first one of a client with the fewest answers in progress."""
         if not self._waiting or self.active >= self.width:
             return None
-        running = Counter(job.client for job in self._decoding)
+        running = Counter(job.client for job in (*self._decoding, *self._short))
         chosen = min(self._waiting, key=lambda job: running[job.client])
         self._waiting.remove(chosen)
         return chosen
@@ -186,17 +233,6 @@ class Batch:
                             at_start=job.at_start, stream=job.stream)
         job.sequence = self.pool.take(job.prompt)
         job.reused = job.done = job.clock.reused = job.sequence.reuse(job.prompt)
-
-    def _chunk(self, job: Job, budget: int) -> tuple[Tensor | None, int]:
-        """Logits where the prompt is complete now, and how many tokens were computed."""
-        chunk = job.prompt[job.done : job.done + budget]
-        logits = cast(TokenSequence, job.sequence).prefill(chunk)
-        job.done += len(chunk)
-        if job.done < len(job.prompt):
-            return None, len(chunk)
-        clock = cast(Clock, job.clock)
-        clock.prefilled = clock.now()
-        return logits, len(chunk)
 
     # ---- answers ---------------------------------------------------------------------------------------------------
 
@@ -211,9 +247,9 @@ class Batch:
             for job in jobs:
                 self._decode_one(job)
             return
-        sequences = [cast(TokenSequence, job.sequence) for job in jobs]
         try:
-            logits = decode_together(cast(BatchedModel, self._model), sequences, [_answer(job).token for job in jobs])
+            logits = decode_together(cast(BatchedModel, self._model), _sequences(jobs),
+                                     [_answer(job).token for job in jobs])
             self._choose(jobs, logits)
         except Exception as error:  # of the step itself: whose it is, cannot be told
             for job in self._decoding[:]:
@@ -235,14 +271,14 @@ class Batch:
             answer = _answer(job)
             try:
                 if finite[row] and answer.takes_the_likeliest:
-                    self._go_on(job, list(answer.take_token(likeliest[row])))
+                    self._go_on(job, answer.take_token(likeliest[row]))
                 else:
                     self._take(job, logits[row])
             except Exception as error:
                 self._fail(job, error)
 
     def _take(self, job: Job, logits: Tensor) -> None:
-        self._go_on(job, list(_answer(job).take(logits)))
+        self._go_on(job, _answer(job).take(logits))
 
     def _go_on(self, job: Job, events: list[Event]) -> None:
         answer = _answer(job)
@@ -251,6 +287,11 @@ class Batch:
         self._outcomes += [(job, event) for event in events]
         if answer.reason is not None:
             self._release(job)
+
+
+def _sequences(jobs: Sequence[Job]) -> list[TokenSequence]:
+    """Of jobs that were begun."""
+    return [cast(TokenSequence, job.sequence) for job in jobs]
 
 
 def _answer(job: Job) -> Answer:

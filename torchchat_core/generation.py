@@ -20,7 +20,7 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.generation_options import GenerationOptions
 from torchchat_core.memory import peak_rss_bytes
 from torchchat_core.sampling import Sampler
-from torchchat_core.specs import BatchedModel, ForkingSession, ScoringSession, Session
+from torchchat_core.specs import BatchedModel, ForkingSession, PromptBatchingModel, ScoringSession, Session
 from torchchat_core.text_format import TextFormat
 from torchchat_core.tokenizers.stream import TextStream
 
@@ -100,6 +100,10 @@ class TokenSequence:
         """Ids of the tokens in the cache."""
         return self._tokens[: self.session.length]  # an interruption can leave one of the two behind
 
+    def begins_with(self, tokens: list[int]) -> bool:
+        """Whether these are the first tokens of the cache."""
+        return self.session.length >= len(tokens) and self._tokens[: len(tokens)] == tokens
+
     def reuse(self, tokens: Sequence[int]) -> int:
         """Cuts the session to what it shares with `tokens`, their last one excepted; the length that remains."""
         shared = shared_length(self.held, tokens[:-1])
@@ -131,16 +135,25 @@ class TokenSequence:
         self._tokens.extend(tokens)
         return logits
 
-    def appended(self, token: int) -> None:
-        """Says that the session was given one token more by `BatchedModel.decode_batch`."""
-        self._tokens.append(token)
+    def appended(self, tokens: Sequence[int]) -> None:
+        """Says that the session was given tokens together with others."""
+        self._tokens.extend(tokens)
 
 
 def decode_together(model: BatchedModel, sequences: Sequence[TokenSequence], tokens: Sequence[int]) -> Tensor:
     """Appends one token to each of the sequences in one step; logits [sequences, vocab]."""
     logits = model.decode_batch([sequence.session for sequence in sequences], tokens)
     for sequence, token in zip(sequences, tokens, strict=True):
-        sequence.appended(token)
+        sequence.appended((token,))
+    return logits
+
+
+def prefill_together(model: PromptBatchingModel, sequences: Sequence[TokenSequence],
+                     prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Appends tokens to each of the sequences in one call; logits [sequences, vocab] at the last of each."""
+    logits = model.prefill_batch([sequence.session for sequence in sequences], prompts)
+    for sequence, prompt in zip(sequences, prompts, strict=True):
+        sequence.appended(prompt)
     return logits
 
 
@@ -218,7 +231,7 @@ class Answer:
         self._produced: list[int] = []
         self._pieces: list[str] = []
 
-    def take(self, logits: Tensor) -> Iterator[Event]:
+    def take(self, logits: Tensor) -> list[Event]:
         """Chooses the next token for logits [vocab]; where it is the last one, `reason` says why.
 
         Raises `TorchchatError` where the logits leave nothing to choose from.
@@ -226,39 +239,40 @@ class Answer:
         permitted = logits if self._constraint is None else self._constraint.apply(logits)
         token = self._sampler.choose(permitted)
         wanted = self._options.logprobs
-        yield from self.take_token(token, None if wanted is None else token_logprobs(logits, token, wanted))
+        return self.take_token(token, None if wanted is None else token_logprobs(logits, token, wanted))
 
-    def take_token(self, token: int, logprobs: TokenLogprobs | None = None) -> Iterator[Event]:
+    def take_token(self, token: int, logprobs: TokenLogprobs | None = None) -> list[Event]:
         """Goes on with a token that was chosen."""
         self.clock.count_token()
         self.token = token
+        chosen = TokenEvent(token=token, logprobs=logprobs)
         if token in self._end_ids:
             self.reason = "stop"
-            self._end = TokenEvent(token=token, logprobs=logprobs)
-            return
+            self._end = chosen
+            return []
         self._produced.append(token)
-        yield TokenEvent(token=token, logprobs=logprobs)
-        yield from self._certain(self._stops.push(self._decoder.push(token)))
+        events = [chosen, *self._certain(self._stops.push(self._decoder.push(token)))]
         if self._constraint is not None:
             self._constraint.accept(token)
         if self._stops.found or (self._constraint is not None and self._constraint.complete):
             self.reason = "stop"
         elif len(self._produced) == self._options.max_new_tokens or len(self._produced) >= self._room:
             self.reason = "length"
+        return events
 
-    def finish(self) -> Iterator[Event]:
+    def finish(self) -> list[Event]:
         """What was held back, and the last event. An answer that has not ended was cancelled."""
-        if not self._stops.found:
-            yield from self._certain(self._stops.push(self._decoder.finish()))
-            yield from self._certain(self._stops.finish())
-        yield FinishedEvent(reason=self.reason or "cancelled", text="".join(self._pieces),
-                            token_ids=tuple(self._produced), statistics=self.clock.statistics(len(self._produced)),
-                            end=self._end)
+        rest = "" if self._stops.found else self._stops.push(self._decoder.finish())
+        events = self._certain(rest if self._stops.found else rest + self._stops.finish())
+        return [*events, FinishedEvent(
+            reason=self.reason or "cancelled", text="".join(self._pieces), token_ids=tuple(self._produced),
+            statistics=self.clock.statistics(len(self._produced)), end=self._end)]
 
-    def _certain(self, text: str) -> Iterator[TextEvent]:
-        if text:
-            self._pieces.append(text)
-            yield TextEvent(text=text)
+    def _certain(self, text: str) -> list[Event]:
+        if not text:
+            return []
+        self._pieces.append(text)
+        return [TextEvent(text=text)]
 
 
 def token_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:

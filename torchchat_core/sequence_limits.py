@@ -27,12 +27,12 @@ def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
                              "the tokenizer belongs to another model")
 
 
-def check_batch(sessions: Sequence[object], tokens: Sequence[int]) -> None:
-    """Raises `TorchchatError` for what is not one token for each of several different sessions."""
+def check_batch(sessions: Sequence[object], tokens: Sequence[object]) -> None:
+    """Raises `TorchchatError` for what is not one token, or one prompt, for each of several different sessions."""
     different = len({id(session) for session in sessions}) == len(sessions)
     if not sessions or not different or len(sessions) != len(tokens):
-        raise TorchchatError(f"a batch of {len(sessions)} sessions and {len(tokens)} tokens: it takes one token for "
-                             "each of several different sessions")
+        raise TorchchatError(f"a batch of {len(sessions)} sessions and {len(tokens)} tokens or prompts: it takes "
+                             "one for each of several different sessions")
 
 
 def session_limit(asked: int | None, max_context: int, owner: str, fix: str) -> int:

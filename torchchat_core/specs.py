@@ -32,6 +32,7 @@ ANY_SCHEME = "*"  # of an executor that runs whatever layers a quantizer makes
 ABILITIES = {
     "score": "logits at every position: perplexity, evaluation, speculation",
     "batch": "one decoding step for many sessions: the server",
+    "prompt_batch": "the prompts of many sessions in one call: the server",
     "fork": "copies of sessions: prompts that begin alike, and several answers to one prompt",
     "embed": "hidden states: embeddings",
     "fused_sampling": "sampling inside the graph",
@@ -530,6 +531,16 @@ class BatchedModel(LoadedModel, Protocol):
 
     def decode_batch(self, sessions: Sequence[Session], tokens: Sequence[int]) -> Tensor:
         """Appends one token to each of the sessions; logits [sessions, vocab], float32 on the CPU."""
+
+
+class PromptBatchingModel(BatchedModel, Protocol):
+    """Of an executor with ability `prompt_batch`."""
+
+    def prefill_batch(self, sessions: Sequence[Session], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Appends some tokens to each of the sessions, as `Session.prefill` does, and gives the same logits.
+
+        They are those at each one's last token: [sessions, vocab], float32 on the CPU.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""One token of each of several sequences in one call: every row is what its sequence gets alone, bit for bit."""
+"""Tokens of several sequences in one call: every row is what its sequence gets alone, bit for bit."""
 
 from __future__ import annotations
 
@@ -62,6 +62,58 @@ def test_rows_are_what_they_are_alone(instructions: str, changes: dict[str, Any]
         assert len(set(alone[:, 0].tolist())) == len(alone)  # rows that differ: none was computed for another
 
 
+def prompts_and_tokens(module: Transformer, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits behind prompts of such lengths, and of the token behind each: token by token, and in one call for all.
+
+    The last prompt stands behind 5 tokens.
+    """
+    found, dtype = decoder(module), module.model.norm.weight.dtype
+    prompts = [[(7 * at + row) % 96 for at in range(length)] for row, length in enumerate(lengths)]
+    both = []
+    for together in (False, True):
+        caches = [KVCache(module.config, 600, dtype, torch.device("cpu")) for _ in prompts]
+        for token in range(5):
+            found.logits(token, caches[-1], False)
+            caches[-1].advance(1)
+        if together:
+            rows = [found.logits_of_prompts(prompts, caches, False)]
+            for prompt, cache in zip(prompts, caches, strict=True):
+                cache.advance(len(prompt))
+        else:
+            rows = []
+            for prompt, cache in zip(prompts, caches, strict=True):
+                for token in prompt:
+                    last = found.logits(token, cache, False)
+                    cache.advance(1)
+                rows.append(last)
+        both.append(torch.cat([*rows, *(found.logits(3, cache, False) for cache in caches)]))
+    return both[0], both[1]
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"qk_norm": True, "sliding_window": 6, "sliding_layers": (True, False)}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [[9, 1, 14, 3, 8, 20, 2], [16]], ids=str)
+def test_prompts_are_what_their_tokens_are_one_by_one(changes: dict[str, Any], dtype: torch.dtype, lengths: list[int]
+                                                      ) -> None:
+    one_by_one, together = prompts_and_tokens(seeded(tiny_config(**changes)).to(dtype), lengths)
+    assert torch.equal(one_by_one, together)
+    assert len(set(together[:, 0].tolist())) == len(together)
+
+
+@pytest.mark.parametrize(("lengths", "hidden", "layers"), [
+    ([5, 9, 3, 12, 7, 16, 1], 256, 4), ([9], 1024, 2), ([2, 3], 1024, 2), ([9, 14, 3, 16, 4], 1024, 2)], ids=str)
+def test_threads_change_nothing_of_prompts(lengths: list[int], hidden: int, layers: int) -> None:
+    module, before = seeded(tiny_config(hidden_size=hidden, intermediate_size=2 * hidden, num_layers=layers,
+                                        vocab_size=2048)), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(*prompts_and_tokens(module, lengths))
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("form", [WeightFormat(bits=4, group_size=32), WeightFormat(bits=8),
                                   WeightFormat(bits=4, group_size=32, asymmetric=True)], ids=str)
 def test_quantised_rows_are_what_they_are_alone(instructions: str, form: WeightFormat) -> None:
@@ -91,17 +143,19 @@ def test_threads_change_nothing(rows: int, hidden: int, layers: int) -> None:
         assert torch.equal(together, alone)
 
 
-@pytest.mark.parametrize("wrong", ["rows", "angles", "caches", "capacity", "held"])
+@pytest.mark.parametrize("wrong", ["rows", "angles", "caches", "capacity", "held", "far", "counts", "none", "room"])
 def test_rows_that_do_not_fit_are_refused(wrong: str) -> None:
     module = seeded(tiny_config())
     config, run = module.config, decoder(module)._decoder.run_rows
     cache = [torch.zeros(config.num_kv_heads, 8, config.head_dim) for _ in range(2 * config.num_layers)]
     given = {"hidden": torch.zeros(2, config.hidden_size), "cos": torch.zeros(2, 1, config.head_dim), "keys": cache,
-             "values": [each.clone() for each in cache], "held": [0, 3]}
-    run(given["hidden"], given["cos"], given["cos"], given["keys"], given["values"], given["held"])
+             "values": [each.clone() for each in cache], "counts": [1, 1], "held": [0, 3]}
+    run(*(given[name] for name in ("hidden", "cos", "cos", "keys", "values", "counts", "held")))
     given |= {"rows": {"hidden": torch.zeros(3, config.hidden_size)},
               "angles": {"cos": torch.zeros(1, config.head_dim)},
               "caches": {"keys": cache[1:]}, "capacity": {"values": [each[:, :4].contiguous() for each in cache]},
-              "held": {"held": [0, 8]}}[wrong]
+              "held": {"held": [0, 8]}, "far": {"held": [0, 1 << 62]}, "counts": {"counts": [1, 2]},
+              "none": {"counts": [2, 0]}, "room": {"counts": [2, 1], "hidden": torch.zeros(3, config.hidden_size),
+                                                    "cos": torch.zeros(3, 1, config.head_dim), "held": [7, 3]}}[wrong]
     with pytest.raises(RuntimeError):
-        run(given["hidden"], given["cos"], given["cos"], given["keys"], given["values"], given["held"])
+        run(*(given[name] for name in ("hidden", "cos", "cos", "keys", "values", "counts", "held")))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +73,27 @@ def served(models: dict[str, Path | str], api_key: str | None = None, local: boo
             yield client
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
+    """`start(folder, *arguments)`: a server in a process of its own on a free port, and its address."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def started(folder: Path, *arguments: object) -> tuple[subprocess.Popen[str], str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "torchchat_core", "server", str(folder), "--port", "0", *map(str, arguments)],
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        processes.append(process)
+        line = process.stderr.readline()  # type: ignore[union-attr]
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+        assert found, line
+        return process, found[0]
+
+    yield started
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="session")

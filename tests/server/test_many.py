@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +14,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
+from torchchat_core import batching
 from torchchat_core.batching import Batch, Failure, Job
 from torchchat_core.generation import FinishedEvent, TokenSequence
 from torchchat_core.generation_options import GenerationOptions, SamplingOptions
@@ -116,6 +113,34 @@ def test_idle_sequences_keep_no_more_tokens_than_permitted(opened: Any, one_thre
     assert batch.pool.held_tokens == 512  # each has memory for 256, however short it is
 
 
+def test_short_prompts_are_computed_in_one_call(opened: Any, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, prefill_together = [], batching.prefill_together
+
+    def counting(model: Any, sequences: Any, prompts: Any) -> Any:
+        calls.append(list(map(len, prompts)))
+        return prefill_together(model, sequences, prompts)
+
+    monkeypatch.setattr(batching, "prefill_together", counting)
+    prompts = [[1, 5, 6], [1, 7], [1, *range(20, 60)], [1, 8, 9, 10]]
+    together = finish(batch_of(opened), [job(prompt) for prompt in prompts])
+    assert calls == [[3, 2, 4]]
+    alone = [finish(batch_of(opened), [job(prompt)])[0] for prompt in prompts]
+    assert [together[place].token_ids for place in range(4)] == [end.token_ids for end in alone]
+
+
+def test_how_a_prompt_is_cut_does_not_depend_on_the_others(opened: Any, one_thread: None,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks, prefill = [], TokenSequence.prefill
+
+    def noting(self: TokenSequence, tokens: Any) -> Any:
+        chunks.append(len(tokens))
+        return prefill(self, tokens)
+
+    monkeypatch.setattr(TokenSequence, "prefill", noting)
+    finish(batch_of(opened), [job([1, 20 + row, *range(20, 218)], tokens=2) for row in range(3)])  # 600 tokens in all
+    assert chunks == [200, 200, 200]
+
+
 def test_sequences_too_short_to_be_reused_are_not_kept(opened: Any, one_thread: None) -> None:
     batch = batch_of(opened, kept_tokens=10_000)
     finish(batch, [job([1, 5 + index], tokens=2) for index in range(8)])
@@ -143,14 +168,20 @@ def test_a_broken_step_ends_its_answers_and_no_others(opened: Any, one_thread: N
 
 def test_a_failed_allocation_in_one_answer_leaves_the_outcomes_of_the_others(
         opened: Any, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    prefill = TokenSequence.prefill
+    prefill, prefill_together = TokenSequence.prefill, batching.prefill_together
 
     def failing(self: TokenSequence, tokens: Any) -> Any:
         if 77 in tokens:
             raise MemoryError("out of memory")
         return prefill(self, tokens)
 
+    def failing_together(model: Any, sequences: Any, prompts: Any) -> Any:
+        if any(77 in tokens for tokens in prompts):
+            raise MemoryError("out of memory")
+        return prefill_together(model, sequences, prompts)
+
     monkeypatch.setattr(TokenSequence, "prefill", failing)
+    monkeypatch.setattr(batching, "prefill_together", failing_together)
     ends = finish(batch_of(opened), [job([1, 5], tokens=1), job([1, 77]), job([1, 6], tokens=1)])
     assert isinstance(ends[1], Failure)
     assert "out of memory" in str(ends[1].error)
@@ -174,21 +205,10 @@ def test_when_the_thread_of_a_model_dies_its_clients_hear_of_it(
         assert client.post("/v1/completions", json=body).status_code == 200
 
 
-@pytest.fixture
-def process(chat_model: Path) -> Any:
-    """A server of its own process on a free port, and its address."""
-    started = subprocess.Popen([sys.executable, "-m", "torchchat_core", "server", str(chat_model), "--port", "0"],
-                               stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    line = started.stderr.readline()  # type: ignore[union-attr]
-    found = re.search(r"http://127\.0\.0\.1:\d+", line)
-    assert found, line
-    yield started, found[0], chat_model.name
-    started.kill()
-    started.wait()
-
-
-def test_clients_that_leave_free_their_places_and_sigterm_waits_for_the_rest(process: Any) -> None:
-    started, address, model = process
+def test_clients_that_leave_free_their_places_and_sigterm_waits_for_the_rest(chat_model: Path, start: Callable[..., Any]
+                                                                              ) -> None:
+    started, address = start(chat_model)
+    model = chat_model.name
     body = {"model": model, "prompt": "x", "max_tokens": 700, "logit_bias": {"1": -100, "0": -100}}
 
     def figure(name: str) -> float:

@@ -22,7 +22,7 @@ class Right:
 
     Session: type[EagerSession] = EagerSession
     Model: type[EagerModel] = EagerModel
-    abilities = frozenset({"score", "batch", "fork", "embed"})
+    abilities = frozenset({"score", "batch", "prompt_batch", "fork", "embed"})
     dtypes = frozenset({"fp32"})
 
     def load(self, request: LoadRequest) -> EagerModel:
@@ -47,8 +47,8 @@ class Right:
 
 class Imprecise(Right):
     class Session(EagerSession):
-        def _append(self, tokens: Sequence[int], rows: list[int] | None) -> Tensor:
-            return super()._append(tokens, rows) * 1.001
+        def _append(self, tokens: Sequence[int], last: bool = False) -> Tensor:
+            return super()._append(tokens, last) * 1.001
 
 
 class WithoutWindow(Right):
@@ -90,8 +90,8 @@ class LogitsOfAllPositions(Right):
 class OneBuffer(Right):
     class Session(EagerSession):
         @torch.inference_mode()
-        def _append(self, tokens: Sequence[int], rows: list[int] | None) -> Tensor:
-            logits = super()._append(tokens, rows)
+        def _append(self, tokens: Sequence[int], last: bool = False) -> Tensor:
+            logits = super()._append(tokens, last)
             self.buffer = getattr(self, "buffer", logits)
             return self.buffer.copy_(logits)
 
@@ -266,6 +266,15 @@ class CopiesAll(Right):
             return super().fork(self.length)
 
 
+class PromptsByPadding(Right):
+    """All prompts are taken to be as long as the longest one."""
+
+    class Model(EagerModel):
+        def prefill_batch(self, sessions: Any, prompts: Any) -> Tensor:
+            longest = max(map(len, prompts))
+            return super().prefill_batch(sessions, [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
+
+
 class EmbedsLogits(Right):
     """Not the hidden states, but twice them."""
 
@@ -275,7 +284,7 @@ class EmbedsLogits(Right):
 
 
 class HidesAnAbility(Right):
-    abilities = frozenset({"score", "fork", "embed"})
+    abilities = frozenset({"score", "prompt_batch", "fork", "embed"})
 
 
 # ---- memory that stays ----------------------------------------------------------------------------------------------
@@ -322,6 +331,7 @@ TABLE = [
     (ScoresAndForgets, "test_score_gives_the_logits_of_every_position", "score behind what is held"),
     (OnePositionForAll, "test_a_batch_gives_each_session_what_it_gets_alone", "a step of three sessions"),
     (BatchByTurns, "test_an_impossible_batch_is_refused_and_changes_nothing", "a batch of two sessions and one token"),
+    (PromptsByPadding, "test_prompts_together_give_each_session_what_it_gets_alone", "prompts of three sessions"),
     (CopiesAll, "test_a_copy_goes_its_own_way", "a copy of 3 tokens holds 5"),
     (EmbedsLogits, "test_hidden_states_lead_to_the_logits", "the reference's head on hidden states"),
     (HidesAnAbility, "test_undeclared_abilities_are_absent", "has decode_batch(), and does not declare 'batch'"),

@@ -177,7 +177,7 @@ def torchchat_exporters() -> list[ExporterInfo]:
 def torchchat_executors() -> list[ExecutorInfo]:
     return [ExecutorInfo(name="reader", summary="runs files", factory=f"{__name__}:Reader", reads=frozenset({"kept"}),
                          devices=frozenset({"cpu", "cuda"}), dtypes=frozenset({"fp32", "bf16"}),
-                         abilities=frozenset({"score", "batch", "fork", "embed"}))]
+                         abilities=frozenset({"score", "batch", "prompt_batch", "fork", "embed"}))]
 
 
 @hookimpl

@@ -217,11 +217,13 @@ struct DecoderModel {
   bool rounds_ = false, halves_ = false;
 };
 
-// The next token of each of several sequences: row_decoding.cpp. hidden [rows, hidden], cosine and sine [rows, head_dim] of
-// their positions, the caches of the first row's layers, then the second's, ..., each [kv_heads, capacity, head_dim], and
-// what each row's hold, which becomes one position more -> logits, float32 [rows, vocabulary].
+// The next tokens of several sequences, one after the other: row_decoding.cpp. hidden [rows, hidden], cosine and sine
+// [rows, head_dim] of their positions, the caches of the first sequence's layers, then the second's, ..., each
+// [kv_heads, capacity, head_dim], how many tokens each sequence gets, and how many it holds -> logits of the last token of
+// each, float32 [sequences, vocabulary].
 at::Tensor decode_rows(const DecoderModel& model, const at::Tensor& hidden, const at::Tensor& cosine,
                        const at::Tensor& sine, const std::vector<at::Tensor>& keys,
-                       const std::vector<at::Tensor>& values, const std::vector<int64_t>& held);
+                       const std::vector<at::Tensor>& values, const std::vector<int64_t>& counts,
+                       const std::vector<int64_t>& lengths);
 
 }  // namespace torchchat

@@ -16,17 +16,17 @@ namespace {
 struct Decoder : torch::CustomClassHolder, DecoderModel {
   using DecoderModel::DecoderModel;
 
-  // hidden [1, hidden], cosine and sine float32 [head_dim] of its position, and the caches of all layers, each
-  // [kv_heads, capacity, head_dim], which hold `held` positions and get one more -> logits, float32 [1, vocabulary].
+  // The next token of one sequence, whose caches hold `held` positions: as `run_rows`.
   at::Tensor run(const at::Tensor& hidden, const at::Tensor& cosine, const at::Tensor& sine,
                  std::vector<at::Tensor> keys, std::vector<at::Tensor> values, int64_t held) const {
-    return decode_rows(*this, hidden, cosine, sine, keys, values, {held});
+    return decode_rows(*this, hidden, cosine, sine, keys, values, {1}, {held});
   }
 
-  // The same for rows of tokens, each of a sequence of its own.
+  // `decode_rows` of decoder_model.h.
   at::Tensor run_rows(const at::Tensor& hidden, const at::Tensor& cosine, const at::Tensor& sine,
-                      std::vector<at::Tensor> keys, std::vector<at::Tensor> values, std::vector<int64_t> held) const {
-    return decode_rows(*this, hidden, cosine, sine, keys, values, held);
+                      std::vector<at::Tensor> keys, std::vector<at::Tensor> values, std::vector<int64_t> counts,
+                      std::vector<int64_t> lengths) const {
+    return decode_rows(*this, hidden, cosine, sine, keys, values, counts, lengths);
   }
 };
 

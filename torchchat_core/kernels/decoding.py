@@ -1,4 +1,4 @@
-"""One token of one sequence, or of several, from embedding to logits in a single call: core's C++ `Decoder`."""
+"""Tokens of one sequence, or of several, from embedding to logits in a single call: core's C++ `Decoder`."""
 
 from __future__ import annotations
 
@@ -43,14 +43,22 @@ class TokenDecoder:
 
     def logits_of_rows(self, tokens: Sequence[int], caches: Sequence[KVCache], extended: bool) -> Tensor:
         """The same for several sequences, a token for each: float32 [n, vocab], a row for a row equal to `logits`."""
-        rooms = [cache.all_rooms(1) for cache in caches]
-        held = [cache.length for cache in caches]
-        cos, sin = self._angles.of_rows(held, extended)
-        hidden: Tensor = self._embedding(torch.tensor(tokens))
+        return self.logits_of_prompts([[token] for token in tokens], caches, extended)
+
+    def logits_of_prompts(self, prompts: Sequence[Sequence[int]], caches: Sequence[KVCache], extended: bool) -> Tensor:
+        """The same for several sequences and some tokens for each: float32 [n, vocab], at the last token of each.
+
+        Logits, keys and values are equal to those of one `logits` after the other. `caches` are all different.
+        """
+        rooms = [cache.all_rooms(len(prompt)) for prompt, cache in zip(prompts, caches, strict=True)]
+        lengths, counts = [cache.length for cache in caches], [len(prompt) for prompt in prompts]
+        cos, sin = self._angles.of_rows([length + at for length, count in zip(lengths, counts, strict=True)
+                                         for at in range(count)], extended)
+        hidden: Tensor = self._embedding(torch.tensor([token for prompt in prompts for token in prompt]))
         if self._multiplier != 1.0:
             hidden = hidden * self._multiplier
         logits: Tensor = self._decoder.run_rows(hidden, cos, sin, [each for keys, _ in rooms for each in keys],
-                                                [each for _, values in rooms for each in values], held)
+                                                [each for _, values in rooms for each in values], counts, lengths)
         return logits
 
     def _embedded(self, token: int) -> Tensor:

@@ -23,6 +23,7 @@ from torchchat_core.server.exchange import (
     chunks,
     collect,
     json_response,
+    json_text,
     logprob_entry,
     new_id,
     usage,
@@ -141,17 +142,18 @@ class Choice:
         return {"index": self.index, "message": message, "finish_reason": self.reason,
                 "logprobs": {"content": self.logprobs, "refusal": None} if self.with_logprobs else None}
 
-    def opening(self) -> list[dict[str, Any]]:
-        """What stands in chunks before anything is generated."""
+    def opening(self) -> list[str]:
         return [self.part({"role": "assistant", "content": ""})]
 
-    def parts(self) -> list[dict[str, Any]]:
-        """What is new since the last call, as it stands in chunks."""
+    def parts(self) -> list[str]:
         found = []
         logprobs, self._logprobs_sent = self.logprobs[self._logprobs_sent :], len(self.logprobs)
-        if len(self.text) > self._sent or logprobs:
-            found.append(self.part({"content": self.text[self._sent :]}, logprobs))
-            self._sent = len(self.text)
+        text, self._sent = self.text[self._sent :], len(self.text)
+        if logprobs:
+            found.append(self.part({"content": text}, logprobs))
+        elif text:  # what nearly all chunks are, put together by hand
+            found.append(f'{{"index":{self.index},"delta":{{"content":{json_text(text)}}},"finish_reason":null,'
+                         '"logprobs":null}')
         if self.end and not self._told:
             self._told = True
             if self.calls:
@@ -161,9 +163,9 @@ class Choice:
         return found
 
     def part(self, delta: dict[str, Any], logprobs: list[dict[str, Any]] | None = None, reason: str | None = None
-             ) -> dict[str, Any]:
-        return {"index": self.index, "delta": delta, "finish_reason": reason,
-                "logprobs": {"content": logprobs, "refusal": None} if logprobs else None}
+             ) -> str:
+        return json_text({"index": self.index, "delta": delta, "finish_reason": reason,
+                          "logprobs": {"content": logprobs, "refusal": None} if logprobs else None})
 
 
 # ---- from the request to the prompt -------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from torchchat_core.server.exchange import (
     chunks,
     collect,
     json_response,
+    json_text,
     new_id,
     token_text,
     usage,
@@ -115,14 +116,20 @@ class Choice:
             if event.end is not None:  # evaluations count on as many entries as tokens were chosen
                 self._note(event.end.token, event.end.logprobs)
 
-    def opening(self) -> list[dict[str, Any]]:
-        """What stands in chunks before anything is generated: the echo, which may be all."""
-        return [self.part()] if self.echoed or not self.generated else []
+    def opening(self) -> list[str]:
+        """The echo, which may be all."""
+        return [json_text(self.part())] if self.echoed or not self.generated else []
 
-    def parts(self) -> list[dict[str, Any]]:
-        """What is new since the last call, as it stands in chunks."""
-        news = len(self.text) > self._sent or (self.end is not None and not self._told)
-        return [self.part()] if news else []
+    def parts(self) -> list[str]:
+        if self.end is not None:
+            return [] if self._told else [json_text(self.part())]
+        if len(self.text) == self._sent:
+            return []
+        if self.logprobs is not None:
+            return [json_text(self.part())]
+        # What nearly all chunks are, put together by hand: for small models it is these that take the time.
+        text, self._sent = self.text[self._sent :], len(self.text)
+        return [f'{{"index":{self.index},"text":{json_text(text)},"finish_reason":null,"logprobs":null}}']
 
     def whole(self) -> dict[str, Any]:
         return self.part()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ WIDTH = {True: 64, False: 4}  # answers at once, with and without the ability `b
 
 
 class Answers:
-    """What comes of the jobs of one request. It belongs to the event loop."""
+    """What comes of the jobs of one request: put here by the model's thread, read on the event loop."""
 
     def __init__(self, engine: Engine, jobs: Sequence[Job], whole: bool) -> None:
         """`whole`: the reader waits for all of the answers, and need not be woken for each of their tokens."""
@@ -33,9 +34,9 @@ class Answers:
         self._whole = whole
         self._engine = engine
         self._places = {id(job): place for place, job in enumerate(jobs)}
-        self._arrived: list[tuple[int, Event | Failure]] = []
+        self._arrived: deque[tuple[int, Event | Failure]] = deque()
         self._wake = asyncio.Event()
-        self._open = len(self.jobs)
+        self._open = len(self.jobs)  # answers that are not complete, as far as the reader may know
         self._broken = False
 
     async def read(self) -> list[tuple[int, Event]]:
@@ -46,19 +47,26 @@ class Answers:
         while self._open and (self._whole or not self._arrived) and not self._broken:
             self._wake.clear()
             await self._wake.wait()
-        arrived, self._arrived = self._arrived, []
         events: list[tuple[int, Event]] = []
-        for place, event in arrived:
+        while self._arrived:
+            place, event = self._arrived.popleft()
             if isinstance(event, Failure):
                 raise _told(event)
             events.append((place, event))
         return events
 
-    def put(self, job: Job, event: Event | Failure) -> None:
-        if isinstance(event, FinishedEvent | Failure):
-            self._open -= 1
-            self._broken = self._broken or isinstance(event, Failure)
+    def put(self, job: Job, event: Event | Failure) -> bool:
+        """On the model's thread: one event more; whether the reader has to hear of it."""
         self._arrived.append((self._places[id(job)], event))
+        return not self._whole or isinstance(event, FinishedEvent | Failure)
+
+    def ended(self, failed: bool) -> None:
+        """One of the answers is complete, or has failed."""
+        self._open -= 1
+        self._broken = self._broken or failed
+
+    def wake(self) -> None:
+        """Lets the reader look."""
         if not (self._whole and self._open) or self._broken:
             self._wake.set()
 
@@ -89,6 +97,7 @@ class Engine:
         self._closing = False
         self._error: BaseException | None = None  # what ended the thread
         self._answers: dict[int, Answers] = {}  # id of a job -> where its events go
+        self._news: deque[tuple[Iterable[Answers], Iterable[tuple[Job, bool]]]] = deque()  # for the event loop
         self._thread = threading.Thread(target=self._run, name="torchchat-model", daemon=True)
         self._thread.start()
 
@@ -194,12 +203,10 @@ class Engine:
             except Exception as error:  # a fault of an executor must not leave everyone waiting
                 outcomes += batch.fail_all(TorchchatError(f"{type(error).__name__}: {error}"))
             except BaseException:
-                outcomes += batch.drain()
-                self._tell(lambda sent=outcomes: self._deliver(sent))  # type: ignore[misc]
+                self._deliver([*outcomes, *batch.drain()])
                 raise
             self._metrics.observe_batch(batch)
-            if outcomes:
-                self._tell(lambda sent=outcomes: self._deliver(sent))  # type: ignore[misc]
+            self._deliver(outcomes)
 
     def _wait(self, batch: Batch) -> bool:
         """Until there is something to do; False where the thread is to end."""
@@ -240,12 +247,31 @@ class Engine:
         failure = Failure(TorchchatError(f"the model has failed: {type(error).__name__}: {error}"))
         self._deliver([(job, failure) for answers in set(self._answers.values()) for job in answers.jobs])
 
-    def _deliver(self, outcomes: list[Outcome]) -> None:
+    def _deliver(self, outcomes: Sequence[Outcome]) -> None:
+        """Hands out what came of a step, and has the event loop called once for all whom it concerns."""
+        touched: dict[Answers, None] = {}
+        ended: list[tuple[Job, bool]] = []
         for job, event in outcomes:
             answers = self._answers.get(id(job))
-            if answers is None:
+            if answers is None:  # nobody wants it any more
                 continue
             if isinstance(event, FinishedEvent | Failure):
-                del self._answers[id(job)]
                 self._metrics.observe_answer(job, event)
-            answers.put(job, event)
+                ended.append((job, isinstance(event, Failure)))
+            if answers.put(job, event):
+                touched[answers] = None
+        if touched:
+            self._news.append((touched, ended))
+            if len(self._news) == 1:  # else the event loop has been called, and was not there yet
+                self._tell(self._wake)
+
+    def _wake(self) -> None:
+        """On the event loop."""
+        while self._news:
+            touched, ended = self._news.popleft()
+            for job, failed in ended:
+                answers = self._answers.pop(id(job), None)
+                if answers is not None:
+                    answers.ended(failed)
+            for answers in touched:
+                answers.wake()

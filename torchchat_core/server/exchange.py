@@ -6,7 +6,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -171,8 +171,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def json_text(content: object) -> str:
-    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+json_text = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -202,11 +201,11 @@ class StreamedChoice(Taker, Protocol):
 
     end: FinishedEvent | None
 
-    def opening(self) -> list[dict[str, Any]]:
-        """What stands in chunks before anything is generated."""
+    def opening(self) -> list[str]:
+        """What stands in chunks before anything is generated, as JSON."""
 
-    def parts(self) -> list[dict[str, Any]]:
-        """What is new since the last call, as it stands in chunks."""
+    def parts(self) -> list[str]:
+        """What is new since the last call, as it stands in chunks: objects of `choices` as JSON."""
 
 
 async def chunks(answers: Answers, choices: Sequence[StreamedChoice], head: Mapping[str, Any], prompt_tokens: int,
@@ -219,20 +218,18 @@ async def chunks(answers: Answers, choices: Sequence[StreamedChoice], head: Mapp
     counted = options is not None and bool(options.include_usage)
     before, after = f'data: {json_text(head)[:-1]},"choices":[', ']' + (',"usage":null' if counted else "") + "}\n\n"
 
-    def chunk(part: dict[str, Any]) -> str:
-        return f"{before}{json_text(part)}{after}"
+    def written(parts: Iterable[str]) -> str:
+        return "".join([f"{before}{part}{after}" for part in parts])
 
     try:
-        opening = [chunk(part) for choice in choices for part in choice.opening()]
-        if opening:
-            yield "".join(opening)
+        if opening := written(part for choice in choices for part in choice.opening()):
+            yield opening
         while events := await answers.read():
             for place, event in events:
                 choices[place].take(event)
             touched = dict.fromkeys(place for place, _ in events)
-            found = [chunk(part) for place in touched for part in choices[place].parts()]
-            if found:
-                yield "".join(found)
+            if found := written(part for place in touched for part in choices[place].parts()):
+                yield found
     except ApiError as error:
         yield data_event(error.body) + DONE_EVENT
         return

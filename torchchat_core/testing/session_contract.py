@@ -324,6 +324,31 @@ class SessionContract(FewThreads):
         demand(lengths == [6, 4, 33], f"after three steps the lengths are {lengths} instead of [6, 4, 33]",
                "count the token in each of the sessions")
 
+    def test_prompts_together_give_each_session_what_it_gets_alone(self, running: Running) -> None:
+        """Ability `prompt_batch`: prompts of different lengths, behind nothing and behind what is held."""
+        self._needs("prompt_batch")
+        model: Any = running.model
+        prompts = [[1, 2, 3], [4], list(PROMPTS[2])]
+        for longest in (len(PROMPTS[2]), 5):
+            sessions = [model.session() for _ in prompts]
+            sessions[0].prefill([7, 8])
+            given = [prompt[:longest] for prompt in prompts]
+            held = [[7, 8, *given[0]], *given[1:]]
+            logits = model.prefill_batch(sessions, given)
+            expected = torch.stack([running.expected(tokens, session)[-1]
+                                    for session, tokens in zip(sessions, held, strict=True)])
+            running.compare(logits, expected, "prompts of three sessions", "give each token its own session's "
+                            "position, cache and mask, and return the logits [sessions, vocab] at the last tokens")
+            lengths = [session.length for session in sessions]
+            demand(lengths == list(map(len, held)), f"behind prompts of {list(map(len, held))} tokens the lengths are "
+                   f"{lengths}", "count the tokens in each of the sessions")
+            self._still_holds(running, sessions[2], held[2], 6)
+        with refusal("two prompts of one session in a batch"):
+            model.prefill_batch([sessions[1], sessions[1]], [[1], [2]])
+        with refusal("a prompt without tokens in a batch"):
+            model.prefill_batch(sessions[1:], [[1], []])
+        self._still_holds(running, sessions[1], held[1], 6)
+
     def test_an_impossible_batch_is_refused_and_changes_nothing(self, running: Running) -> None:
         """Ability `batch`: one full session must not spoil the others' sequences."""
         self._needs("batch")
@@ -370,8 +395,10 @@ class SessionContract(FewThreads):
     def test_undeclared_abilities_are_absent(self, running: Running) -> None:
         """Core refuses what is not declared; something that half works would be found by those who look for it."""
         info, session = self.executor_info(), running.model.session()
-        owners = {"score": session, "batch": running.model, "fork": session, "embed": session}
-        methods = {"score": "score", "batch": "decode_batch", "fork": "fork", "embed": "embed"}
+        owners = {"score": session, "batch": running.model, "prompt_batch": running.model, "fork": session,
+                  "embed": session}
+        methods = {"score": "score", "batch": "decode_batch", "prompt_batch": "prefill_batch", "fork": "fork",
+                   "embed": "embed"}
         for ability in ABILITIES:
             if ability in info.abilities:
                 info.require(ability)

@@ -19,7 +19,7 @@ def torchchat_executors() -> list[ExecutorInfo]:
             devices=frozenset({"cpu", "cuda"}),
             dtypes=frozenset(DTYPES),
             schemes=frozenset({ANY_SCHEME}),
-            abilities=frozenset({"score", "batch", "fork", "embed"}),
+            abilities=frozenset({"score", "batch", "prompt_batch", "fork", "embed"}),
             order=60,  # after eager, which needs no compiler and answers at once
         )
     ]

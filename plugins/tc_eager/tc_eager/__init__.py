@@ -19,6 +19,6 @@ def torchchat_executors() -> list[ExecutorInfo]:
             devices=frozenset({"cpu", "cuda", "mps"}),
             dtypes=frozenset(DTYPES),
             schemes=frozenset({ANY_SCHEME}),
-            abilities=frozenset({"score", "batch", "fork", "embed"}),
+            abilities=frozenset({"score", "batch", "prompt_batch", "fork", "embed"}),
         )
     ]

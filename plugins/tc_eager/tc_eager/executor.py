@@ -21,6 +21,8 @@ from torchchat_core.specs import LoadRequest
 if TYPE_CHECKING:
     from torchchat_core.kernels.decoding import TokenDecoder
 
+ROWS_OF_A_PROMPT = 16  # tokens up to which reading the weights is what takes the time, as it is for one
+
 
 class StepDecoder(Protocol):
     """Decodes one token of one sequence in some quicker way than the module."""
@@ -31,10 +33,13 @@ class StepDecoder(Protocol):
 
 @runtime_checkable
 class RowDecoder(StepDecoder, Protocol):
-    """Decodes one token of each of several sequences in some quicker way than the module."""
+    """Decodes tokens of several sequences in some quicker way than the module."""
 
     def logits_of_rows(self, tokens: Sequence[int], caches: Sequence[KVCache], extended: bool) -> Tensor:
         """As `StepDecoder.logits`, a row for each: float32 [n, vocab], CPU."""
+
+    def logits_of_prompts(self, prompts: Sequence[Sequence[int]], caches: Sequence[KVCache], extended: bool) -> Tensor:
+        """Of the last of some tokens for each, as if they came one by one: float32 [n, vocab], CPU."""
 
 
 class EagerExecutor:
@@ -55,7 +60,7 @@ def token_decoder(module: Transformer) -> TokenDecoder | None:
 
 
 class EagerModel:
-    """Implements `specs.BatchedModel`."""
+    """Implements `specs.PromptBatchingModel`."""
 
     def __init__(self, request: LoadRequest, attention: type[CachedAttention], decoder: StepDecoder | None = None
                  ) -> None:
@@ -92,6 +97,36 @@ class EagerModel:
             return decoder.logits_of_rows(tokens, [session.cache for session in sessions], extended)
         segments = [Segment(session.cache, 1) for session in sessions]
         return self.forward(tokens, [session.length for session in sessions], segments, rows=None, extended=extended)
+
+    @torch.inference_mode()
+    def prefill_batch(self, sessions: Sequence[EagerSession], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """In one call where all are short, else one after the other, which gives the same."""
+        check_batch(sessions, prompts)
+        for session, prompt in zip(sessions, prompts, strict=True):
+            session.check_room(len(prompt))
+            check_tokens(prompt, self.vocab_size)
+        groups = {session.extended for session in sessions}
+        decoder = self._rows_decoder(max(map(len, prompts)))
+        if len(groups) > 1 or decoder is None:
+            return torch.stack([session.prefill(prompt) for session, prompt in zip(sessions, prompts, strict=True)])
+        logits = decoder.logits_of_prompts(prompts, [session.cache for session in sessions], groups == {True})
+        for session, prompt in zip(sessions, prompts, strict=True):
+            session.cache.advance(len(prompt))
+        return logits
+
+    def _rows_decoder(self, longest: int) -> RowDecoder | None:
+        """What computes prompts of up to so many tokens, where it is worth it."""
+        decoder = self._decoder  # which another thread may take away
+        return decoder if isinstance(decoder, RowDecoder) and longest <= ROWS_OF_A_PROMPT else None
+
+    def prompt_logits(self, tokens: Sequence[int], positions: Sequence[int], segment: Segment, extended: bool
+                      ) -> Tensor:
+        """Of the last of the tokens: [1, vocab]."""
+        decoder = self._rows_decoder(len(tokens))
+        if decoder is None or len(tokens) == 1:
+            return self.forward(tokens, positions, [segment], [len(tokens) - 1], extended)
+        check_tokens(tokens, self.vocab_size)
+        return decoder.logits_of_prompts([tokens], [segment.cache], extended)
 
     def forward(self, tokens: Sequence[int], positions: Sequence[int], segments: Sequence[Segment],
                 rows: list[int] | None, extended: bool) -> Tensor:
@@ -145,13 +180,13 @@ class EagerSession:
         return self.cache.length
 
     def prefill(self, tokens: Sequence[int]) -> Tensor:
-        return self._append(tokens, [len(tokens) - 1])[0]
+        return self._append(tokens, last=True)[0]
 
     def decode(self, token: int) -> Tensor:
-        return self._append([token], None)[0]
+        return self._append([token])[0]
 
     def score(self, tokens: Sequence[int]) -> Tensor:
-        return self._append(tokens, None)
+        return self._append(tokens)
 
     @torch.inference_mode()
     def embed(self, tokens: Sequence[int]) -> Tensor:
@@ -180,10 +215,12 @@ class EagerSession:
                      "allow more with --max-seq-length where the model can")
 
     @torch.inference_mode()
-    def _append(self, tokens: Sequence[int], rows: list[int] | None) -> Tensor:
+    def _append(self, tokens: Sequence[int], last: bool = False) -> Tensor:
+        """Logits of all tokens, or of the `last` alone: [n or 1, vocab]."""
         self.check_room(len(tokens))
         positions = range(self.length, self.length + len(tokens))
         segment = Segment(self.cache, len(tokens))
-        logits = self._model.forward(tokens, positions, [segment], rows, self.extended)
+        logits = self._model.prompt_logits(tokens, positions, segment, self.extended) if last else \
+            self._model.forward(tokens, positions, [segment], None, self.extended)
         self.cache.advance(len(tokens))
         return logits

@@ -60,7 +60,7 @@ def test_a_batch_over_both_kinds_of_longrope_sequences_is_right() -> None:
 @pytest.mark.parametrize("tokens", [[1], [1, 2, 3]])
 def test_a_batch_of_the_wrong_size_is_refused(tokens: list[int]) -> None:
     model = load()
-    with pytest.raises(TorchchatError, match="one token for each of several different sessions"):
+    with pytest.raises(TorchchatError, match="it takes one for each of several different sessions"):
         model.decode_batch([model.session(), model.session()], tokens)
     session = model.session()
     with pytest.raises(TorchchatError, match="different sessions"):
