@@ -11,7 +11,7 @@ from typing import ParamSpec
 
 import streamlit as st
 
-from tc_streamlit_chat.choices import base_name, short_name
+from tc_streamlit_chat.choices import AUTO, FASTEST, base_name, short_name
 from tc_streamlit_chat.configuration import Configuration
 from tc_streamlit_chat.figures import Details
 from tc_streamlit_chat.local import LocalModels
@@ -80,9 +80,9 @@ def model_line(services: Services, configuration: Configuration) -> str:
     if known is not None:
         return plain(f"{name} · {known.line}")
     request = configuration.request(services.models.base)
-    parts = [name, *([request.executor] if request.executor != "auto" else []),
-             *([request.quantize] if request.quantize else []), "loaded with the first question"]
-    return plain(" · ".join(parts))
+    how = [each for each in (request.executor, request.device, request.dtype, request.quantize)
+           if each not in (AUTO, FASTEST, None)]
+    return plain(" · ".join(part for part in (name, ", ".join(how), "loaded with the first question") if part))
 
 
 def show_error(error: TorchchatError) -> None:
