@@ -180,7 +180,7 @@ def test_a_conversation_is_renamed_searched_exported_and_deleted(page: Any, serv
     page.fill(".st-key-search input", "HARBOUR", Keys.ENTER)
     page.wait(lambda: len(page.all("[class*=st-key-open-]")) == 1)
     page.fill(".st-key-search input", "no such words", Keys.ENTER)
-    page.sees("Nothing has these words.")
+    page.sees("No conversation has these words.")
     page.fill(".st-key-search input", "", Keys.ENTER)
     page.wait(lambda: page.all("[class*=st-key-open-]"))
     menu_opened(page)

@@ -15,6 +15,8 @@ from tc_streamlit_chat.services import Services
 from tc_streamlit_chat.store import Conversation, Conversations
 from torchchat_core.errors import TorchchatError
 
+LONGEST_SEARCH = 200  # characters
+MENU = "more"  # whether the menu is open
 SHOWN = 100  # conversations of the list; a search finds the others
 
 
@@ -23,12 +25,12 @@ def conversation_list(services: Services, mine: Conversations, current: Conversa
     if st.button("New conversation", icon=":material/add_comment:", width="stretch", key="new", shortcut="Alt+N"):
         show_conversation(None)
         st.rerun()
-    search = st.text_input("Search conversations", placeholder="Search conversations", type="search", max_chars=200,
+    search = st.text_input("Search conversations", placeholder="Search conversations", type="search", live=True,
                            label_visibility="collapsed", key="search", icon=":material/search:") or ""
-    found = mine.listed(search)
+    found = mine.listed(search[:LONGEST_SEARCH])
     with st.container(key="conversations"):
         if not found:
-            st.caption("Nothing has these words." if search.strip() else "Conversations will be listed here.")
+            st.caption("No conversation has these words." if search.strip() else "Conversations will be listed here.")
         for heading, group in _by_age(found[:SHOWN]):
             st.caption(heading)
             for each in group:
@@ -62,9 +64,10 @@ def _by_age(found: Sequence[Conversation]) -> Iterator[tuple[str, list[Conversat
 
 def more_menu(mine: Conversations, current: Conversation) -> None:
     """Rename, export, delete."""
-    with st.popover("", icon=":material/more_vert:", help="Rename, export, delete", key="more"):
+    with st.popover("More", icon=":material/more_vert:", help="Rename, export, delete", key=MENU,
+                    on_change="rerun"):
         with st.form(key=f"rename-{current.id}", border=False):
-            title = st.text_input("Title", value=current.title, max_chars=200, key=f"title-{current.id}")
+            title = st.text_input("Title", value=current.title, key=f"title-{current.id}")
             if st.form_submit_button("Rename", icon=":material/edit:", width="stretch"):
                 _renamed(mine, current, title or "")
         messages = mine.messages(current.id)
@@ -74,8 +77,15 @@ def more_menu(mine: Conversations, current: Conversation) -> None:
         st.download_button("Export as JSON", as_json(current, messages), file_name(current, ".json"),
                            "application/json", icon=":material/data_object:", width="stretch", on_click="ignore",
                            key="export-json")
-        if st.button("Delete\u2026", icon=":material/delete:", width="stretch", key="delete"):
-            _delete(mine, current)
+        deleting = st.button("Delete\u2026", icon=":material/delete:", width="stretch", key="delete",
+                             on_click=_close_menu)
+    if deleting:
+        _delete(mine, current)
+
+
+def _close_menu() -> None:
+    """It would cover the question whether to delete."""
+    st.session_state[MENU] = False
 
 
 def _renamed(mine: Conversations, current: Conversation, title: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import secrets
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec
@@ -53,7 +54,15 @@ def prepare() -> None:
     st.set_page_config(page_title="torchchat", page_icon=icon, layout="centered", initial_sidebar_state="auto",
                        menu_items={"About": ABOUT})
     st.logo(icon, size="large")
-    st.html(f"<style>{(FOLDER / 'style.css').read_text(encoding='utf-8')}</style>")
+    st.html(FOLDER / "style.css")
+    with st.container(key="keyboard"):  # which takes no room
+        st.html(f"<script>{(FOLDER / 'keyboard.js').read_text(encoding='utf-8')}</script>",
+                unsafe_allow_javascript=True)
+
+
+def icon() -> str:
+    """The icon in base64."""
+    return b64encode((FOLDER / "icon.svg").read_bytes()).decode()
 
 
 def conversations(found: Services) -> Conversations:

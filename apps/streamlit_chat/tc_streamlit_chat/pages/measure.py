@@ -155,9 +155,9 @@ def _kept(services: Services) -> None:
         if chosen is None or content is None:
             return
         name = re.sub(r"[^\w-]+", "-", labels[chosen], flags=re.ASCII).lower()
-        st.download_button("", content, f"{name}.html", "text/html", icon=":material/download:", on_click="ignore",
+        st.download_button("Save", content, f"{name}.html", "text/html", icon=":material/download:", on_click="ignore",
                            key="download-measurement", help="The page as a file that needs nothing else")
-        if st.button("", icon=":material/delete:", key="delete-measurement", help="Delete this measurement"):
+        if st.button("Delete", icon=":material/delete:", key="delete-measurement", help="Delete this measurement"):
             services.store.delete_measurement(chosen)
             st.rerun()
     st.iframe(content, height=HEIGHT)

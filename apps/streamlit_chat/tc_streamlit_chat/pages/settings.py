@@ -26,6 +26,7 @@ from torchchat_core.pipeline import DTYPE_NAMES, ModelRequest, choose_device
 AS_IS = ""  # of recipes and dtypes: the model as it is
 MOST_EXACT = (1 << 53) - 1  # the largest whole number that a browser's numbers can say
 FASTEST_DTYPES = ("fast", "fast16")  # of the command line
+LABELS = {"top_k": "Top-k", "top_p": "Top-p", "min_p": "Min-p"}
 STEPS = {int: 1, float: 0.05}
 LONGEST = 1 << 20  # tokens of an answer
 
@@ -64,7 +65,7 @@ def _form(services: Services, configuration: Configuration, place: str) -> Confi
         sampling = _sampling_controls(chosen.sampling, known.defaults if known is not None else {},
                                       f"{place}-{chosen.model}")
     with st.container(horizontal=True, horizontal_alignment="right"):
-        if st.button("As at the start", key=f"reset-{place}", help="What the command line says"):
+        if st.button("Reset", key=f"reset-{place}", help="Everything as the command line says"):
             return services.start
         if st.button("Apply", type="primary", key=f"apply-{place}"):
             return replace(chosen, sampling=sampling)
@@ -196,7 +197,7 @@ def _sampling_control(name: str, value: Any, key: str) -> Any:
     declared = SAMPLING[name]
     detail = detail_of(declared)
     kind: Any = value_type(SamplingOptions, name)
-    label = name.replace("_", " ").capitalize()
+    label = LABELS.get(name, name.replace("_", " ").capitalize())
     known = f"{detail.help[0].upper()}{detail.help[1:]}" + (f" [{detail.range}]" if detail.range else "")
     if issubclass(kind, Mapping):
         return _bias(st.text_area(label, value="\n".join(f"{token}={bias:g}" for token, bias in value.items()), key=key,
@@ -211,7 +212,8 @@ def _sampling_control(name: str, value: Any, key: str) -> Any:
         low = detail.above + step
     found = st.number_input(label, min_value=None if low is None else kind(low),
                             max_value=None if detail.maximum is None else kind(detail.maximum),
-                            value=kind(max(value, low) if low is not None else value), step=step, key=key, help=known)
+                            value=kind(max(value, low) if low is not None else value), step=step, key=key, help=known,
+                            format="%d" if kind is int else "%g")
     return kind(found) if found is not None else value
 
 
