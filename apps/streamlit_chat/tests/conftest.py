@@ -149,7 +149,7 @@ class Page:
     def messages(self, role: str) -> list[str]:
         """What was said, without the buttons and figures beside it."""
         return list(self.driver.execute_script("""
-            const texts = '[data-testid=stMarkdown]:not(:has([data-testid=stCaptionContainer]))';
+            const texts = '[data-testid=stText], [data-testid=stMarkdown]:not(:has([data-testid=stCaptionContainer]))';
             return [...document.querySelectorAll(arguments[0])].map(message =>
                 [...message.querySelectorAll(texts)].map(text => text.innerText).join("\\n"))""",
                                                f"[class*=st-key-said-{role}]"))

@@ -102,7 +102,10 @@ def show_error(error: TorchchatError) -> None:
 
 def show_text(role: str, text: str) -> None:
     """A message: what a person typed as it is, what a model wrote as Markdown."""
-    st.markdown(shown(text) if role == "assistant" else plain(text))
+    if role == "assistant":
+        st.markdown(shown(text))
+    else:
+        st.text(text)
 
 
 def show_progress(turn: Turn, sample: Sample) -> None:
