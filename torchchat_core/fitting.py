@@ -1,9 +1,10 @@
-"""Which devices, dtypes, executors and recipes one model can be run with here: what a frontend offers to choose from."""
+"""Which devices, dtypes, executors and recipes one model can be run with here: what a frontend offers."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from torchchat_core.artifacts import exported_file, open_artifact
 from torchchat_core.errors import TorchchatError
@@ -45,7 +46,7 @@ def fitting(request: ModelRequest, registry: Registry) -> Fitting:
     recipes = [None] if is_layered(checkpoint) else \
         [None, *recipe_names(), *sorted({info.scheme for info in registry.infos(QuantizerInfo)})]
 
-    def runs(**changes: str | None) -> bool:
+    def runs(**changes: Any) -> bool:
         return _runs(dataclasses.replace(request, **changes), checkpoint, registry)
 
     return Fitting(executors=tuple(name for name in readers(IN_MEMORY, registry) if runs(executor=name)),

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 MOST_SAMPLES = 16
 MOST_STOPS = 16
-OPTIONAL: Mapping[str, tuple[type, ...]] = {name: (kind, type(None)) for name, kind in {
-    "model": str, "executor": str, "quantize": str, "device": str, "dtype": str, "max_new_tokens": int}.items()}  # fields that may be null
+OPTIONAL: Mapping[str, tuple[type, ...]] = {  # fields that may be null
+    **dict.fromkeys(("model", "executor", "quantize", "device", "dtype"), (str, type(None))),
+    "max_new_tokens": (int, type(None))}
 SAMPLING = {declared.name: declared for declared in fields(SamplingOptions)}
 
 

@@ -1,9 +1,9 @@
 """Text that others wrote, as Markdown that Streamlit shows without surprises.
 
 Streamlit escapes HTML by itself, but does not read it as text. It has additions to Markdown: $ begins a formula,
-`:red[...]`, `:material/...:` and `:smile:` are directives, and `->` becomes an arrow. Prices and colons are more frequent
-in answers than those. Some of them are looked for after escapes were taken away; only a character between, which has
-no width, keeps them from being found.
+`:red[...]`, `:material/...:` and `:smile:` are directives, and `->` becomes an arrow. Prices and colons are more
+frequent in answers than those. Some of them are looked for after escapes were taken away; only a character between,
+which has no width, keeps them from being found.
 """
 
 from __future__ import annotations

@@ -49,13 +49,18 @@ def test_what_is_wrong_is_told_before_anything_is_served(capsys: pytest.CaptureF
     assert (code, message in told) == (status, True), told
 
 
-def test_a_port_that_is_taken_is_told(tmp_path: Any) -> None:
+def test_an_address_that_cannot_be_used_is_told_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str],
+                                                                           tmp_path: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        done = subprocess.run([sys.executable, "-m", "torchchat_core", "browser", "--port", str(port),
-                               "--conversations", str(tmp_path / "c")], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert f"cannot listen at 127.0.0.1:{port}" in done.stderr
+        port = str(taken.getsockname()[1])
+        status, told = ended(capsys, "no-such-model", "--port", port, "--conversations", str(tmp_path / "c"))
+    assert (status, told) == (1, f"error: cannot listen at 127.0.0.1:{port}: Address already in use\n"
+                                 "try: choose another --port, or end what is using it\n")
+    status, told = ended(capsys, "no-such-model", "--host", "nowhere.invalid", "--port", "0")
+    assert status == 1
+    assert "cannot listen at nowhere.invalid:0" in told
+    assert "try: name an address of this machine with --host" in told
+    assert not (tmp_path / "c").exists()
 
 
 def test_pages_of_other_hosts_and_names_are_kept_out(served: str) -> None:

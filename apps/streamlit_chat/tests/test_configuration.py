@@ -9,8 +9,8 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.pipeline import ModelRequest
 
 FULL = Configuration(model="small", executor="eager", quantize="linear:int8", device="cpu", dtype="fp32",
-                     system="Be kind.", max_new_tokens=9, sampling={"temperature": 0.5, "logit_bias": {7: -1.0}, "seed": 3}, stop=("\n", "END"),
-                     num_samples=2, transcript=True)
+                     system="Be kind.", max_new_tokens=9, stop=("\n", "END"), num_samples=2, transcript=True,
+                     sampling={"temperature": 0.5, "logit_bias": {7: -1.0}, "seed": 3})
 
 
 def test_it_comes_back_from_json() -> None:

@@ -100,7 +100,7 @@ def _renamed(mine: Conversations, current: Conversation, title: str) -> None:
 @st.dialog("Delete this conversation?")
 @frame.guarded
 def _delete(mine: Conversations, current: Conversation) -> None:
-    st.write(plain(current.title))
+    st.text(current.title)
     st.caption("Its messages are deleted for good.")
     with st.container(horizontal=True, horizontal_alignment="right"):
         if st.button("Keep it", key="keep"):
