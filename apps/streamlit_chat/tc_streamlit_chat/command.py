@@ -119,6 +119,9 @@ def _prepare(made: Services) -> None:
 
     if not isinstance(made.models, LocalModels):
         made.models.connect()
+        if made.models.model not in made.models.models:  # some servers take more than they list
+            click.echo(f"warning: {made.models.url} lists no model {made.models.model!r}; it has "
+                       f"{', '.join(made.models.models[:8])}", err=True)
         return
     base = made.models.base
     with shown_progress():

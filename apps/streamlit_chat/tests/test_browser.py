@@ -227,12 +227,14 @@ def test_a_conversation_is_renamed_searched_exported_and_deleted(page: Any, serv
 
     fresh(page, served).send("Who are you?")
     page.answers(1)
+    menu = "[data-testid=stPopoverBody]"
     page.click(".st-key-more button")
     page.sees("Export as Markdown")
     page.sees("Export as JSON")
     title = "A *quiet* :red[xylotheque] <b> a -> b :smile:"
     page.fill("[class*=st-key-title-] input", title, Keys.ENTER)
     page.wait(lambda: page.text.replace("\u2060", "").count(title) == 2, "the title, here and in the list")
+    page.wait(lambda: not page.all(menu), "the end of the menu")
     assert page.driver.title == f"{title} \u00b7 torchchat"
     page.fill(".st-key-search input", "XYLOTHEQUE")  # found while it is typed
     page.wait(lambda: len(page.all("[class*=st-key-open-]")) == 1)
@@ -240,8 +242,7 @@ def test_a_conversation_is_renamed_searched_exported_and_deleted(page: Any, serv
     page.sees("No conversation has these words.")
     page.fill(".st-key-search input", "")
     page.wait(lambda: page.all("[class*=st-key-open-]"))
-    menu = "[data-testid=stPopoverBody]"
-    page.wait(lambda: page.all(menu) or page.click(".st-key-more button"), "the menu")
+    page.click(".st-key-more button")
     page.click(".st-key-delete button")
     page.sees("Delete this conversation?")
     page.wait(lambda: not page.all(menu), "the end of the menu, which would cover the question")
@@ -273,10 +274,12 @@ def test_two_models_are_compared(page: Any, served: str, request: pytest.Fixture
     from selenium.webdriver.common.keys import Keys
 
     page.open(f"{served}/compare")
+    page.sees("Both are the same now")
     page.one(".st-key-compared-prompt textarea").send_keys("Who are you?")
     page.fill("[class*=st-key-recipe-compare-right] input", "linear:int8", Keys.ENTER)
     page.click(".st-key-ask-both button")
     page.sees("nswers are the same")
+    assert "Both are the same now" not in page.text
     assert "linear:int8" in page.one(".st-key-compared-right").text
     page.click(".st-key-verify button")
     page.sees("Mean KL divergence")
@@ -299,6 +302,7 @@ def test_what_recipes_cost_is_measured_and_drawn(page: Any, run_browser: Callabl
     page.sees("Measurements")
     page.driver.switch_to.frame(page.one("iframe"))
     page.sees("perplexity")
+    assert "TinyStories-656K" in page.text
     page.driver.switch_to.default_content()
     assert "What each recipe costs" in page.text
     page.resize(1280, 1250)

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tc_streamlit_chat.command import make_services
 from tc_streamlit_chat.serving import Guard, owner_of, policy
 from torchchat_core.cli.main import main
 from torchchat_core.plugins import load_registry
@@ -61,6 +62,16 @@ def test_an_address_that_cannot_be_used_is_told_before_the_model_is_loaded(capsy
     assert "cannot listen at nowhere.invalid:0" in told
     assert "try: name an address of this machine with --host" in told
     assert not (tmp_path / "c").exists()
+
+
+def test_a_model_that_a_server_does_not_list_is_told(capsys: pytest.CaptureFixture[str],
+                                                     monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    found = httpx.Response(200, json={"data": [{"id": "one"}, {"id": "two"}]})
+    monkeypatch.setattr(httpx, "get", lambda *_, **__: found)
+    flags = {"url": "http://127.0.0.1:9", "api_key": None, "model": "three", "conversations": str(tmp_path / "c"),
+             "system": None, "max_new_tokens": None, "stop": (), "num_samples": 1, "logit_bias": ()}
+    make_services(flags, load_registry(), True).close()
+    assert capsys.readouterr().err == "warning: http://127.0.0.1:9/v1 lists no model 'three'; it has one, two\n"
 
 
 def test_pages_of_other_hosts_and_names_are_kept_out(served: str) -> None:

@@ -192,7 +192,7 @@ def test_a_model_that_is_typed_is_not_downloaded_by_its_name_alone(services: Ser
     page.session_state["draft"] = Configuration(model="owner/name")
     page.session_state["settings_open"] = True
     page = run(page)
-    assert any("downloaded with the first question" in each.value for each in page.caption)
+    assert any("with the first question; what it can be run with" in each.value for each in page.caption)
     assert picker(page, "Model").value == "owner/name"
 
 

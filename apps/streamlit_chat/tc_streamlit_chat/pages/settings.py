@@ -87,7 +87,7 @@ def model_pickers(services: Services, configuration: Configuration, place: str) 
         st.caption(plain(f"Runs on {services.models.url}, which chooses how."))
         return chosen
     if not choices.is_here(services, chosen.model):
-        st.caption("It is downloaded with the first question; what it can be run with is known then.")
+        st.caption("It is looked for, and downloaded, with the first question; what it can be run with is known then.")
         return replace(chosen, executor=None, quantize=None, device=None, dtype=None)
     return _ways(services, chosen.request(services.models.base), chosen, f"{place}-{chosen.model}")
 
