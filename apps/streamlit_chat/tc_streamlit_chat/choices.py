@@ -115,7 +115,8 @@ def _inventory(models: LocalModels) -> list[Choice]:
 
 
 def _here(model: ListedModel) -> Sequence[Choice]:
-    found = [Choice(model=model.name, label=short_name(model.name), here=True)] if model.path is not None else []
+    name = DEFAULT_MODEL if model.reference == DEFAULT_MODEL else model.name  # which it has without a MODEL
+    found = [Choice(model=name, label=short_name(name), here=True)] if model.path is not None else []
     for product in model.products:
         label = f"{Path(product.path).name} \u2013 {product.kind} of {short_name(model.name.removeprefix('file:'))}"
         found.append(Choice(model=product.path, label=label, here=True))

@@ -47,7 +47,9 @@ class Details:
         if figures.decode_tps is not None:
             parts.append(f"{figures.decode_tps:.1f} tokens/s")
         if figures.ttft_s is not None:
-            parts.append(f"first after {figures.ttft_s:.2f} s")
+            soon = figures.ttft_s < 0.01
+            parts.append(f"first after {1000 * figures.ttft_s:.1f} ms" if soon else
+                         f"first after {figures.ttft_s:.2f} s")
         if self.reason in ENDINGS:
             parts.append(ENDINGS[self.reason])
         return " · ".join(parts)

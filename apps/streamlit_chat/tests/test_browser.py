@@ -389,5 +389,6 @@ def pictured(page: Any, request: pytest.FixtureRequest, name: str) -> None:
         page.driver.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": 1, "y": 1})
         page.driver.execute_async_script("""
             const done = arguments[0];  // once nothing moves any more
-            Promise.all(document.getAnimations().map(each => each.finished)).then(() => setTimeout(done, 300))""")
+            const ending = document.getAnimations().filter(each => each.effect.getComputedTiming().endTime < Infinity);
+            Promise.allSettled(ending.map(each => each.finished)).then(() => setTimeout(done, 300))""")
         page.driver.save_screenshot(str(folder / f"browser-{name}.png"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import signal
 import socket
 import subprocess
 import sys
@@ -48,6 +50,28 @@ def test_what_is_wrong_is_told_before_anything_is_served(capsys: pytest.CaptureF
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     code, told = ended(capsys, *arguments)
     assert (code, message in told) == (status, True), told
+
+
+def test_what_is_not_installed_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "streamlit" else found(name))
+    assert ended(capsys) == (1, "error: the browser chat needs streamlit\ntry: pip install tc-streamlit-chat\n")
+
+
+def test_ctrl_c_ends_it_though_a_page_is_open(tmp_path: Any) -> None:
+    process = subprocess.Popen([sys.executable, "-m", "torchchat_core", "browser", "--port", "0", "--conversations",
+                                str(tmp_path / "c")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    address = process.stdout.readline().partition("://")[2].strip()
+    host, _, port = address.partition(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:  # a page that is open
+        connection.sendall(f"GET /_stcore/stream HTTP/1.1\r\nHost: {address}\r\nConnection: Upgrade\r\nUpgrade: "
+                           "websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: "
+                           "dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode())
+        assert connection.recv(12).split()[1] == b"101"
+        process.send_signal(signal.SIGINT)
+        out, told = process.communicate(timeout=60)
+    assert (process.returncode, out, told) == (0, "", "")
 
 
 def test_an_address_that_cannot_be_used_is_told_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str],

@@ -175,6 +175,7 @@ def test_device_and_dtype_are_chosen_and_every_choice_leaves_what_fits(services:
     page = run(page)
     assert picker(page, "Device").options == ["the fastest here (cpu)", "cpu"] or has_device("cuda")
     assert picker(page, "Dtype").options == ["as the model is", *DTYPES]
+    assert [name for name in picker(page, "Model").options if name.startswith("embedded")] == ["embedded:guide"]
     picker(page, "Dtype").set_value("fp32")
     picker(page, "Device").set_value("cpu")
     page = run(page)
