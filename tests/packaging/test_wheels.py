@@ -18,7 +18,8 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheels: dict[str, Path]) -> 
     assert {"torchchat_core/data/embedded/model.safetensors", "torchchat_core/data/embedded/tokenizer.json",
             "torchchat_core/data/templates/llama3.jinja"} <= set(core)
     browser = zipfile.ZipFile(wheels["tc_streamlit_chat"]).namelist()
-    assert {f"tc_streamlit_chat/pages/{name}" for name in ("app.py", "style.css", "icon.svg")} <= set(browser)
+    shown = ("app.py", "style.css", "keyboard.js", "icon.svg")
+    assert {f"tc_streamlit_chat/pages/{name}" for name in shown} <= set(browser)
     assert wheels["torchchat_core"].stat().st_size < 8_500_000
 
 

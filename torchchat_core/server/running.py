@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import socket
 from collections.abc import Callable
@@ -33,12 +34,14 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run(app: Starlette, host: str, port: int, grace: float, announce: Callable[[str], None]) -> int:
-    """Serves until a signal; the exit status. `announce` gets the address, once the first model is loaded.
+def run(app: Starlette, host: str, port: int, grace: float, announce: Callable[[str], None],
+        listener: socket.socket | None = None) -> int:
+    """Serves until a signal; the exit status. `announce` gets the address, once the first model is loaded. With a
+    `listener`, it is that of `listen`, called before.
 
     Raises `TorchchatError` where the address cannot be used, or that model cannot be loaded.
     """
-    listener = _bound(host, port)
+    listener = listener or listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}"
     config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on", server_header=False,
@@ -50,10 +53,15 @@ def run(app: Starlette, host: str, port: int, grace: float, announce: Callable[[
     return 0
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at that address; 0 is any port that is free. Raises `TorchchatError` where it cannot be used."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise TorchchatError(f"cannot listen at {host}:{port}: {error.strerror or error}",
-                             "choose another --port, or end what is using it") from None
+        reason, _, _ = (error.strerror or str(error)).partition(" (while attempting")
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            fix = "choose another --port, or end what is using it"
+        else:
+            fix = "name an address of this machine with --host, such as 127.0.0.1"
+        raise TorchchatError(f"cannot listen at {host}:{port}: {reason}", fix) from None

@@ -14,10 +14,15 @@ from torchchat_core.amounts import bytes_text
 from torchchat_core.errors import TorchchatError
 from torchchat_core.fitting import Fitting, fitting
 from torchchat_core.pipeline import DEFAULT_MODEL, ModelRequest
+from torchchat_core.plugins import Registry
+from torchchat_core.quantization.recipe import recipe_names
+from torchchat_core.small_files import expanded
 from torchchat_core.sources.inventory import ListedModel, take_inventory
+from torchchat_core.specs import QuantizerInfo
 
 SECONDS = 5.0  # that an inventory holds: looking at every folder takes a while
-AUTO = "auto"
+AUTO = "auto"  # among the executors
+FASTEST = "fast"  # among the devices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +53,23 @@ class Choices:
 
     def fitting(self, services: Services, request: ModelRequest) -> Fitting:
         """Raises `TorchchatError` for a model that cannot be opened."""
+        now = time.monotonic()
         with self._lock:
-            found = self._fitting.get(request)
-            if found is None or time.monotonic() - found[0] > SECONDS:
-                found = time.monotonic(), fitting(request, services.registry)
-                self._fitting = {key: value for key, value in self._fitting.items()
-                                 if time.monotonic() - value[0] < SECONDS}
-                self._fitting[request] = found
-            return found[1]
+            self._fitting = {key: each for key, each in self._fitting.items() if now - each[0] < SECONDS}
+            known = self._fitting.get(request)
+        if known is not None:
+            return known[1]
+        found = fitting(request, services.registry)  # without the lock: nobody waits for another one's model
+        with self._lock:
+            self._fitting[request] = now, found
+        return found
+
+    def is_here(self, services: Services, model: str | None) -> bool:
+        """Whether the model can be looked at without a download."""
+        if model is None or not isinstance(services.models, LocalModels):
+            return True
+        listed = next((each for each in self.models(services) if each.model == model), None)
+        return listed.here if listed is not None else expanded(model).exists()
 
     def may_use(self, services: Services, model: str | None) -> bool:
         """Whether a page may name the model: strangers choose from what is here, this machine's user names any."""
@@ -73,6 +87,11 @@ def offered(chosen: Iterable[str | None], options: Collection[str]) -> None:
         raise TorchchatError(f"{strange!r} cannot be chosen here", "choose one of the list")
 
 
+def known_recipes(registry: Registry) -> set[str]:
+    """Those that have a name, whether or not a model can be run with them."""
+    return {*recipe_names(), *(info.scheme for info in registry.infos(QuantizerInfo))}
+
+
 def base_name(services: Services) -> str:
     """What the model of the command line is called."""
     if not isinstance(services.models, LocalModels):
@@ -81,9 +100,10 @@ def base_name(services: Services) -> str:
 
 
 def short_name(model: str) -> str:
-    """The last part of a path, and any other name as it is."""
+    """The last part of a path, and any other name as it is: owner/name of a hub looks like a path, and is none."""
     path = Path(model)
-    return path.name if path.is_absolute() and path.name else model
+    return path.name if path.name not in ("", "..") and (path.is_absolute() or path.parts[0] in ("~", "..")
+                                                         or model.startswith("./")) else model
 
 
 def _inventory(models: LocalModels) -> list[Choice]:
@@ -95,7 +115,8 @@ def _inventory(models: LocalModels) -> list[Choice]:
 
 
 def _here(model: ListedModel) -> Sequence[Choice]:
-    found = [Choice(model=model.name, label=short_name(model.name), here=True)] if model.path is not None else []
+    name = DEFAULT_MODEL if model.reference == DEFAULT_MODEL else model.name  # which it has without a MODEL
+    found = [Choice(model=name, label=short_name(name), here=True)] if model.path is not None else []
     for product in model.products:
         label = f"{Path(product.path).name} \u2013 {product.kind} of {short_name(model.name.removeprefix('file:'))}"
         found.append(Choice(model=product.path, label=label, here=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -59,18 +60,19 @@ def browser(registry: Registry, /, **flags: Any) -> int:
     _check_usage(flags)
     from tc_streamlit_chat.services import install
     from tc_streamlit_chat.serving import make_app, serve
+    from torchchat_core.server.running import listen
 
     private = flags["host"] in LOCAL
     if not private:
         click.echo(f"warning: whoever reaches {flags['host']} can use this page, and its models", err=True)
-    services = make_services(flags, registry, private)
-    install(services)
-    try:
-        return serve(make_app(private), flags["host"], flags["port"],
-                     lambda address: click.echo(f"Running on {address}"))
-    finally:
-        install(None)
-        services.close()
+    with closing(listen(flags["host"], flags["port"])) as listener, \
+            closing(make_services(flags, registry, private)) as services:  # a port that is taken is told at once
+        install(services)
+        try:
+            return serve(make_app(private), flags["host"], listener,
+                         lambda address: click.echo(f"Running on {address}"))
+        finally:
+            install(None)
 
 
 HERE = ("checkpoint_path", "gguf_path", "dso_path", "aoti_package_path", "pte_path", "params_path", "tokenizer_path",
@@ -117,6 +119,9 @@ def _prepare(made: Services) -> None:
 
     if not isinstance(made.models, LocalModels):
         made.models.connect()
+        if made.models.model not in made.models.models:  # some servers take more than they list
+            click.echo(f"warning: {made.models.url} lists no model {made.models.model!r}; it has "
+                       f"{', '.join(made.models.models[:8])}", err=True)
         return
     base = made.models.base
     with shown_progress():

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 MOST_SAMPLES = 16
 MOST_STOPS = 16
-OPTIONAL: Mapping[str, tuple[type, ...]] = {name: (kind, type(None)) for name, kind in {
-    "model": str, "executor": str, "quantize": str, "max_new_tokens": int}.items()}  # fields that may be null
+OPTIONAL: Mapping[str, tuple[type, ...]] = {  # fields that may be null
+    **dict.fromkeys(("model", "executor", "quantize", "device", "dtype"), (str, type(None))),
+    "max_new_tokens": (int, type(None))}
 SAMPLING = {declared.name: declared for declared in fields(SamplingOptions)}
 
 
@@ -31,6 +32,8 @@ class Configuration:
     model: str | None = None  # as MODEL of the command line; None: the one that the command was given
     executor: str | None = None  # likewise
     quantize: str | None = None  # "": as the model is; None: as the command says
+    device: str | None = None  # as of --device; None: as the command says
+    dtype: str | None = None  # as of --dtype; "": the checkpoint's; None: as the command says
     system: str = ""
     sampling: Mapping[str, Any] = field(default_factory=dict)  # only what was chosen
     max_new_tokens: int | None = None
@@ -65,8 +68,11 @@ class Configuration:
             changes["executor"] = self.executor
         if self.quantize is not None:
             changes["quantize"] = self.quantize or None
-        chosen = {name for name in ("executor", "model") if name in changes}
-        return replace(base, **changes, defaults=base.defaults - chosen)
+        if self.device is not None:
+            changes["device"] = self.device
+        if self.dtype is not None:
+            changes["dtype"] = self.dtype or None
+        return replace(base, **changes, defaults=base.defaults.difference(changes))
 
     def to_json(self) -> str:
         """As it is kept. Keys of logit_bias become texts."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchchat_core.generation import Statistics
 
-ENDINGS = {"cancelled": "stopped", "length": "cut at the limit"}
+ENDINGS = {"cancelled": "stopped", "length": "cut at the limit", "edited": "edited by hand"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Details:
     """What is kept of an answer beside its text."""
 
     model: str = ""  # the way that it was made: "stories15M, eager, bf16"
-    reason: str = ""  # why it ended: "stop", "length" or "cancelled"
+    reason: str = ""  # why it ended: "stop", "length" or "cancelled"; "edited": by the hand of a person
     notice: str = ""
     figures: Figures = Figures()
 
@@ -47,7 +47,9 @@ class Details:
         if figures.decode_tps is not None:
             parts.append(f"{figures.decode_tps:.1f} tokens/s")
         if figures.ttft_s is not None:
-            parts.append(f"first after {figures.ttft_s:.2f} s")
+            soon = figures.ttft_s < 0.01
+            parts.append(f"first after {1000 * figures.ttft_s:.1f} ms" if soon else
+                         f"first after {figures.ttft_s:.2f} s")
         if self.reason in ENDINGS:
             parts.append(ENDINGS[self.reason])
         return " · ".join(parts)

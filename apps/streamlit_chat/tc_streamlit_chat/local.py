@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tc_streamlit_chat.figures import Details, Figures
-from tc_streamlit_chat.questions import Ended, Question, Report, Status, Text
+from tc_streamlit_chat.questions import Ended, Question, Report, Status, Text, in_turns
 from torchchat_core.batching import Job
 from torchchat_core.conversation import TRANSCRIPT_STOP, encode_plain, fitting_prompt, render, with_stop
 from torchchat_core.errors import TorchchatError
@@ -165,7 +165,7 @@ def make_plan(opened: OpenedModel, question: Question) -> Plan:
         ids = encode_plain(continued(question.messages), text_format.tokenizer)
         check_prompt(ids, limit)
         return Plan(prompt=ids, options=options)
-    messages: list[dict[str, Any]] = [{"role": each.role, "content": each.content} for each in question.messages]
+    messages = in_turns(question.messages)
     if configuration.system.strip():
         messages.insert(0, {"role": "system", "content": configuration.system})
 

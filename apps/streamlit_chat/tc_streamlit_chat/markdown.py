@@ -1,7 +1,9 @@
 """Text that others wrote, as Markdown that Streamlit shows without surprises.
 
-Streamlit escapes HTML by itself, but does not read it as text. It has additions to Markdown: $ begins a formula, and
-`:red[...]` and `:material/...:` are directives. Prices and colons are more frequent in answers than those.
+Streamlit escapes HTML by itself, but does not read it as text. It has additions to Markdown: $ begins a formula,
+`:red[...]`, `:material/...:` and `:smile:` are directives, and `->` becomes an arrow. Prices and colons are more
+frequent in answers than those. Some of them are looked for after escapes were taken away; only a character between,
+which has no width, keeps them from being found.
 """
 
 from __future__ import annotations
@@ -12,8 +14,12 @@ FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})", re.MULTILINE)
 CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
 FORMULA = re.compile(r"(?<!\\)(\$\$(?=\S|\n).+?\$\$|\$(?=[^\s\d$])[^$\n]*?(?<=[^\s\\])\$(?!\d))", re.DOTALL)
 BRACKETED = re.compile(r"\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)  # how many models write formulas
-DIRECTIVE = re.compile(r":(?=[a-z][a-z-]*\[|material/|streamlit:|[a-z0-9_+-]+:)")
-TAG = re.compile(r"(?<!\\)<(?=[A-Za-z/!?])")  # begins HTML, in which Markdown is none: not shown as what it is
+JOINER = "\u2060"  # has no width, and no line ends at it
+DIRECTIVE = re.compile(r":(?=[a-z][a-z-]*\[)")
+SHORTCODE = re.compile(r":(?=(?!\d+:)[\w+-]+(?:/[\w-]+)?:)", re.ASCII)  # the time of day is none
+SYMBOL = re.compile(r"(?<!\S)(<->|[<-]-|->|[<>~]=)(?!\S)")
+TAG = re.compile(r"(?<!\\)<(?=[A-Za-z/!?])(?!https?://[^\s<>]*>|mailto:[^\s<>]*>)")  # of HTML: text here, not left out
+ADDRESS = re.compile(r"https?://[^\s<>)\]]+")
 SPECIAL = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~$:])")
 
 
@@ -27,7 +33,8 @@ def shown(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text in which nothing is Markdown, for labels and for what a person typed: line ends stay."""
+    """Text in which nothing is Markdown, for labels: line ends stay."""
+    text = SYMBOL.sub(lambda found: JOINER.join(found[1]), SHORTCODE.sub(f":{JOINER}", text))
     return SPECIAL.sub(r"\\\1", text).replace("\n", "  \n")
 
 
@@ -59,6 +66,7 @@ def _spans(text: str) -> str:
 
 def _formulas(text: str) -> str:
     text = BRACKETED.sub(lambda found: f"${found[1].strip()}$" if found[1] else f"$${found[2]}$$", text)
+    text = ADDRESS.sub(lambda found: found[0].replace("$", "%24"), text)  # the same address, and no formula
     parts, position = [], 0
     for match in FORMULA.finditer(text):
         parts += [_words(text[position : match.start()]), match[0]]
@@ -67,4 +75,5 @@ def _formulas(text: str) -> str:
 
 
 def _words(text: str) -> str:
-    return DIRECTIVE.sub(r"\\:", TAG.sub(r"\\<", re.sub(r"(?<!\\)\$", r"\\$", text)))
+    text = DIRECTIVE.sub(r"\\:", TAG.sub(r"\\<", re.sub(r"(?<!\\)\$", r"\\$", text)))
+    return SHORTCODE.sub(f":{JOINER}", text)

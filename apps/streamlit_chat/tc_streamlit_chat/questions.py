@@ -18,6 +18,18 @@ class Said:
     content: str
 
 
+def in_turns(messages: Sequence[Said]) -> list[dict[str, Any]]:
+    """As templates and servers take them. Of a question that got no answer and the next one, one message is made: many
+    templates refuse two of a person in a row."""
+    found: list[dict[str, Any]] = []
+    for each in messages:
+        if found and found[-1]["role"] == each.role:
+            found[-1]["content"] += f"\n\n{each.content}"
+        else:
+            found.append({"role": each.role, "content": each.content})
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Question:
     """A conversation whose last message is to be answered."""

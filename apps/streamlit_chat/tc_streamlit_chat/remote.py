@@ -12,7 +12,7 @@ import httpx
 
 from tc_streamlit_chat.configuration import Configuration
 from tc_streamlit_chat.figures import Details, Figures
-from tc_streamlit_chat.questions import Ended, Question, Report, Status, Text
+from tc_streamlit_chat.questions import Ended, Question, Report, Status, Text, in_turns
 from torchchat_core.errors import TorchchatError
 
 CONNECT_SECONDS = 10.0
@@ -95,7 +95,7 @@ def _body(question: Question, model: str) -> dict[str, Any]:
     system = [{"role": "system", "content": configuration.system}] if configuration.system.strip() else []
     body: dict[str, Any] = {
         "model": model, "stream": True, "stream_options": {"include_usage": True},
-        "messages": [*system, *({"role": each.role, "content": each.content} for each in question.messages)],
+        "messages": [*system, *in_turns(question.messages)],
         **{name: value for name, value in configuration.sampling.items() if value is not None}}
     if body.get("logit_bias"):
         body["logit_bias"] = {str(token): bias for token, bias in body["logit_bias"].items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import socket
 from collections.abc import Callable
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
@@ -80,12 +81,9 @@ def make_app(private: bool, hosts: tuple[str, ...] = ()) -> Starlette:
     return app
 
 
-def serve(app: Starlette, host: str, port: int, announce: Callable[[str], None]) -> int:
-    """Serves until a signal; the exit status. `announce` gets the address once pages can be had.
-
-    Raises `TorchchatError` where the address cannot be used.
-    """
-    return run(app, host, port, GRACE, announce)
+def serve(app: Starlette, host: str, listener: socket.socket, announce: Callable[[str], None]) -> int:
+    """Serves until a signal; the exit status. `announce` gets the address once pages can be had."""
+    return run(app, host, listener.getsockname()[1], GRACE, announce, listener)
 
 
 class Guard:

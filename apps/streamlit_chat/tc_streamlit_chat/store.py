@@ -13,7 +13,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -228,11 +228,14 @@ class Conversations:
                                        (ids[place], conversation, position))
 
     def change(self, conversation: str, message: int, content: str) -> None:
-        """Other words for a message."""
+        """Other words for a message. Its figures stay those of the answer that it was."""
         with self.store.opened() as connection:
-            if self._touch(connection, conversation):
-                connection.execute("UPDATE message SET content = ? WHERE id = ? AND conversation = ?",
-                                   (content, message, conversation))
+            row = connection.execute("SELECT details FROM message WHERE id = ? AND conversation = ? AND content <> ?",
+                                     (message, conversation, content)).fetchone()
+            if row is not None and self._touch(connection, conversation):
+                details = replace(Details.from_json(row[0]), reason="edited")
+                connection.execute("UPDATE message SET content = ?, details = ? WHERE id = ?",
+                                   (content, json.dumps(asdict(details)), message))
 
     def cut(self, conversation: str, position: int) -> None:
         """Takes away the message at that position, and all after it."""

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tc_streamlit_chat.store import Conversations, Store
+
 TESTDATA = Path(__file__).resolve().parents[4] / "shared" / "testdata"
 SECONDS = 60  # that anything may take on a busy machine
 
@@ -58,9 +60,15 @@ def run_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
 
 
 @pytest.fixture(scope="session")
-def served(run_browser: Callable[..., str]) -> str:
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Conversations:
+    """The conversations of the page at `served`."""
+    return Conversations(Store(tmp_path_factory.mktemp("conversations") / "c.sqlite3"), "")
+
+
+@pytest.fixture(scope="session")
+def served(run_browser: Callable[..., str], kept: Conversations) -> str:
     """The address of a page with the model that comes along."""
-    return run_browser("--temperature", "0")
+    return run_browser("--temperature", "0", "--conversations", kept.store.path)
 
 
 class Page:
@@ -122,6 +130,25 @@ class Page:
     def text(self) -> str:
         return str(self.driver.execute_script("return document.body.innerText"))
 
+    @property
+    def focused(self) -> str:
+        """What takes keys: the name of a field or button."""
+        return str(self.driver.execute_script("""
+            const found = document.activeElement;
+            return found.getAttribute('aria-label') || found.innerText || found.placeholder || ''""")).strip()
+
+    def press(self, *keys: str, held: str | None = None) -> None:
+        """Presses keys, wherever the focus is; `held`: while that one is down."""
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        actions = ActionChains(self.driver)
+        if held is not None:
+            actions.key_down(held)
+        actions.send_keys(*keys)
+        if held is not None:
+            actions.key_up(held)
+        actions.perform()
+
     def sees(self, text: str) -> None:
         self.wait(lambda: text in self.text, text)
 
@@ -149,7 +176,7 @@ class Page:
     def messages(self, role: str) -> list[str]:
         """What was said, without the buttons and figures beside it."""
         return list(self.driver.execute_script("""
-            const texts = '[data-testid=stMarkdown]:not(:has([data-testid=stCaptionContainer]))';
+            const texts = '[data-testid=stText], [data-testid=stMarkdown]:not(:has([data-testid=stCaptionContainer]))';
             return [...document.querySelectorAll(arguments[0])].map(message =>
                 [...message.querySelectorAll(texts)].map(text => text.innerText).join("\\n"))""",
                                                f"[class*=st-key-said-{role}]"))

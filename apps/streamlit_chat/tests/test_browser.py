@@ -10,6 +10,11 @@ from typing import Any
 
 import pytest
 
+from tc_streamlit_chat.configuration import Configuration
+from tc_streamlit_chat.figures import Details
+from tc_streamlit_chat.pages.session import NAMED
+from tc_streamlit_chat.store import Conversations
+
 Browsers = Callable[..., Any]
 PHONE = {"width": 390, "height": 844}
 BEING_WRITTEN = """
@@ -52,14 +57,22 @@ def test_a_message_is_answered_as_it_comes_and_found_again_after_a_reload(page: 
     assert page.driver.current_url == address
 
 
-def test_an_answer_is_stopped_and_made_again(browsers: Browsers, run_browser: Callable[..., str]) -> None:
-    from selenium.webdriver.common.action_chains import ActionChains
+def asked(kept: Conversations, text: str, **settings: Any) -> str:
+    """The end of the address of a conversation that waits for an answer."""
+    conversation = kept.create(text, Configuration(**settings).to_json())
+    kept.add(conversation, "user", [(text, Details())])
+    return f"/?{NAMED}={conversation}"
+
+
+# A bias against the end of an answer: it goes on until it is stopped.
+ENDLESS = {"temperature": 1.0, "logit_bias": dict.fromkeys(range(5), -10000.0)}
+
+
+def test_an_answer_is_stopped_and_made_again(page: Any, served: str, kept: Conversations) -> None:
     from selenium.webdriver.common.keys import Keys
 
-    # A bias against the end of an answer: it goes on until it is stopped.
-    address = run_browser("--temperature", "1", "--logit-bias", "0=-10000", "--logit-bias", "1=-10000",
-                          "--logit-bias", "2=-10000", "--logit-bias", "3=-10000", "--logit-bias", "4=-10000")
-    page = fresh(browsers(), address)
+    page.open(served + asked(kept, STORY, sampling=ENDLESS))
+    page.click(".st-key-answer button")
 
     def stopped(press: Callable[[], object]) -> str:
         """The answer that is stopped. On a busy machine the press may come after the model's limit: once more, then."""
@@ -78,10 +91,9 @@ def test_an_answer_is_stopped_and_made_again(browsers: Browsers, run_browser: Ca
         for button in page.all(".st-key-stop button")[:1]:
             button.click()
 
-    page.send(STORY)
     first = stopped(stop_button)
     page.click("[class*=st-key-again-] button")
-    second = stopped(ActionChains(page.driver).send_keys(Keys.ESCAPE).perform)
+    second = stopped(lambda: page.press(Keys.ESCAPE))
     assert first
     assert re.search(r"(\d+) of \1", page.text)
     page.click("[class*=st-key-back-] button")
@@ -151,20 +163,63 @@ def test_settings_are_applied_and_wrong_ones_are_told(page: Any, served: str) ->
 
 
 def test_everything_can_be_done_with_the_keyboard(page: Any, served: str) -> None:
-    from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
 
     fresh(page, served).send("Who are you?")
     page.answers(1)
-    ActionChains(page.driver).send_keys(Keys.ESCAPE).key_down(Keys.ALT).send_keys("n").key_up(Keys.ALT).perform()
+    page.press(Keys.ESCAPE)
+    page.press("n", held=Keys.ALT)
     page.sees("What shall we talk about?")
     names = set()
     for _ in range(30):
-        ActionChains(page.driver).send_keys(Keys.TAB).perform()
-        focused = page.driver.switch_to.active_element
-        names.add((focused.get_attribute("aria-label") or focused.text or focused.get_attribute("placeholder")).strip())
+        page.press(Keys.TAB)
+        names.add(page.focused)
     wanted = ("New conversation", "Search conversations", "Settings", "Write a message", "Compare", "Measure")
     assert all(any(word in name for name in names) for word in wanted), names
+    assert not any("Fullscreen" in name for name in names)  # of a picture that is no picture
+
+
+def test_what_is_typed_goes_to_the_message_or_to_what_is_edited(page: Any, served: str) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    fresh(page, served)
+    page.wait(lambda: page.focused == "Write a message", "the focus on a page that was just loaded")
+    page.press("Who are you?", Keys.ENTER)
+    page.answers(1)
+    assert page.focused == "Write a message"
+    page.driver.execute_script("document.activeElement.blur()")
+    page.press("rc")  # for which Streamlit has shortcuts
+    assert page.driver.switch_to.active_element.get_attribute("value") == "rc"
+    page.click("[class*=st-key-said-user] [class*=st-key-edit-] button")
+    page.wait(lambda: page.focused == "Edit the message", "the focus in what is edited")
+    page.press(" really?", Keys.ESCAPE)
+    page.wait(lambda: not page.all("[class*=st-key-text-]"), "the end of editing")
+    page.wait(lambda: page.focused == "Write a message", "the focus after editing")
+    page.click("[class*=st-key-said-assistant] [class*=st-key-edit-] button")
+    page.wait(lambda: page.focused == "Edit the message", "the focus in what is edited")
+    page.press(" Really.")
+    page.press(Keys.ENTER, held=Keys.CONTROL)
+    page.sees("edited by hand")
+    assert page.messages("user") == ["Who are you?"]
+    assert page.answers(1)[0].endswith(" Really.")
+
+
+def test_what_is_written_during_an_answer_is_sent_after_it(page: Any, served: str, kept: Conversations) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    page.open(served + asked(kept, STORY, sampling=ENDLESS))
+    page.click(".st-key-answer button")
+    page.one(".st-key-stop")
+    page.send("Forget this.")
+    page.click(".st-key-take-back button")
+    page.wait(lambda: not page.all(".st-key-said-user-waiting"), "the end of what was taken back")
+    page.send("Who are you?")
+    page.sees("Sent after this answer.")
+    page.press(Keys.ESCAPE)
+    page.wait(lambda: len(page.messages("user")) == 2 and len(page.messages("assistant")) == 1, "the next question")
+    page.press(Keys.ESCAPE)
+    page.answers(2)
+    assert page.messages("user") == [STORY, "Who are you?"]
 
 
 def test_a_conversation_is_renamed_searched_exported_and_deleted(page: Any, served: str) -> None:
@@ -172,33 +227,28 @@ def test_a_conversation_is_renamed_searched_exported_and_deleted(page: Any, serv
 
     fresh(page, served).send("Who are you?")
     page.answers(1)
-    menu_opened(page)
+    menu = "[data-testid=stPopoverBody]"
+    page.click(".st-key-more button")
     page.sees("Export as Markdown")
     page.sees("Export as JSON")
-    page.fill("[class*=st-key-title-] input", "A *quiet* :red[harbour] <b>", Keys.ENTER)
-    page.wait(lambda: page.text.count("A *quiet* :red[harbour] <b>") == 2, "the title, here and in the list")
-    page.fill(".st-key-search input", "HARBOUR", Keys.ENTER)
+    title = "A *quiet* :red[xylotheque] <b> a -> b :smile:"
+    page.fill("[class*=st-key-title-] input", title, Keys.ENTER)
+    page.wait(lambda: page.text.replace("\u2060", "").count(title) == 2, "the title, here and in the list")
+    page.wait(lambda: not page.all(menu), "the end of the menu")
+    assert page.driver.title == f"{title} \u00b7 torchchat"
+    page.fill(".st-key-search input", "XYLOTHEQUE")  # found while it is typed
     page.wait(lambda: len(page.all("[class*=st-key-open-]")) == 1)
-    page.fill(".st-key-search input", "no such words", Keys.ENTER)
-    page.sees("Nothing has these words.")
-    page.fill(".st-key-search input", "", Keys.ENTER)
+    page.fill(".st-key-search input", "no such words")
+    page.sees("No conversation has these words.")
+    page.fill(".st-key-search input", "")
     page.wait(lambda: page.all("[class*=st-key-open-]"))
-    menu_opened(page)
+    page.click(".st-key-more button")
     page.click(".st-key-delete button")
+    page.sees("Delete this conversation?")
+    page.wait(lambda: not page.all(menu), "the end of the menu, which would cover the question")
     page.click(".st-key-delete-now button")
     page.sees("What shall we talk about?")
     assert "quiet" not in page.text
-
-
-def menu_opened(page: Any) -> None:
-    """Of what can be done with a conversation: a click on an open one would close it."""
-    def opened() -> Any:
-        if not page.all(".st-key-delete button"):
-            next(each for each in page.all(".st-key-more button") if each.is_displayed()).click()
-            time.sleep(0.5)
-        return page.all(".st-key-delete button")
-
-    page.wait(opened)
 
 
 def test_what_a_model_writes_does_nothing(page: Any, served: str) -> None:
@@ -211,8 +261,8 @@ def test_what_a_model_writes_does_nothing(page: Any, served: str) -> None:
               "![](http://attacker.example/x.png) [go](javascript:document.title='taken') costs $5 and $6")
     page.click("[data-testid=stBaseButton-primaryFormSubmit]")
     page.sees("costs $5 and $6")
-    time.sleep(0.5)
-    assert page.driver.title != "taken"
+    page.one("[class*=st-key-info-]")  # all of it has been drawn
+    assert page.driver.title == "Who are you? \u00b7 torchchat"
     assert "<script>" in page.text
     asked = [json.loads(each["message"])["message"] for each in page.driver.get_log("performance")]
     urls = [each["params"]["response"]["url"] for each in asked if each["method"] == "Network.responseReceived"]
@@ -224,16 +274,18 @@ def test_two_models_are_compared(page: Any, served: str, request: pytest.Fixture
     from selenium.webdriver.common.keys import Keys
 
     page.open(f"{served}/compare")
+    page.sees("Both are the same now")
     page.one(".st-key-compared-prompt textarea").send_keys("Who are you?")
     page.fill("[class*=st-key-recipe-compare-right] input", "linear:int8", Keys.ENTER)
     page.click(".st-key-ask-both button")
     page.sees("nswers are the same")
+    assert "Both are the same now" not in page.text
     assert "linear:int8" in page.one(".st-key-compared-right").text
     page.click(".st-key-verify button")
     page.sees("Mean KL divergence")
     page.sees("agree")
     page.resize(1280, 1500)
-    kept(page, request, "compare")
+    pictured(page, request, "compare")
     page.resize(1280, 860)
 
 
@@ -250,10 +302,11 @@ def test_what_recipes_cost_is_measured_and_drawn(page: Any, run_browser: Callabl
     page.sees("Measurements")
     page.driver.switch_to.frame(page.one("iframe"))
     page.sees("perplexity")
+    assert "TinyStories-656K" in page.text
     page.driver.switch_to.default_content()
     assert "What each recipe costs" in page.text
     page.resize(1280, 1250)
-    kept(page, request, "measure")
+    pictured(page, request, "measure")
     page.resize(1280, 860)
 
 
@@ -266,24 +319,60 @@ def test_it_is_readable_in_light_and_dark_and_on_a_phone(page: Any, served: str,
     page.resize(**settings)
     try:
         fresh(page, served)
-        kept(page, request, f"welcome-{name}")
+        pictured(page, request, f"welcome-{name}")
         page.send(STORY)
         page.answers(1)
-        assert contrast(page) > 4.5
+        assert contrast(page, "[class*=st-key-said-assistant] p") > 4.5
         assert page.driver.execute_script("return document.documentElement.scrollWidth") <= settings["width"]
-        kept(page, request, f"chat-{name}")
+        pictured(page, request, f"chat-{name}")
     finally:
         page.scheme("light")
         page.resize(1280, 860)
 
 
-def contrast(page: Any) -> float:
-    """Between an answer and what is behind it, as WCAG 2 has it."""
+def test_buttons_can_be_read_and_stay_in_reach(page: Any, served: str, kept: Conversations) -> None:
+    conversation = kept.create("A long one", Configuration().to_json())
+    for _ in range(12):
+        kept.add(conversation, "user", [(STORY, Details())])
+        kept.add(conversation, "assistant", [("Once upon a time.\n\n" * 5, Details())])
+    page.scheme("dark")
+    try:
+        page.open(f"{served}/?{NAMED}={conversation}")
+        page.answers(12)
+        page.wait(lambda: page.driver.execute_script(
+            "return document.querySelector('[data-testid=stAppScrollToBottomContainer]').scrollTop > 1000"), "the end")
+        page.click(".st-key-settings button")  # of the heading
+        page.sees("Executor")
+        assert contrast(page, "[class*=st-key-apply-] button") > 4.5
+        assert contrast(page, "[data-testid=stTab][aria-selected=true]") > 4.5
+    finally:
+        page.scheme("light")
+
+
+def test_on_a_phone_the_list_makes_way_for_what_was_chosen(page: Any, served: str, kept: Conversations) -> None:
+    conversation = kept.create("Chosen on a phone", Configuration().to_json())
+    kept.add(conversation, "user", [("Good morning", Details())])
+    page.resize(**PHONE)
+    try:
+        fresh(page, served)
+        page.click("[data-testid=stExpandSidebarButton]")
+        page.click(f".st-key-open-{conversation} button")
+        page.wait(lambda: page.messages("user") == ["Good morning"], "the conversation")
+        page.wait(lambda: page.driver.execute_script("""
+            const side = document.querySelector('[data-testid=stSidebar]').getBoundingClientRect();
+            return side.right <= 1 || side.width < 1"""), "the end of the list")
+    finally:
+        page.resize(1280, 860)
+
+
+def contrast(page: Any, selector: str) -> float:
+    """Between a text and what is behind it, as WCAG 2 has it."""
+    page.one(selector)
     found = page.driver.execute_script("""
-        const text = document.querySelector('[class*=st-key-said-assistant] p');
+        const text = document.querySelector(arguments[0]);
         let behind = text;
         while (getComputedStyle(behind).backgroundColor.match(/, 0\\)$/)) behind = behind.parentElement;
-        return [getComputedStyle(text).color, getComputedStyle(behind).backgroundColor];""")
+        return [getComputedStyle(text).color, getComputedStyle(behind).backgroundColor];""", selector)
     lights = [_luminance([float(part) for part in re.findall(r"[\d.]+", colour)[:3]]) for colour in found]
     return (max(lights) + 0.05) / (min(lights) + 0.05)
 
@@ -293,10 +382,13 @@ def _luminance(channels: list[float]) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def kept(page: Any, request: pytest.FixtureRequest, name: str) -> None:
+def pictured(page: Any, request: pytest.FixtureRequest, name: str) -> None:
     """A picture of the page, where the command line asks for such."""
     folder = request.config.getoption("--screenshots", default=None)
     if folder is not None:
         page.driver.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": 1, "y": 1})
-        time.sleep(0.7)  # until nothing moves any more
+        page.driver.execute_async_script("""
+            const done = arguments[0];  // once nothing moves any more
+            const ending = document.getAnimations().filter(each => each.effect.getComputedTiming().endTime < Infinity);
+            Promise.allSettled(ending.map(each => each.finished)).then(() => setTimeout(done, 300))""")
         page.driver.save_screenshot(str(folder / f"browser-{name}.png"))

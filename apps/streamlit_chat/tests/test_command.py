@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tc_streamlit_chat.command import make_services
 from tc_streamlit_chat.serving import Guard, owner_of, policy
 from torchchat_core.cli.main import main
 from torchchat_core.plugins import load_registry
@@ -49,13 +52,50 @@ def test_what_is_wrong_is_told_before_anything_is_served(capsys: pytest.CaptureF
     assert (code, message in told) == (status, True), told
 
 
-def test_a_port_that_is_taken_is_told(tmp_path: Any) -> None:
+def test_what_is_not_installed_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "streamlit" else found(name))
+    assert ended(capsys) == (1, "error: the browser chat needs streamlit\ntry: pip install tc-streamlit-chat\n")
+
+
+def test_ctrl_c_ends_it_though_a_page_is_open(tmp_path: Any) -> None:
+    process = subprocess.Popen([sys.executable, "-m", "torchchat_core", "browser", "--port", "0", "--conversations",
+                                str(tmp_path / "c")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    address = process.stdout.readline().partition("://")[2].strip()
+    host, _, port = address.partition(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:  # a page that is open
+        connection.sendall(f"GET /_stcore/stream HTTP/1.1\r\nHost: {address}\r\nConnection: Upgrade\r\nUpgrade: "
+                           "websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: "
+                           "dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode())
+        assert connection.recv(12).split()[1] == b"101"
+        process.send_signal(signal.SIGINT)
+        out, told = process.communicate(timeout=60)
+    assert (process.returncode, out, told) == (0, "", "")
+
+
+def test_an_address_that_cannot_be_used_is_told_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str],
+                                                                           tmp_path: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        done = subprocess.run([sys.executable, "-m", "torchchat_core", "browser", "--port", str(port),
-                               "--conversations", str(tmp_path / "c")], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert f"cannot listen at 127.0.0.1:{port}" in done.stderr
+        port = str(taken.getsockname()[1])
+        status, told = ended(capsys, "no-such-model", "--port", port, "--conversations", str(tmp_path / "c"))
+    assert (status, told) == (1, f"error: cannot listen at 127.0.0.1:{port}: Address already in use\n"
+                                 "try: choose another --port, or end what is using it\n")
+    status, told = ended(capsys, "no-such-model", "--host", "nowhere.invalid", "--port", "0")
+    assert status == 1
+    assert "cannot listen at nowhere.invalid:0" in told
+    assert "try: name an address of this machine with --host" in told
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_model_that_a_server_does_not_list_is_told(capsys: pytest.CaptureFixture[str],
+                                                     monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    found = httpx.Response(200, json={"data": [{"id": "one"}, {"id": "two"}]})
+    monkeypatch.setattr(httpx, "get", lambda *_, **__: found)
+    flags = {"url": "http://127.0.0.1:9", "api_key": None, "model": "three", "conversations": str(tmp_path / "c"),
+             "system": None, "max_new_tokens": None, "stop": (), "num_samples": 1, "logit_bias": ()}
+    make_services(flags, load_registry(), True).close()
+    assert capsys.readouterr().err == "warning: http://127.0.0.1:9/v1 lists no model 'three'; it has one, two\n"
 
 
 def test_pages_of_other_hosts_and_names_are_kept_out(served: str) -> None:

@@ -8,9 +8,9 @@ from tc_streamlit_chat.configuration import Configuration
 from torchchat_core.errors import TorchchatError
 from torchchat_core.pipeline import ModelRequest
 
-FULL = Configuration(model="small", executor="eager", quantize="linear:int8", system="Be kind.", max_new_tokens=9,
-                     sampling={"temperature": 0.5, "logit_bias": {7: -1.0}, "seed": 3}, stop=("\n", "END"),
-                     num_samples=2, transcript=True)
+FULL = Configuration(model="small", executor="eager", quantize="linear:int8", device="cpu", dtype="fp32",
+                     system="Be kind.", max_new_tokens=9, stop=("\n", "END"), num_samples=2, transcript=True,
+                     sampling={"temperature": 0.5, "logit_bias": {7: -1.0}, "seed": 3})
 
 
 def test_it_comes_back_from_json() -> None:
@@ -52,3 +52,11 @@ def test_the_command_lines_model_keeps_its_files_and_another_one_brings_its_own(
     assert (other.model, other.checkpoint_path, other.tokenizer_path, other.quantize) == ("other", None, None, None)
     assert (other.executor, other.device) == ("compile", "cpu")
     assert Configuration(executor="eager").request(base).defaults == frozenset()  # asked for now
+
+
+def test_device_and_dtype_go_before_those_of_the_command_line() -> None:
+    base = ModelRequest(device="cpu", dtype="fp16", defaults=frozenset({"dtype"}))
+    assert Configuration().request(base) == base
+    chosen = Configuration(device="cuda", dtype="fp32").request(base)
+    assert (chosen.device, chosen.dtype, chosen.defaults) == ("cuda", "fp32", frozenset())
+    assert Configuration(dtype="").request(base).dtype is None  # the checkpoint's own

@@ -13,8 +13,10 @@ from tc_streamlit_chat.markdown import plain, shown
     ("the formula $x^2$ holds", "the formula $x^2$ holds"),
     ("$$\\sum_i x_i$$", "$$\\sum_i x_i$$"),
     (r"so \(a+b\) and \[c\]", "so $a+b$ and $$c$$"),
-    (":red[hot] and :material/home: and :smile:", r"\:red[hot] and \:material/home: and \:smile:"),
-    ("at 10:30, see https://example.org", "at 10:30, see https://example.org"),
+    (":red[hot] and :material/home: and :+1:", "\\:red[hot] and :\u2060material/home: and :\u2060+1:"),
+    ("<https://example.org/?b=$c> and https://example.org/$d",
+     "<https://example.org/?b=%24c> and https://example.org/%24d"),
+    ("at 10:30:45, see https://example.org", "at 10:30:45, see https://example.org"),
     ("`cost = $5` and `:red[x]`", "`cost = $5` and `:red[x]`"),
     ("```sh\necho $HOME $PATH\n```\nthen $5", "```sh\necho $HOME $PATH\n```\nthen \\$5"),
     ("```\nstill being written $HOME", "```\nstill being written $HOME"),
@@ -25,6 +27,7 @@ def test_an_answer_as_markdown(text: str, expected: str) -> None:
     assert shown(text) == expected
 
 
-def test_what_a_person_typed_has_no_meaning() -> None:
+def test_a_label_has_no_meaning() -> None:
     assert plain("*a* <b> [c](d)\n$e$ :red[f]") == \
         "\\*a\\* \\<b\\> \\[c\\]\\(d\\)  \n\\$e\\$ \\:red\\[f\\]"
+    assert plain(":smile: a -> b") == "\\:\u2060smile\\: a \\-\u2060\\> b"

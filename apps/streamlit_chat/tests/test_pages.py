@@ -21,8 +21,9 @@ from tc_streamlit_chat.serving import PAGE
 from tc_streamlit_chat.store import Conversations, Store
 from tc_streamlit_chat.turns import Turns
 from torchchat_core.errors import TorchchatError
-from torchchat_core.pipeline import ModelRequest
+from torchchat_core.pipeline import ModelRequest, has_device
 from torchchat_core.plugins import load_registry
+from torchchat_core.specs import DTYPES
 
 SECONDS = 60
 
@@ -143,7 +144,7 @@ def test_every_sampling_option_has_a_control(services: Services) -> None:
     page = run(page)
     keys = " ".join(str(each.key) for kind in (page.number_input, page.text_input, page.text_area) for each in kind)
     assert all(f"{name}-new-" in keys for name in SAMPLING)
-    assert {each.label for each in page.selectbox} >= {"Model", "Executor", "Recipe"}
+    assert {each.label for each in page.selectbox} >= {"Model", "Executor", "Recipe", "Device", "Dtype"}
     executor = next(each for each in page.selectbox if each.label == "Executor")
     assert {"auto", "eager"} <= set(executor.options)
     assert "executorch" not in executor.options
@@ -162,6 +163,49 @@ def test_settings_belong_to_the_conversation(services: Services) -> None:
     assert (configuration.max_new_tokens, configuration.system) == (3, "Be kind.")
     assert configuration.sampling == {"temperature": 0.0}
     assert any("3 tokens" in each.value for each in page.caption)
+
+
+def picker(page: AppTest, label: str) -> Any:
+    return next(each for each in page.selectbox if each.label == label)
+
+
+def test_device_and_dtype_are_chosen_and_every_choice_leaves_what_fits(services: Services) -> None:
+    page = opened()
+    page.button(key="settings").click()
+    page = run(page)
+    assert picker(page, "Device").options == ["the fastest here (cpu)", "cpu"] or has_device("cuda")
+    assert picker(page, "Dtype").options == ["as the model is", *DTYPES]
+    assert [name for name in picker(page, "Model").options if name.startswith("embedded")] == ["embedded:guide"]
+    picker(page, "Dtype").set_value("fp32")
+    picker(page, "Device").set_value("cpu")
+    page = run(page)
+    next(each for each in page.button if str(each.key).startswith("apply-")).click()
+    page = answered(say(run(page), "Who are you?"), services)
+    configuration = Configuration.from_json(Conversations(services.store, "").listed()[0].configuration)
+    assert (configuration.device, configuration.dtype) == ("cpu", "fp32")
+    assert any("eager, cpu, fp32" in each.value for each in page.caption)
+
+
+def test_a_model_that_is_typed_is_not_downloaded_by_its_name_alone(services: Services,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tc_streamlit_chat.choices.fitting", lambda *_: pytest.fail("it was looked at"))
+    page = opened()
+    page.session_state["draft"] = Configuration(model="owner/name")
+    page.session_state["settings_open"] = True
+    page = run(page)
+    assert any("with the first question; what it can be run with" in each.value for each in page.caption)
+    assert picker(page, "Model").value == "owner/name"
+
+
+@pytest.mark.parametrize(("typed", "shown"), [("float32", "fp32"), ("fast", "fast"), (None, "")])
+def test_the_pickers_begin_with_what_the_command_line_says(services: Services, typed: str | None, shown: str) -> None:
+    from dataclasses import replace
+
+    services.models.base = replace(services.models.base, dtype=typed)  # type: ignore[union-attr]
+    page = opened()
+    page.button(key="settings").click()
+    assert picker(run(page), "Dtype").value == shown
+    services.models.base = replace(services.models.base, dtype=None)  # type: ignore[union-attr]
 
 
 def test_strangers_choose_from_what_is_here(models: tuple[LocalModels, Turns], services: Services) -> None:

@@ -82,6 +82,20 @@ def test_a_conversation_goes_on_from_the_answer_that_was_chosen(mine: Conversati
     assert [each.content for each in mine.messages(conversation)] == ["question"]
 
 
+def test_an_answer_that_was_changed_by_hand_says_so(mine: Conversations) -> None:
+    conversation = said(mine, "Hello", "Good morning")
+    answer = mine.messages(conversation)[1]
+    mine.change(conversation, answer.id, answer.content)
+    assert mine.messages(conversation)[1].details == answer.details  # the same words
+    mine.change(conversation, answer.id, "Good evening")
+    found = mine.messages(conversation)[1]
+    assert (found.content, found.details.reason, found.details.figures) == ("Good evening", "edited",
+                                                                            answer.details.figures)
+    assert "edited by hand" in found.details.line
+    Conversations(mine.store, "another").change(conversation, answer.id, "taken")
+    assert mine.messages(conversation)[1].content == "Good evening"
+
+
 def test_what_is_deleted_is_gone_and_a_late_answer_is_dropped(mine: Conversations) -> None:
     conversation = said(mine, "question", "answer")
     mine.delete(conversation)

@@ -13,7 +13,7 @@ import pytest
 
 from tc_streamlit_chat.configuration import Configuration
 from tc_streamlit_chat.local import LocalModels, continued
-from tc_streamlit_chat.questions import Question, Said
+from tc_streamlit_chat.questions import Question, Said, in_turns
 from tc_streamlit_chat.remote import RemoteModels
 from tc_streamlit_chat.turns import Outcome, Turn, Turns
 from torchchat_core.errors import TorchchatError
@@ -158,6 +158,14 @@ def test_a_model_without_a_template_continues_the_text(turns: Turns, testdata: A
     assert dialogue.error is None
 
 
+def test_a_question_without_an_answer_and_the_next_one_are_one_message() -> None:
+    said = [Said(role="user", content="Hello?"), Said(role="user", content="Who are you?"),
+            Said(role="assistant", content="A model."), Said(role="user", content="Good.")]
+    assert in_turns(said) == [{"role": "user", "content": "Hello?\n\nWho are you?"},
+                              {"role": "assistant", "content": "A model."}, {"role": "user", "content": "Good."}]
+    assert len(said) == 4
+
+
 def test_texts_are_joined_where_words_would_run_together() -> None:
     said = [Said(role="user", content="Once"), Said(role="assistant", content=" upon a time"),
             Said(role="user", content="there was"), Said(role="assistant", content=", long ago."),
@@ -215,7 +223,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Turns]]:
     """`server(lines, status)`: turns whose answers come from a server that says so."""
     monkeypatch.setattr(FakeServer, "asked", [])
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), FakeServer)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     opened: list[Turns] = []
 
     def start(lines: list[str], status: int = 200) -> Turns:

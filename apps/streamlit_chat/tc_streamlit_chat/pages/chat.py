@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import streamlit as st
 
@@ -12,7 +13,7 @@ from tc_streamlit_chat.local import LocalModels
 from tc_streamlit_chat.markdown import plain
 from tc_streamlit_chat.pages import frame
 from tc_streamlit_chat.pages.conversation_list import conversation_list, more_menu
-from tc_streamlit_chat.pages.session import CURRENT, DRAFT, EDITED, NAMED, SETTINGS, show_conversation
+from tc_streamlit_chat.pages.session import CURRENT, DRAFT, EDITED, NAMED, SETTINGS, WAITING, show_conversation
 from tc_streamlit_chat.pages.settings import settings_dialog
 from tc_streamlit_chat.questions import Question, Said
 from tc_streamlit_chat.services import Services
@@ -43,10 +44,14 @@ def page() -> None:
         _live(turn)
     elif current is not None:
         _after(services, mine, current, messages, turn)
-    typed = st.chat_input(_invitation(services, configuration), key="message", disabled=live,
-                          max_chars=MOST_CHARACTERS)
+    if current is not None:
+        _waiting(services, mine, current, live, ready=bool(messages) and messages[-1].role == "assistant"
+                 and (turn is None or turn.error is None))
+    typed = st.chat_input(_invitation(services, configuration), key="message", max_chars=MOST_CHARACTERS)
     text = typed or idea
     if text and text.strip():
+        if live and current is not None:
+            _keep_waiting(current, text)
         ask(services, mine, current, configuration, text)
     if st.session_state.get(SETTINGS):
         settings_dialog(services, mine, current, configuration)
@@ -81,12 +86,19 @@ def _configuration(services: Services, current: Conversation | None) -> Configur
 
 
 def ask(services: Services, mine: Conversations, current: Conversation | None, configuration: Configuration, text: str
-        ) -> None:
+        ) -> NoReturn:
     """Adds a message, and has it answered."""
     conversation = current.id if current is not None else mine.create(text, configuration.to_json())
     mine.add(conversation, "user", [(text, Details())])
     show_conversation(conversation)
     _answer(services, mine, conversation, configuration)
+    st.rerun()
+
+
+def _keep_waiting(current: Conversation, text: str) -> NoReturn:
+    """Who writes while an answer is being written need not wait: the message is sent after it."""
+    waiting = st.session_state.setdefault(WAITING, {})
+    waiting[current.id] = "\n\n".join(part for part in (waiting.get(current.id), text) if part)
     st.rerun()
 
 
@@ -108,12 +120,14 @@ def _answer(services: Services, mine: Conversations, conversation: str, configur
 
 def _heading(services: Services, mine: Conversations, current: Conversation | None, configuration: Configuration
              ) -> None:
+    st.set_page_config(page_title=f"{current.title} \u00b7 torchchat" if current is not None else "torchchat")
     with st.container(key="heading", horizontal=True, vertical_alignment="center", wrap=False):
         with st.container(gap=None):
             st.markdown(f"#### {plain(current.title)}" if current is not None else "#### New conversation",
                         anchors=False)
             st.caption(frame.model_line(services, configuration))
-        if st.button("Settings", icon=":material/tune:", key="settings", help="Model, answers and sampling"):
+        if st.button("Settings", icon=":material/tune:", key="settings", help="Model, answers and sampling",
+                     wrap=False):
             st.session_state[SETTINGS] = True
         if current is not None:
             more_menu(mine, current)
@@ -135,7 +149,7 @@ def _welcome(services: Services, configuration: Configuration) -> str | None:
     """What there is before the first message; the idea that was taken up."""
     chats = _chats(services, configuration)
     with st.container(key="welcome", horizontal_alignment="center"):
-        st.image(str(frame.FOLDER / "icon.svg"), width=56, alt="")
+        st.html(f"<img alt='' src='data:image/svg+xml;base64,{frame.icon()}'>", width="content")
         st.markdown("## What shall we talk about?" if chats else "## How does the story begin?", anchors=False,
                     text_alignment="center")
         st.caption("Everything stays with the model that you chose. Enter sends, Shift+Enter begins a new line."
@@ -163,14 +177,34 @@ def _messages(services: Services, mine: Conversations, current: Conversation | N
             _message(services, mine, current, message, last, live)
 
 
+def _waiting(services: Services, mine: Conversations, current: Conversation, live: bool, ready: bool) -> None:
+    """A message that was written meanwhile. It is sent once there is an answer before it; where that failed, its
+    writer decides."""
+    waiting = st.session_state.get(WAITING, {})
+    text = waiting.get(current.id)
+    if text is None:
+        return
+    if live or not ready:
+        with st.container(key="said-user-waiting"), st.chat_message("user", avatar=frame.AVATARS["user"]):
+            frame.show_text("user", text)
+            st.caption("Sent after this answer." if live else "Not sent, since there is no answer before it.")
+            with st.container(horizontal=True, key="tools-waiting"):
+                ready = not live and st.button("Send now", icon=":material/send:", type="tertiary", key="send-waiting")
+                if st.button("Take back", icon=":material/undo:", type="tertiary", key="take-back"):
+                    del waiting[current.id]
+                    st.rerun()
+    if ready and not live:
+        del waiting[current.id]
+        ask(services, mine, current, Configuration.from_json(current.configuration), text)
+
+
 def _message(services: Services, mine: Conversations, current: Conversation, message: StoredMessage, last: bool,
              live: bool) -> None:
     if message.role == "user":
         with st.container(horizontal=True, wrap=False, vertical_alignment="top", key=f"words-{message.id}"):
             with st.container():
                 frame.show_text("user", message.content)
-            if not live:
-                _edit_button(current, message)
+            _edit_button(current, message, disabled=live)
         return
     if message.content:
         frame.show_text("assistant", message.content)
@@ -182,9 +216,9 @@ def _message(services: Services, mine: Conversations, current: Conversation, mes
         _tools(services, mine, current, message, last)
 
 
-def _edit_button(current: Conversation, message: StoredMessage) -> None:
-    if st.button("", icon=":material/edit:", type="tertiary", help="Edit this message",
-                 key=f"edit-{current.id}-{message.id}"):
+def _edit_button(current: Conversation, message: StoredMessage, disabled: bool = False) -> None:
+    if st.button("Edit", icon=":material/edit:", type="tertiary", help="Edit this message",
+                 key=f"edit-{current.id}-{message.id}", disabled=disabled):
         st.session_state[EDITED] = message.id
         st.rerun()
 
@@ -195,7 +229,7 @@ def _tools(services: Services, mine: Conversations, current: Conversation, messa
     with st.container(key=f"tools-{place}", horizontal=True, gap="small"):
         if message.details.line:
             st.caption(plain(message.details.line), width="content")
-        with st.popover("", icon=":material/info:", type="tertiary", help="Figures, and the text to copy",
+        with st.popover("Figures", icon=":material/info:", type="tertiary", help="Figures, and the text to copy",
                         key=f"info-{place}"):
             frame.show_details(message.details, message.content)
         _edit_button(current, message)
@@ -212,10 +246,10 @@ def _pager(mine: Conversations, current: Conversation, message: StoredMessage) -
     """Goes through the answers to one question; the conversation goes on from the one that is seen."""
     place = f"{current.id}-{message.position}"
     with st.container(horizontal=True, gap=None, width="content", vertical_alignment="center", wrap=False):
-        back = st.button("", icon=":material/chevron_left:", type="tertiary", key=f"back-{place}",
+        back = st.button("Before", icon=":material/chevron_left:", type="tertiary", key=f"back-{place}",
                          help="The answer before", disabled=message.place == 0)
         st.caption(f"{message.place + 1} of {message.alternatives}", width="content")
-        on = st.button("", icon=":material/chevron_right:", type="tertiary", key=f"on-{place}",
+        on = st.button("Next", icon=":material/chevron_right:", type="tertiary", key=f"on-{place}",
                        help="The next answer", disabled=message.place == message.alternatives - 1)
     if back or on:
         mine.choose(current.id, message.position, message.place + (1 if on else -1))
@@ -231,7 +265,7 @@ def _editor(services: Services, mine: Conversations, current: Conversation, mess
             st.caption("What follows this message is replaced by a new answer.")
         with st.container(horizontal=True):
             saved = st.form_submit_button("Send" if asks else "Save", type="primary")
-            left = st.form_submit_button("Cancel")
+            left = st.form_submit_button("Cancel", shortcut="Esc")
     if left:
         st.session_state.pop(EDITED, None)
         st.rerun()
@@ -274,6 +308,7 @@ def _after(services: Services, mine: Conversations, current: Conversation, messa
     if turn is not None and turn.error is not None:
         frame.show_error(turn.error)
     if messages and messages[-1].role == "user" and st.session_state.get(EDITED) is None \
-            and st.button("Answer", icon=":material/refresh:", key="answer", help="Have the last message answered"):
+            and st.button("Answer" if turn is None or turn.error is None else "Try again", icon=":material/refresh:",
+                          key="answer", help="Have the last message answered"):
         _answer(services, mine, current.id, Configuration.from_json(current.configuration))
         st.rerun()

@@ -72,6 +72,8 @@ def _pickers(services: Services, settings: Configuration) -> dict[str, Configura
         with column, st.container(border=True):
             st.markdown(f"**{NAMES[side]}**")
             found[side] = model_pickers(services, settings, f"compare-{side}")
+    if found["left"] == found["right"]:
+        st.caption("Both are the same now: choose another model, or another way to run it, on one side.")
     return found
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date, datetime
+from functools import partial
 
 import streamlit as st
 
@@ -15,6 +16,10 @@ from tc_streamlit_chat.services import Services
 from tc_streamlit_chat.store import Conversation, Conversations
 from torchchat_core.errors import TorchchatError
 
+LONGEST_SEARCH = 200  # characters
+MENU = "more"  # whether the menu is open
+EXPORTS = (("Markdown", as_markdown, ".md", "text/markdown", ":material/download:"),
+           ("JSON", as_json, ".json", "application/json", ":material/data_object:"))
 SHOWN = 100  # conversations of the list; a search finds the others
 
 
@@ -23,12 +28,12 @@ def conversation_list(services: Services, mine: Conversations, current: Conversa
     if st.button("New conversation", icon=":material/add_comment:", width="stretch", key="new", shortcut="Alt+N"):
         show_conversation(None)
         st.rerun()
-    search = st.text_input("Search conversations", placeholder="Search conversations", type="search", max_chars=200,
+    search = st.text_input("Search conversations", placeholder="Search conversations", type="search", live=True,
                            label_visibility="collapsed", key="search", icon=":material/search:") or ""
-    found = mine.listed(search)
+    found = mine.listed(search[:LONGEST_SEARCH])
     with st.container(key="conversations"):
         if not found:
-            st.caption("Nothing has these words." if search.strip() else "Conversations will be listed here.")
+            st.caption("No conversation has these words." if search.strip() else "Conversations will be listed here.")
         for heading, group in _by_age(found[:SHOWN]):
             st.caption(heading)
             for each in group:
@@ -62,35 +67,44 @@ def _by_age(found: Sequence[Conversation]) -> Iterator[tuple[str, list[Conversat
 
 def more_menu(mine: Conversations, current: Conversation) -> None:
     """Rename, export, delete."""
-    with st.popover("", icon=":material/more_vert:", help="Rename, export, delete", key="more"):
+    with st.popover("More", icon=":material/more_vert:", help="Rename, export, delete", key=MENU,
+                    on_change="rerun"):
         with st.form(key=f"rename-{current.id}", border=False):
-            title = st.text_input("Title", value=current.title, max_chars=200, key=f"title-{current.id}")
-            if st.form_submit_button("Rename", icon=":material/edit:", width="stretch"):
-                _renamed(mine, current, title or "")
-        messages = mine.messages(current.id)
-        st.download_button("Export as Markdown", as_markdown(current, messages), file_name(current, ".md"),
-                           "text/markdown", icon=":material/download:", width="stretch", on_click="ignore",
-                           key="export-markdown")
-        st.download_button("Export as JSON", as_json(current, messages), file_name(current, ".json"),
-                           "application/json", icon=":material/data_object:", width="stretch", on_click="ignore",
-                           key="export-json")
-        if st.button("Delete\u2026", icon=":material/delete:", width="stretch", key="delete"):
-            _delete(mine, current)
+            title = st.text_input("Title", value=current.title, key=f"title-{current.id}") or ""
+            if st.form_submit_button("Rename", icon=":material/edit:", width="stretch",
+                                     on_click=_rename, args=(mine, current)) and not title.strip():
+                frame.show_error(TorchchatError("the title is empty", "give the conversation a name"))
+        for name, write, suffix, kind, icon in EXPORTS:
+            st.download_button(f"Export as {name}", partial(_exported, mine, current, write),
+                               file_name(current, suffix), kind, icon=icon, width="stretch", on_click="ignore",
+                               key=f"export{suffix.replace('.', '-')}")
+        deleting = st.button("Delete\u2026", icon=":material/delete:", width="stretch", key="delete",
+                             on_click=_close_menu)
+    if deleting:
+        _delete(mine, current)
 
 
-def _renamed(mine: Conversations, current: Conversation, title: str) -> None:
-    try:
+def _exported(mine: Conversations, current: Conversation, write: Callable[..., str]) -> str:
+    """Made when it is asked for: what was said then."""
+    return write(mine.find(current.id) or current, mine.messages(current.id))
+
+
+def _close_menu() -> None:
+    """It would cover the question whether to delete."""
+    st.session_state[MENU] = False
+
+
+def _rename(mine: Conversations, current: Conversation) -> None:
+    title = str(st.session_state.get(f"title-{current.id}") or "")
+    if title.strip():
         mine.rename(current.id, title)
-    except TorchchatError as error:
-        frame.show_error(error)
-    else:
-        st.rerun()
+        _close_menu()
 
 
 @st.dialog("Delete this conversation?")
 @frame.guarded
 def _delete(mine: Conversations, current: Conversation) -> None:
-    st.write(plain(current.title))
+    st.text(current.title)
     st.caption("Its messages are deleted for good.")
     with st.container(horizontal=True, horizontal_alignment="right"):
         if st.button("Keep it", key="keep"):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import secrets
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec
 
 import streamlit as st
 
-from tc_streamlit_chat.choices import base_name, short_name
+from tc_streamlit_chat.choices import AUTO, FASTEST, base_name, short_name
 from tc_streamlit_chat.configuration import Configuration
 from tc_streamlit_chat.figures import Details
 from tc_streamlit_chat.local import LocalModels
@@ -53,7 +54,15 @@ def prepare() -> None:
     st.set_page_config(page_title="torchchat", page_icon=icon, layout="centered", initial_sidebar_state="auto",
                        menu_items={"About": ABOUT})
     st.logo(icon, size="large")
-    st.html(f"<style>{(FOLDER / 'style.css').read_text(encoding='utf-8')}</style>")
+    st.html(FOLDER / "style.css")
+    with st.container(key="keyboard"):  # which takes no room
+        st.html(f"<script>{(FOLDER / 'keyboard.js').read_text(encoding='utf-8')}</script>",
+                unsafe_allow_javascript=True)
+
+
+def icon() -> str:
+    """The icon in base64."""
+    return b64encode((FOLDER / "icon.svg").read_bytes()).decode()
 
 
 def conversations(found: Services) -> Conversations:
@@ -80,9 +89,9 @@ def model_line(services: Services, configuration: Configuration) -> str:
     if known is not None:
         return plain(f"{name} · {known.line}")
     request = configuration.request(services.models.base)
-    parts = [name, *([request.executor] if request.executor != "auto" else []),
-             *([request.quantize] if request.quantize else []), "loaded with the first question"]
-    return plain(" · ".join(parts))
+    how = [each for each in (request.executor, request.device, request.dtype, request.quantize)
+           if each not in (AUTO, FASTEST, None)]
+    return plain(" · ".join(part for part in (name, ", ".join(how), "loaded with the first question") if part))
 
 
 def show_error(error: TorchchatError) -> None:
@@ -93,7 +102,10 @@ def show_error(error: TorchchatError) -> None:
 
 def show_text(role: str, text: str) -> None:
     """A message: what a person typed as it is, what a model wrote as Markdown."""
-    st.markdown(shown(text) if role == "assistant" else plain(text))
+    if role == "assistant":
+        st.markdown(shown(text))
+    else:
+        st.text(text)
 
 
 def show_progress(turn: Turn, sample: Sample) -> None:

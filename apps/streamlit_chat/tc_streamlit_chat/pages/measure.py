@@ -17,7 +17,7 @@ from tc_streamlit_chat.pages import frame
 from tc_streamlit_chat.pages.compare import watch
 from tc_streamlit_chat.services import Services
 from torchchat_core.errors import TorchchatError
-from torchchat_core.pipeline import ModelRequest
+from torchchat_core.pipeline import DEFAULT_MODEL, ModelRequest
 from torchchat_core.plugins import Registry
 
 PLACE = "measure"  # of the one job: measurements belong to the machine
@@ -29,6 +29,8 @@ EXPLAINED = {
                "torchchat quantize \\-\\-report.",
 }
 AS_IS = "as the model is"
+SEEN = "seen_measurement"  # the one that was shown when it was done
+SHOWN = "measurement"  # the one that is shown
 USUAL = ("linear:int8", "linear:int4")  # recipes that are measured unless others are chosen
 HEIGHT = 760  # pixels of a drawn page
 
@@ -93,6 +95,8 @@ def _new(services: Services, models: LocalModels) -> None:
         watch(job)
     elif job is not None and job.error is not None:
         frame.show_error(job.error)
+    elif job is not None and job.result is not None and st.session_state.get(SEEN) != job.result:
+        st.session_state[SEEN] = st.session_state[SHOWN] = job.result
 
 
 def speed(request: ModelRequest, executors: Sequence[str], recipes: Sequence[str | None], registry: Registry
@@ -108,18 +112,18 @@ def speed(request: ModelRequest, executors: Sequence[str], recipes: Sequence[str
                       request=Configuration(executor=executor, quantize=recipe or "").request(request))
                   for recipe in recipes for executor in executors]
         rows, failed = [], []
-        with task("measuring", total=len(wanted)) as done:
-            for way in wanted:
-                if given_up():
-                    break
+        for number, way in enumerate(wanted):
+            if given_up():
+                break
+            with task(f"{way.executor}, {way.recipe or AS_IS}", total=len(wanted)) as measured:
+                measured.advance(number)
                 try:
                     rows.append(measure_way(way, registry))
                 except TorchchatError as error:
                     failed.append(Failed(executor=way.executor, recipe=way.recipe, reason=error.message, fix=error.fix))
-                done.advance(1)
         if not rows:
             raise TorchchatError(failed[0].reason, failed[0].fix) if failed else GivenUp
-        return html_page(request.model or request.checkpoint_path or "the default model", rows, failed)
+        return html_page(short_name(request.model or request.checkpoint_path or DEFAULT_MODEL), rows, failed)
 
     return work
 
@@ -150,15 +154,27 @@ def _kept(services: Services) -> None:
     st.divider()
     labels = {each.id: f"{each.title}, {datetime.fromtimestamp(each.created):%Y-%m-%d %H:%M}" for each in found}
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        chosen = st.selectbox("Measurements", list(labels), format_func=labels.__getitem__, key="measurement")
+        chosen = st.selectbox("Measurements", list(labels), format_func=lambda each: labels.get(each, ""), key=SHOWN)
         content = services.store.page(chosen) if chosen is not None else None
         if chosen is None or content is None:
             return
         name = re.sub(r"[^\w-]+", "-", labels[chosen], flags=re.ASCII).lower()
-        st.download_button("", content, f"{name}.html", "text/html", icon=":material/download:", on_click="ignore",
+        st.download_button("Save", content, f"{name}.html", "text/html", icon=":material/download:", on_click="ignore",
                            key="download-measurement", help="The page as a file that needs nothing else")
-        if st.button("", icon=":material/delete:", key="delete-measurement", help="Delete this measurement"):
-            services.store.delete_measurement(chosen)
-            st.rerun()
+        if services.private and st.button("Delete", icon=":material/delete:", key="delete-measurement",
+                                          help="Delete this measurement"):
+            _delete(services, chosen, labels[chosen])
     st.iframe(content, height=HEIGHT)
 
+
+
+@st.dialog("Delete this measurement?")
+@frame.guarded
+def _delete(services: Services, measurement: int, label: str) -> None:
+    st.text(label)
+    with st.container(horizontal=True, horizontal_alignment="right"):
+        if st.button("Keep it", key="keep-measurement"):
+            st.rerun()
+        if st.button("Delete", type="primary", icon=":material/delete:", key="delete-measurement-now"):
+            services.store.delete_measurement(measurement)
+            st.rerun()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
-from tc_streamlit_chat.choices import AUTO, base_name, choices, offered, short_name
+from tc_streamlit_chat.choices import AUTO, FASTEST, base_name, choices, known_recipes, offered, short_name
 from tc_streamlit_chat.configuration import MOST_SAMPLES, SAMPLING, Configuration
 from tc_streamlit_chat.local import LocalModels
 from tc_streamlit_chat.markdown import plain
@@ -17,11 +18,15 @@ from tc_streamlit_chat.pages.session import DRAFT, SETTINGS
 from tc_streamlit_chat.services import Services
 from tc_streamlit_chat.store import Conversation, Conversations
 from torchchat_core.errors import TorchchatError
+from torchchat_core.fitting import Fitting
 from torchchat_core.generation_options import SamplingOptions
 from torchchat_core.options import detail_of, from_text, value_type
+from torchchat_core.pipeline import DTYPE_NAMES, ModelRequest, choose_device
 
-AS_IS = ""  # of recipes: the model as it is
+AS_IS = ""  # of recipes and dtypes: the model as it is
 MOST_EXACT = (1 << 53) - 1  # the largest whole number that a browser's numbers can say
+FASTEST_DTYPES = ("fast", "fast16")  # of the command line
+LABELS = {"top_k": "Top-k", "top_p": "Top-p", "min_p": "Min-p"}
 STEPS = {int: 1, float: 0.05}
 LONGEST = 1 << 20  # tokens of an answer
 
@@ -60,18 +65,18 @@ def _form(services: Services, configuration: Configuration, place: str) -> Confi
         sampling = _sampling_controls(chosen.sampling, known.defaults if known is not None else {},
                                       f"{place}-{chosen.model}")
     with st.container(horizontal=True, horizontal_alignment="right"):
-        if st.button("As at the start", key=f"reset-{place}", help="What the command line says"):
+        if st.button("Reset", key=f"reset-{place}", help="Everything as the command line says"):
             return services.start
         if st.button("Apply", type="primary", key=f"apply-{place}"):
             return replace(chosen, sampling=sampling)
     return None
 
 
-# ---- model, executor, recipe ---------------------------------------------------------------------------------------
+# ---- model, executor, recipe, device, dtype ------------------------------------------------------------------------
 
 
 def model_pickers(services: Services, configuration: Configuration, place: str) -> Configuration:
-    """The configuration with the model, the executor and the recipe that are chosen.
+    """The configuration with the model, and how it runs, that are chosen.
 
     Raises `TorchchatError` for a model that cannot be opened, or that this page may not use.
     """
@@ -81,26 +86,50 @@ def model_pickers(services: Services, configuration: Configuration, place: str) 
     if not isinstance(services.models, LocalModels):
         st.caption(plain(f"Runs on {services.models.url}, which chooses how."))
         return chosen
-    listed = {each.model: each for each in choices.models(services)}
-    if chosen.model in listed and not listed[chosen.model].here:
-        st.caption("It is downloaded with the first question; what it can be run with is known then.")
-        return replace(chosen, executor=None, quantize=None)
-    request = chosen.request(services.models.base)
-    found = choices.fitting(services, request)
-    executors = [AUTO, *found.executors]
-    executor = st.selectbox("Executor", executors, key=f"executor-{place}-{chosen.model}",
-                            index=executors.index(request.executor) if request.executor in executors else 0,
-                            help="What runs the model. auto takes the fastest that is known to fit.")
-    recipes = [recipe or AS_IS for recipe in found.recipes]
-    if request.quantize is not None and request.quantize not in recipes:
-        recipes.append(request.quantize)
-    recipe = st.selectbox("Recipe", recipes, key=f"recipe-{place}-{chosen.model}",
-                          format_func=lambda name: name or "as the model is",
-                          index=recipes.index(request.quantize or AS_IS),
-                          help="How the weights are made smaller. Fewer bits: less memory, more speed, less quality.")
-    offered([executor], executors)
-    offered([recipe], recipes)
-    return replace(chosen, executor=executor, quantize=recipe)
+    if not choices.is_here(services, chosen.model):
+        st.caption("It is looked for, and downloaded, with the first question; what it can be run with is known then.")
+        return replace(chosen, executor=None, quantize=None, device=None, dtype=None)
+    return _ways(services, chosen.request(services.models.base), chosen, f"{place}-{chosen.model}")
+
+
+def _ways(services: Services, wished: ModelRequest, configuration: Configuration, place: str) -> Configuration:
+    """How the model runs. Every choice leaves of the following ones what goes with it, so that all of them fit."""
+    upper, lower = st.columns(2), st.columns(2)
+    request = replace(wished, executor=AUTO, quantize=None, device=FASTEST, dtype=None)
+
+    def fitting() -> Fitting:
+        return choices.fitting(services, request)
+
+    devices = fitting().devices
+    if devices:  # an exported file was made for one device, and in one dtype
+        request = replace(request, device=_picked(
+            lower[0], "Device", [FASTEST, *devices], wished.device, f"device-{place}",
+            names={FASTEST: f"the fastest here ({choose_device(FASTEST)})"}, help="Where the model is computed."))
+        dtype = DTYPE_NAMES.get(wished.dtype or AS_IS, wished.dtype or AS_IS)
+        dtypes = [AS_IS, *fitting().dtypes, *([dtype] if dtype in FASTEST_DTYPES else [])]
+        request = replace(request, dtype=_picked(
+            lower[1], "Dtype", dtypes, dtype, f"dtype-{place}",
+            help="What it computes in: fp32 is exact and slow, bf16 and fp16 take half the memory.") or None)
+    request = replace(request, executor=_picked(
+        upper[0], "Executor", [AUTO, *fitting().executors], wished.executor, f"executor-{place}",
+        help="What runs the model. auto takes the fastest that is known to fit."))
+    recipes = [recipe or AS_IS for recipe in fitting().recipes]
+    if wished.quantize is not None and wished.quantize not in (*recipes, *known_recipes(services.registry)):
+        recipes.append(wished.quantize)  # one of the command line: a file, or JSON
+    recipe = _picked(upper[1], "Recipe", recipes, wished.quantize, f"recipe-{place}",
+                     help="How the weights are made smaller. Fewer bits: less memory, more speed, less quality.")
+    return replace(configuration, executor=request.executor, quantize=recipe,
+                   device=request.device if devices else None, dtype=(request.dtype or AS_IS) if devices else None)
+
+
+def _picked(column: DeltaGenerator, label: str, options: Sequence[str], wished: str | None, key: str, *, help: str,
+            names: Mapping[str, str] | None = None) -> str:
+    """One of the options: at first the one that is wished for, where it is among them."""
+    shown = {AS_IS: "as the model is", **(names or {})}
+    found = column.selectbox(label, options, key=key, help=help, format_func=lambda name: shown.get(name, name),
+                             index=options.index(wished) if wished in options else 0)
+    offered([found], options)
+    return str(found)
 
 
 def _model(services: Services, configuration: Configuration, place: str) -> str | None:
@@ -168,7 +197,7 @@ def _sampling_control(name: str, value: Any, key: str) -> Any:
     declared = SAMPLING[name]
     detail = detail_of(declared)
     kind: Any = value_type(SamplingOptions, name)
-    label = name.replace("_", " ").capitalize()
+    label = LABELS.get(name, name.replace("_", " ").capitalize())
     known = f"{detail.help[0].upper()}{detail.help[1:]}" + (f" [{detail.range}]" if detail.range else "")
     if issubclass(kind, Mapping):
         return _bias(st.text_area(label, value="\n".join(f"{token}={bias:g}" for token, bias in value.items()), key=key,
@@ -183,7 +212,8 @@ def _sampling_control(name: str, value: Any, key: str) -> Any:
         low = detail.above + step
     found = st.number_input(label, min_value=None if low is None else kind(low),
                             max_value=None if detail.maximum is None else kind(detail.maximum),
-                            value=kind(max(value, low) if low is not None else value), step=step, key=key, help=known)
+                            value=kind(max(value, low) if low is not None else value), step=step, key=key, help=known,
+                            format="%d" if kind is int else "%g")
     return kind(found) if found is not None else value
 
 
