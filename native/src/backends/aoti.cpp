@@ -4,51 +4,25 @@
 #include <ATen/Version.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 #include <c10/core/InferenceMode.h>
 #include <dlfcn.h>
-#include <sys/mman.h>
-#include <torch/csrc/inductor/aoti_runner/model_container_runner_cpu.h>
 #include <torch/headeronly/version.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <array>
-#include <filesystem>
 #include <sstream>
 
-#include "artifact/artifact.h"
 #include "artifact/scratch_folder.h"
+#include "backends/aoti_parts.h"
 #include "backends/runtimes.h"
+#include "backends/token_decoder.h"
 #include "error.h"
 #include "json.h"
 
 namespace torchchat {
 namespace {
 
-using Runner = torch::inductor::AOTIModelContainerRunnerCpu;
-using Tensors = std::vector<at::Tensor>;
-
 constexpr std::int64_t first_capacity = 256;  // positions of a KV cache, which doubles as the sequence grows
-constexpr std::int64_t largest_size = std::int64_t{1} << 40;
-constexpr std::size_t most_dimensions = 8;
-
-Error unusable(const std::string& what) {
-    return Error("the file cannot be run: " + what, "export the model again, with the PyTorch that this program has");
-}
-
-std::string first_line(std::string_view text) {
-    return shown(text.substr(0, text.find('\n')), 300);
-}
-
-at::ScalarType dtype_of(const std::string& name) {
-    static const std::map<std::string, at::ScalarType> known = {
-        {"fp32", at::kFloat}, {"bf16", at::kBFloat16}, {"fp16", at::kHalf}, {"uint8", at::kByte},
-        {"int8", at::kChar},  {"int32", at::kInt},     {"int64", at::kLong}};
-    const auto found = known.find(name);
-    if (found == known.end()) throw unusable("it has the dtype " + shown(name));
-    return found->second;
-}
 
 // ---- what the file asks of the machine and of libtorch ----------------------------------------------------------
 
@@ -102,109 +76,6 @@ void load_operators(const Artifact& artifact, const ScratchFolder& folder) {
     }
 }
 
-// ---- weights and programs ---------------------------------------------------------------------------------------
-
-std::vector<std::int64_t> shape_of(const nlohmann::json& declared) {
-    const nlohmann::json* listed = member(declared, "shape");
-    if (listed == nullptr || !listed->is_array() || listed->size() > most_dimensions) {
-        throw unusable("a weight has no shape");
-    }
-    std::vector<std::int64_t> shape;
-    for (const auto& length : *listed) shape.push_back(number({{"length", length}}, "length", 0, largest_size));
-    return shape;
-}
-
-// Packed weights, of which every token reads all, on large pages, which are read faster; where the file's operators
-// have that. The file's own pages are let go.
-at::Tensor in_weight_memory(const at::Tensor& mapped) {
-    const auto found = c10::Dispatcher::singleton().findSchema({"torchchat::in_weight_memory", ""});
-    if (!found || mapped.scalar_type() != at::kByte || mapped.dim() != 1 || mapped.numel() == 0) return mapped;
-    at::Tensor copied = found->typed<at::Tensor(const at::Tensor&)>().call(mapped);
-    const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-    const auto begin = reinterpret_cast<std::uintptr_t>(mapped.const_data_ptr());
-    const std::uintptr_t first = begin / page * page;
-    madvise(reinterpret_cast<void*>(first), begin + mapped.nbytes() - first, MADV_DONTNEED);  // advice: it may fail
-    return copied;
-}
-
-// Mapped to the file: what is not used is not read.
-at::Tensor weight(const Artifact& artifact, const std::string& name, const nlohmann::json& declared) {
-    const std::string_view data = artifact.content(text_of(declared, "entry", ""));
-    const auto shape = shape_of(declared);
-    const at::ScalarType dtype = dtype_of(text_of(declared, "dtype", ""));
-    std::uint64_t bytes = at::elementSize(dtype);
-    for (const std::int64_t length : shape) {
-        if (length != 0 && bytes > static_cast<std::uint64_t>(largest_size) / static_cast<std::uint64_t>(length)) {
-            throw unusable("the weight " + shown(name) + " is too large");
-        }
-        bytes *= static_cast<std::uint64_t>(length);
-    }
-    if (bytes != data.size() || reinterpret_cast<std::uintptr_t>(data.data()) % at::elementSize(dtype) != 0) {
-        throw unusable("the weight " + shown(name) + " has another size than its shape");
-    }
-    void* const place = const_cast<char*>(data.data());  // which is never written to
-    return in_weight_memory(at::from_blob(place, shape, at::TensorOptions(dtype)));
-}
-
-std::map<std::string, at::Tensor> weights_of(const Artifact& artifact) {
-    std::map<std::string, at::Tensor> weights;
-    const nlohmann::json* tensors = member(artifact.manifest().runtime, "tensors");
-    if (tensors == nullptr || !tensors->is_object()) throw unusable("its manifest names no tensors");
-    for (const auto& [name, declared] : tensors->items()) weights.emplace(name, weight(artifact, name, declared));
-    return weights;
-}
-
-// A compiled program, with the weights that it takes behind its other inputs.
-class Program {
-  public:
-    Program(const Artifact& artifact, const std::string& name, const nlohmann::json& declared,
-            const std::map<std::string, at::Tensor>& weights, const ScratchFolder& folder) {
-        const nlohmann::json* listed = member(declared, "weights");
-        if (listed == nullptr || !listed->is_array()) throw unusable("a program names no weights");
-        for (const auto& each : *listed) {
-            const auto found = weights.find(each.is_string() ? each.get<std::string>() : "");
-            if (found == weights.end()) throw unusable("a program takes a weight that the file lacks");
-            weights_.push_back(found->second);
-        }
-        const std::string library = put_library(artifact, name, text_of(declared, "library", ""), folder);
-        const std::string calls = text_of(declared, "calls", "");
-        if (!calls.empty()) folder.write(name + ".json", artifact.content(calls));
-        try {
-            runner_ = std::make_unique<Runner>(library);
-        } catch (const std::exception& error) {
-            throw unusable("its program cannot be loaded: " + first_line(error.what()));
-        }
-    }
-
-    at::Tensor run(Tensors inputs) const {
-        inputs.insert(inputs.end(), weights_.begin(), weights_.end());
-        try {
-            Tensors outputs = runner_->run(inputs);
-            if (outputs.empty()) throw unusable("its program returned nothing");
-            return std::move(outputs.front());
-        } catch (const Error&) {
-            throw;
-        } catch (const std::exception& error) {
-            throw unusable("its program failed: " + first_line(error.what()));
-        }
-    }
-
-  private:
-    // The library under a name of its own: a link to the file where it is its beginning.
-    static std::string put_library(const Artifact& artifact, const std::string& name, const std::string& entry,
-                                   const ScratchFolder& folder) {
-        const std::string_view content = artifact.content(entry);
-        if (entry != "program" || artifact.offset(entry) != 0) return folder.write(name + ".so", content);
-        const auto link = folder / (name + ".so");
-        std::error_code failure;
-        std::filesystem::create_symlink(std::filesystem::absolute(artifact.path()), link, failure);
-        return failure ? folder.write(name + ".so", content) : link.string();
-    }
-
-    Tensors weights_;
-    mutable std::unique_ptr<Runner> runner_;  // whose `run` is thread-safe, and not const
-};
-
 // ---- sessions ---------------------------------------------------------------------------------------------------
 
 class AotiBackend final : public Backend, public std::enable_shared_from_this<AotiBackend> {
@@ -231,8 +102,13 @@ class AotiBackend final : public Backend, public std::enable_shared_from_this<Ao
         const nlohmann::json* any = programs == nullptr ? nullptr : member(*programs, "any");
         if (any == nullptr) throw unusable("it has no program for several tokens");
         several = std::make_unique<Program>(*artifact_, "any", *any, weights, folder);
+        const nlohmann::json* described = member(runtime, "decoder");
         const nlohmann::json* decode = member(*programs, "decode");
-        if (decode != nullptr) single = std::make_unique<Program>(*artifact_, "decode", *decode, weights, folder);
+        if (described != nullptr && member(*described, "hidden_size") != nullptr) {
+            decoder = std::make_unique<TokenDecoder>(*described, manifest, weights);
+        } else if (decode != nullptr) {
+            single = std::make_unique<Program>(*artifact_, "decode", *decode, weights, folder);
+        }
     }
 
     std::unique_ptr<Session> session(std::int64_t limit) const override;
@@ -241,7 +117,9 @@ class AotiBackend final : public Backend, public std::enable_shared_from_this<Ao
     std::int64_t layers = 0, kv_heads = 0, head_dim = 0, vocab_size = 0;
     at::ScalarType dtype = at::kFloat;
     std::optional<std::int64_t> original_context;  // that longrope models were trained with
-    std::unique_ptr<Program> several, single;      // for any number of tokens; for one, faster, where there is one
+    std::unique_ptr<Program> several;              // for any number of tokens
+    std::unique_ptr<TokenDecoder> decoder;         // for one, several times as fast; where the file has no parts of it,
+    std::unique_ptr<Program> single;               // its program for one, if any
 
   private:
     std::shared_ptr<const Artifact> artifact_;  // which the weights are mapped to
@@ -262,19 +140,9 @@ class AotiSession final : public Session {
         }
         const c10::InferenceMode inference;
         make_room(length_ + count);
-        at::Tensor ids = at::empty({count}, at::kLong), place = at::empty({2}, at::kLong);
-        std::ranges::copy(tokens, ids.mutable_data_ptr<std::int64_t>());
-        place.mutable_data_ptr<std::int64_t>()[0] = length_;
-        place.mutable_data_ptr<std::int64_t>()[1] = extended_ ? 1 : 0;
-        Tensors inputs = {ids, place};
-        const bool alone = count == 1 && backend_->single;
-        if (!alone) {
-            inputs.push_back(at::empty({1}, at::kLong));  // rows whose logits are wanted
-            inputs.back().mutable_data_ptr<std::int64_t>()[0] = count - 1;
-        }
-        inputs.insert(inputs.end(), keys_.begin(), keys_.end());
-        inputs.insert(inputs.end(), values_.begin(), values_.end());
-        logits_ = (alone ? backend_->single : backend_->several)->run(std::move(inputs)).contiguous();
+        logits_ = count == 1 && backend_->decoder
+                      ? backend_->decoder->logits(tokens.front(), length_, extended_, keys_, values_)
+                      : by_program(tokens);
         if (logits_.scalar_type() != at::kFloat || logits_.numel() != backend_->vocab_size) {
             throw unusable("its program returned no logits");
         }
@@ -287,6 +155,23 @@ class AotiSession final : public Session {
     std::int64_t limit() const override { return limit_; }
 
   private:
+    at::Tensor by_program(std::span<const Token> tokens) const {
+        const auto count = static_cast<std::int64_t>(tokens.size());
+        at::Tensor ids = at::empty({count}, at::kLong), place = at::empty({2}, at::kLong);
+        std::ranges::copy(tokens, ids.mutable_data_ptr<std::int64_t>());
+        place.mutable_data_ptr<std::int64_t>()[0] = length_;
+        place.mutable_data_ptr<std::int64_t>()[1] = extended_ ? 1 : 0;
+        Tensors inputs = {ids, place};
+        const bool alone = count == 1 && backend_->single;
+        if (!alone) {
+            inputs.push_back(at::empty({1}, at::kLong));  // rows whose logits are wanted
+            inputs.back().mutable_data_ptr<std::int64_t>()[0] = count - 1;
+        }
+        inputs.insert(inputs.end(), keys_.begin(), keys_.end());
+        inputs.insert(inputs.end(), values_.begin(), values_.end());
+        return (alone ? backend_->single : backend_->several)->run(std::move(inputs)).contiguous();
+    }
+
     void make_room(std::int64_t needed) {
         if (needed <= capacity_) return;
         std::int64_t capacity = std::max(first_capacity, capacity_);

@@ -11,6 +11,7 @@
 #include <cstdlib>
 
 #include "artifact/artifact.h"
+#include "backends/product_threads.h"
 #include "backends/runtimes.h"
 #include "error.h"
 
@@ -213,6 +214,7 @@ class ExecutorchSession final : public Session {
         last_message.clear();
         et::Error code = method_->set_input(executorch::aten::Tensor(&ids_tensor), 0);
         if (code == et::Error::Ok) code = method_->set_input(executorch::aten::Tensor(&position_tensor), 1);
+        const SerialProducts serial;
         if (code == et::Error::Ok) code = method_->execute();
         temporary_.reset();
         if (code != et::Error::Ok) throw unusable("ExecuTorch stopped", code);
@@ -247,6 +249,7 @@ std::shared_ptr<const Backend> load(std::shared_ptr<const Artifact> artifact, in
     et::runtime_init();
     last_message.clear();
     if (threads > 0) set_threads(threads);
+    make_pool_products_serial();
     return std::make_shared<const ExecutorchBackend>(std::move(artifact));
 }
 

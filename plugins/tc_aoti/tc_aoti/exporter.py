@@ -20,6 +20,7 @@ from torchchat_core.archive import Archive
 from torchchat_core.artifacts import WEIGHTS, Content, Target, new_manifest, this_machine, whole_file, write_artifact
 from torchchat_core.errors import TorchchatError
 from torchchat_core.kernels.build import library_path
+from torchchat_core.models.rotary import rotary_amplitude
 from torchchat_core.quantization.layers import QuantizedEmbedding
 from torchchat_core.small_files import read_file
 from torchchat_core.specs import ExportRequest
@@ -125,9 +126,11 @@ def _decoder(programs: list[Program]) -> dict[str, Any] | None:
     decoding = next((program for program in programs if isinstance(program, Decoding)), None)
     if decoding is None:
         return None
-    parts, embedding = decoding.parts, decoding.embedding
+    parts, embedding, config = decoding.parts, decoding.embedding, decoding.config
     return {"tensors": decoding.order, "numbers": parts.numbers, "scalars": parts.scalars,
-            "embedding": asdict(embedding.format) if isinstance(embedding, QuantizedEmbedding) else None}
+            "hidden_size": config.hidden_size, "embedding_multiplier": config.embedding_multiplier,
+            "embedding": asdict(embedding.format) if isinstance(embedding, QuantizedEmbedding) else None,
+            "rotary_interleaved": config.rope_interleaved, "rotary_amplitude": rotary_amplitude(config.rope_scaling)}
 
 
 def _weights(tensors: Mapping[str, Tensor], task: progress.Task) -> Iterator[Content]:
