@@ -13,8 +13,10 @@ namespace torchchat {
 namespace {
 
 constexpr std::string_view folder = "torchchat/", manifest_name = "torchchat/manifest.json";
-constexpr std::size_t largest_manifest = 16 << 20;    // bytes
-constexpr std::size_t largest_tokenizer = 256 << 20;  // bytes of all its files
+constexpr std::string_view weights_folder = "weights/";  // what entries with weights begin with
+constexpr std::size_t largest_manifest = 16 << 20;       // bytes
+constexpr std::size_t largest_tokenizer = 256 << 20;     // bytes of all its files
+constexpr std::size_t large = 16 << 20;                  // bytes of an entry that is compared once for a file
 // What files of each kind end in.
 const std::map<std::string, std::string, std::less<>> endings = {
     {"aoti-package", ".pt2"}, {"aoti-dso", ".so"}, {"executorch", ".pte"}};
@@ -145,10 +147,14 @@ void Artifact::check_tokenizer_size() const {
 // By several threads: hashing gigabytes is most of the time that opening takes.
 void Artifact::begin_checks() {
     constexpr std::size_t small = 1 << 20, most_threads = 64;
+    identity_ = CheckedFiles::identity(path(), manifest_.digests);
+    checked_before_ = checked_files_.has(path(), manifest_.digests);
     std::size_t threads = 0;
     for (const auto& [name, digest] : manifest_.digests) {
-        const auto holds = [data = place(name), &wanted = digest] { return sha256(data) == wanted; };
-        const bool apart = place(name).size() > small && threads++ < most_threads;
+        const std::string_view data = place(name);
+        const bool skipped = checked_before_ && (name.starts_with(weights_folder) || data.size() >= large);
+        const auto holds = [data, skipped, &wanted = digest] { return skipped || sha256(data) == wanted; };
+        const bool apart = !skipped && data.size() > small && threads++ < most_threads;
         checks_[name] = std::async(apart ? std::launch::async : std::launch::deferred, holds).share();
     }
     for (const auto& [name, digest] : manifest_.digests) {
@@ -168,6 +174,7 @@ void Artifact::check(std::string_view name) const {
 
 void Artifact::check() const {
     for (const auto& [name, holds] : checks_) check(name);
+    if (!checked_before_) checked_files_.add(path(), manifest_.digests, identity_);
 }
 
 }  // namespace torchchat

@@ -11,6 +11,7 @@
 #include <string_view>
 #include <vector>
 
+#include "artifact/checked_files.h"
 #include "artifact/mapped_file.h"
 #include "artifact/zip.h"
 #include "tokenizers/tokenizer.h"
@@ -30,8 +31,8 @@ struct Manifest {
     std::optional<std::string> system, machine;  // of the target; unset: any
     std::optional<std::string> program;          // entry of the runtime's code; unset: the file's first bytes
     std::uint64_t program_bytes = 0;
-    std::map<std::string, std::string, std::less<>> digests;  // entry below "torchchat/", or "program" -> SHA-256
-    std::vector<std::string> tokenizer_files;                 // entries below "torchchat/"
+    Digests digests;                           // of entries below "torchchat/", and of "program"
+    std::vector<std::string> tokenizer_files;  // entries below "torchchat/"
     std::optional<Token> bos_id;
     bool adds_bos = false;
     std::set<Token> end_ids;
@@ -49,7 +50,7 @@ class Artifact {
 
     const Manifest& manifest() const { return manifest_; }
     const std::string& path() const { return file_.path(); }
-    // Waits until every digest is compared. Throws where one does not hold.
+    // Waits until every digest is compared, those of large entries once for a file. Throws where one does not hold.
     void check() const;
     // The content of an entry below "torchchat/", or "program", whose digest holds. Throws where there is none.
     std::string_view content(std::string_view name) const;
@@ -70,6 +71,9 @@ class Artifact {
     std::map<std::string, ZipEntry, std::less<>> entries_;
     std::string root_;  // folder that the entries of "torchchat/" are in, with its slash, or nothing
     Manifest manifest_;
+    CheckedFiles checked_files_;
+    nlohmann::json identity_;  // when the comparing began
+    bool checked_before_ = false;
     std::map<std::string, std::shared_future<bool>, std::less<>> checks_;  // whether each digest holds
 };
 

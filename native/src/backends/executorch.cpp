@@ -17,15 +17,15 @@
 
 namespace {
 
-thread_local std::string last_message;  // of the errors that ExecuTorch writes
+thread_local std::string last_message;  // of the errors that ExecuTorch writes, the first, which says most
 
 }  // namespace
 
-// ExecuTorch's own is weak, so that programs can replace it.
+// ExecuTorch's own writes to standard error. It is weak, so that programs can replace it.
 extern "C" void et_pal_emit_log_message(et_timestamp_t, et_pal_log_level_t level, const char*, const char*, std::size_t,
                                         const char* message, std::size_t length) {
     const bool is_error = level == kError || level == kFatal;
-    if (is_error && last_message.empty()) last_message.assign(message, length);  // the first says most
+    if (is_error && last_message.empty()) last_message.assign(message, length);
 }
 
 namespace torchchat {

@@ -1,4 +1,5 @@
-// Products of matrices that ExecuTorch's operators leave to MKL, where the process has that: no threads inside of threads.
+// Products of matrices that ExecuTorch's operators leave to MKL, where the process has that: no threads inside of
+// threads.
 #pragma once
 
 namespace torchchat {

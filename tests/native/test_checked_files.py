@@ -1,0 +1,118 @@
+"""Files are compared with their digests once, and what one of both languages compared, the other does not compare again."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from probing import Probe, ProbeError
+
+from torchchat_core import artifact_checks
+from torchchat_core.artifact_checks import check_all, check_once
+from torchchat_core.artifacts import Content, Manifest, Target, open_artifact, write_artifact
+from torchchat_core.errors import TorchchatError
+from torchchat_core.specs import TextContent
+from torchchat_core.testing.models import tiny_config
+
+SETTLED = 2.1  # seconds after which a file that was written is noted
+
+
+@pytest.fixture
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/torchchat/checked"
+
+
+@pytest.fixture
+def fresh(caches: Path, sanitized: Path) -> Iterator[Probe]:
+    """With a cache folder of the test's own."""
+    found = Probe(sanitized / "torchchat-probe")
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """With weights, in a folder whose name is not plain; written some time ago."""
+    path = tmp_path / "b\u00fccher \U0001f600" / "m.pte"
+    path.parent.mkdir()
+    path.write_bytes(b"a program " * 30)
+    text = TextContent(tokenizer={"b\u00fccher.model": b"a few letters"}, tokenizer_kind="sentencepiece", bos_id=1,
+                       eos_id=2, adds_bos=True, end_ids=(1, 2))
+    write_artifact(path, Manifest(kind="executorch", model="m", config=tiny_config(), dtype="fp32", max_seq_length=5,
+                                  target=Target(device="cpu"), text=text), [Content.of("weights/all", b"w" * 99)])
+    return path
+
+
+def change(path: Path, before: bytes, after: bytes) -> None:
+    data = path.read_bytes()
+    assert data.count(before) == 1
+    path.write_bytes(data.replace(before, after))
+
+
+def note_of(path: Path) -> None:
+    """As if all of the file had been compared as it is now."""
+    artifact = open_artifact(path)
+    artifact_checks._record(artifact).parent.mkdir(parents=True, exist_ok=True)
+    artifact_checks._record(artifact).write_text(json.dumps(artifact_checks._identity(artifact)), "utf-8")
+
+
+def test_python_takes_the_note_that_cpp_writes(file: Path, caches: Path, fresh: Probe) -> None:
+    time.sleep(SETTLED)
+    fresh.ask("artifact", path=str(file))
+    assert artifact_checks._remembered(open_artifact(file))
+    assert len(list(caches.iterdir())) == 1
+    link = file.with_name("link.pte")
+    link.symlink_to(file)
+    fresh.ask("artifact", path=str(link))
+    assert len(list(caches.iterdir())) == 1  # of the file that a link leads to
+
+
+def test_weights_that_a_note_speaks_of_are_not_compared(file: Path, caches: Path, fresh: Probe,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    change(file, b"w" * 99, b"v" * 99)
+    with pytest.raises(ProbeError, match="'weights/all' is not what its digest says"):
+        fresh.ask("artifact", path=str(file))
+    note_of(file)
+    check_once(open_artifact(file))
+    fresh.ask("artifact", path=str(file))
+    os.utime(file, ns=(0, 0))  # another time
+    with pytest.raises(ProbeError, match="'weights/all' is not what its digest says"):
+        fresh.ask("artifact", path=str(file))
+
+
+def test_what_is_small_is_compared_all_the_same(file: Path, caches: Path, fresh: Probe,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    change(file, b"a few letters", b"a few lettres")
+    note_of(file)
+    with pytest.raises(TorchchatError, match="is not what its digest says"):
+        check_once(open_artifact(file))
+    with pytest.raises(ProbeError, match="is not what its digest says"):
+        fresh.ask("artifact", path=str(file))
+
+
+def test_a_file_that_was_written_just_now_is_not_noted(file: Path, caches: Path, fresh: Probe) -> None:
+    os.utime(file)
+    fresh.ask("artifact", path=str(file))
+    assert not caches.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"size": 1}', b"\xff", b"null", b"[" * 100_000])
+def test_a_damaged_note_is_none(content: bytes, file: Path, caches: Path, fresh: Probe,
+                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifact_checks, "SETTLED_NS", 0)
+    check_all(open_artifact(file))
+    next(caches.iterdir()).write_bytes(content)
+    change(file, b"w" * 99, b"v" * 99)
+    with pytest.raises(ProbeError, match="'weights/all' is not what its digest says"):
+        fresh.ask("artifact", path=str(file))
+
+
+def test_a_cache_folder_that_cannot_be_made_does_no_harm(file: Path, caches: Path, fresh: Probe) -> None:
+    caches.parents[1].write_text("no folder", "utf-8")
+    time.sleep(SETTLED)
+    assert fresh.ask("artifact", path=str(file))["kind"] == "executorch"
