@@ -1,10 +1,10 @@
 """The C++ runner beside `torchchat generate` with the same exported file, both sides in turns.
 
     make native
-    python tools/measure_native.py [--shape stories110M] [--kind int4] [--ending pt2] [--file FILE] [--json]
+    python tools/measure_native.py [--shape stories110M] [--kind int4] [--ending pt2] [--file FILE] [--anew] [--json]
 
 Files are made once, of random weights, in torchchat's cache folder, with the tokenizer of the model that comes with
-torchchat; --file measures another one, made by `torchchat export`, instead. Each run is a process of its own with as
+torchchat; --anew makes them again, as exporters change. --file measures another one, made by `torchchat export`. Each run is a process of its own with as
 many threads as the runtime takes. Rates are tokens per second, as --json of both sides tells them: of decoding 128
 tokens, and of a prefill of some hundred tokens. The time to the first token is that of the whole process, from its
 start to its end after one token. Ratios are medians of the rounds' ratios.
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, action="append", help="may be repeated; all of them")
     parser.add_argument("--ending", choices=ENDINGS, action="append", help="may be repeated; pt2 and pte")
     parser.add_argument("--file", type=Path, action="append", default=[], help="an exported file; may be repeated")
+    parser.add_argument("--anew", action="store_true", help="export again what is in the cache folder")
     parser.add_argument("--runner", type=Path, default=RUNNER, help="torchchat-run; that of `make native`")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
@@ -56,7 +57,7 @@ def main() -> None:
     if not arguments.runner.is_file():
         parser.error(f"there is no {arguments.runner}; `make native` builds it")
     files = arguments.file or [
-        written(shape, kind, ending) for shape in arguments.shape or ["stories110M"]
+        written(shape, kind, ending, arguments.anew) for shape in arguments.shape or ["stories110M"]
         for kind in arguments.kind or KINDS for ending in arguments.ending or ["pt2", "pte"]]
     for file in files:
         found = compare(file, arguments.runner, arguments.rounds)
@@ -112,10 +113,10 @@ def lines(found: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
-def written(shape: str, kind: str, ending: str) -> Path:
+def written(shape: str, kind: str, ending: str, anew: bool) -> Path:
     """The exported file of a random model, made where it is missing. Nothing ends an answer of it."""
     path = cache_folder() / "peers" / f"{shape}-{kind}-runner-{torch.__version__}.{ending}"
-    if path.exists():
+    if path.exists() and not anew:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     registry = load_registry()

@@ -15,14 +15,6 @@ namespace {
 constexpr double out = -std::numeric_limits<double>::infinity();  // of a token that cannot be drawn
 constexpr double default_temperature = 0.8;
 
-// Likelier first; of equal ones, lower ids first.
-struct Likelier {
-    std::span<const double> logits;
-    bool operator()(std::size_t a, std::size_t b) const {
-        return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
-    }
-};
-
 std::size_t largest(std::span<const double> logits) {
     std::size_t best = 0;
     for (std::size_t token = 0; token < logits.size(); ++token) {
@@ -47,26 +39,38 @@ void keep_top_k(std::vector<double>& logits, std::size_t k) {
     }
 }
 
+struct Candidate {
+    double logit, weight;  // its probability times the sum of all weights
+    std::size_t token;
+
+    // Likelier first; of equal ones, lower ids first.
+    bool operator<(const Candidate& other) const {
+        return logit != other.logit ? logit > other.logit : token < other.token;
+    }
+};
+
 // Keeps the shortest run of likeliest tokens whose probabilities reach p (Holtzman et al., arXiv:1904.09751).
-// Tokens are taken off a heap, so that only those that stay are sorted.
+// Pieces of them are sorted, each twice as long as the one before: mostly the first one suffices.
 void keep_top_p(std::vector<double>& logits, double p) {
+    constexpr std::ptrdiff_t first_piece = 64;
     const double highest = *std::ranges::max_element(logits);
     double total = 0;
-    std::vector<std::size_t> waiting;
+    std::vector<Candidate> candidates;
     for (std::size_t token = 0; token < logits.size(); ++token) {
         if (logits[token] == out) continue;
-        total += std::exp(logits[token] - highest);
-        waiting.push_back(token);
+        const double weight = std::exp(logits[token] - highest);
+        total += weight;
+        candidates.push_back({logits[token], weight, token});
     }
-    const auto later = [better = Likelier{logits}](std::size_t a, std::size_t b) { return better(b, a); };
-    std::ranges::make_heap(waiting, later);
     double before = 0;
-    while (!waiting.empty() && before < p) {
-        std::ranges::pop_heap(waiting, later);
-        before += std::exp(logits[waiting.back()] - highest) / total;
-        waiting.pop_back();
+    auto next = candidates.begin();
+    for (auto length = first_piece; next != candidates.end() && before < p; length *= 2) {
+        const auto end = next + std::min(length, candidates.end() - next);
+        std::nth_element(next, end - 1, candidates.end());
+        std::sort(next, end);
+        for (; next != end && before < p; ++next) before += next->weight / total;
     }
-    for (const std::size_t token : waiting) logits[token] = out;
+    for (; next != candidates.end(); ++next) logits[next->token] = out;
 }
 
 // Keeps tokens with at least p times the highest probability (Nguyen et al., arXiv:2407.01082).

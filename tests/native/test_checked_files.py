@@ -1,4 +1,4 @@
-"""Files are compared with their digests once, and what one of both languages compared, the other does not compare again."""
+"""Files are compared with their digests once; what was compared by one of both languages is noted for the other."""
 
 from __future__ import annotations
 
