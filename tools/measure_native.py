@@ -4,10 +4,10 @@
     python tools/measure_native.py [--shape stories110M] [--kind int4] [--ending pt2] [--file FILE] [--anew] [--json]
 
 Files are made once, of random weights, in torchchat's cache folder, with the tokenizer of the model that comes with
-torchchat; --anew makes them again, as exporters change. --file measures another one, made by `torchchat export`. Each run is a process of its own with as
-many threads as the runtime takes. Rates are tokens per second, as --json of both sides tells them: of decoding 128
-tokens, and of a prefill of some hundred tokens. The time to the first token is that of the whole process, from its
-start to its end after one token. Ratios are medians of the rounds' ratios.
+torchchat; --anew makes them again, as exporters change. --file measures another one, made by `torchchat export`. Each
+run is a process of its own with as many threads as the runtime takes. Rates are tokens per second, as --json of both
+sides tells them: of decoding 128 tokens, and of a prefill of some hundred tokens. The time to the first token is that
+of the whole process, from its start to its end after one token. Ratios are medians of the rounds' ratios.
 """
 
 from __future__ import annotations

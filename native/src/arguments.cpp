@@ -129,6 +129,7 @@ Arguments parsed_arguments(int count, char** values) {
             name.erase(equals);
         }
         const auto found = valued().find(name);
+        if (switches().contains(name)) throw UsageError(name + " takes no value");
         if (found == valued().end()) throw UsageError("there is no option " + name);
         if (!value) {
             if (++index == given.size()) throw UsageError(name + " needs a value");

@@ -22,8 +22,16 @@ const nlohmann::json* present(const nlohmann::json& object, std::string_view key
 }  // namespace
 
 nlohmann::json parsed_json(std::string_view text, std::string_view place) {
-    const auto bounded = [](int depth, nlohmann::json::parse_event_t, nlohmann::json&) { return depth <= deepest; };
+    bool too_deep = false;
+    const auto bounded = [&](int depth, nlohmann::json::parse_event_t, nlohmann::json&) {
+        too_deep = too_deep || depth > deepest;
+        return !too_deep;  // what is refused is left out, and the rest read on
+    };
     nlohmann::json value = nlohmann::json::parse(text, bounded, /*allow_exceptions=*/false);
+    if (too_deep) {
+        throw Error(std::string(place) + " is JSON that is nested more than " + std::to_string(deepest) + " deep",
+                    "the file is damaged: copy or export the model again");
+    }
     if (value.is_discarded()) {
         throw Error(std::string(place) + " is no JSON", "the file is damaged: copy or export the model again");
     }

@@ -6,6 +6,7 @@
 #include <csignal>
 #include <iostream>
 #include <iterator>
+#include <utility>
 
 #include "answer_json.h"
 #include "arguments.h"
@@ -129,9 +130,12 @@ int answer_once(const Model& model, const Arguments& arguments, const std::strin
             throw Error("--system needs a model with a chat template, and no --raw",
                         "put what the model should know into --prompt");
         }
+        bool shown = arguments.json;  // the prompt, which is shown with the first text: by then it is known to fit
+        const auto show_prompt = [&] { return std::exchange(shown, true) || show(prompt); };
+        const OnText with_prompt = [&](std::string_view piece) { return show_prompt() && show(piece); };
         Text text = model.text();
-        if (!arguments.json) show(prompt);
-        answer = text.complete(prompt, options, on_text, was_pressed);
+        answer = text.complete(prompt, options, arguments.json ? OnText() : with_prompt, was_pressed);
+        show_prompt();
     }
     if (arguments.json) {
         std::cout << answer_json(answer) << "\n" << std::flush;

@@ -10,9 +10,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from building import build, missing, runtimes, sanitizing
+from exporting import exporter
 from probing import Probe
-
-from torchchat_core.cli.main import main
 
 # Kept between runs, so that only what changed is compiled; the environment variables name other places.
 BUILDS = Path(__file__).resolve().parents[2] / "build"
@@ -58,19 +57,6 @@ def probe(request: pytest.FixtureRequest) -> Iterator[Probe]:
     found = Probe(folder / "torchchat-probe")
     yield found
     found.close()
-
-
-def exporter(folder: Path, *model: str) -> Callable[[str], Path]:
-    """What exports the model when a test first asks for a file of that kind."""
-    def exported(kind: str) -> Path:
-        path = folder / f"model.{kind}"
-        if not path.exists():
-            with pytest.raises(SystemExit) as ended:
-                main(["export", *model, "-d", "fp32", "-o", str(path)])
-            assert not ended.value.code
-        return path
-
-    return exported
 
 
 @pytest.fixture(scope="session")

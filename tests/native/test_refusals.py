@@ -250,6 +250,7 @@ def test_of_two_manifests_both_read_the_first(file: Path, probe: Probe) -> None:
     (lambda content: content.update(chat_template="{{ messages }}", chat_pieces=None), "without the pieces"),
     (lambda content: content.update(tokenizer=None), "holds no tokenizer"),
     (lambda content: content.update(vocab_size=7), "not that of its config"),
+    (lambda content: content["runtime"].update(deep=json.loads("[" * 70 + "]" * 70)), "nested more than 64 deep"),
 ])
 def test_what_the_program_cannot_run_is_refused(change: Callable[[dict[str, Any]], object], said: str, file: Path,
                                                 probe: Probe) -> None:

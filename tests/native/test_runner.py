@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from exporting import exporter
 
 KINDS = ("pt2", "pte")
 SEEDS = range(200)
@@ -29,7 +31,8 @@ def answer(program: Path, *arguments: object) -> dict[str, Any]:
 def test_the_golden_text_of_the_260k_model(kind: str, runner: Path, stories260k: Callable[[str], Path],
                                            testdata: Path) -> None:
     done = run(runner, stories260k(kind), "--prompt", "", "--temperature", "0", "--max-new-tokens", "200")
-    assert (done.returncode, done.stdout) == (0, (testdata / "golden/stories260K/runc_t0_n200.txt").read_text("utf-8"))
+    golden = (testdata / "golden/stories260K/runc_t0_n200.txt").read_text("utf-8")
+    assert (done.returncode, done.stdout, done.stderr) == (0, golden, "")  # nothing that libraries write
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -45,17 +48,21 @@ def test_the_golden_ids_of_tinystories(kind: str, runner: Path, tinystories: Cal
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_ids_of_two_hundred_seeds_are_those_of_python(kind: str, native: Path, stories260k: Callable[[str], Path],
-                                                          torchchat: Callable[..., Any]) -> None:
-    """One process for all of them: `--num-samples` keeps them apart by stream, as the seeds do here by number."""
-    file = stories260k(kind)
-    expected = []
+def test_the_ids_of_two_hundred_seeds_are_those_of_python(kind: str, native: Path, stories260k: Callable[[str], Path]
+                                                          ) -> None:
+    check_seeds(native, stories260k(kind))
+
+
+def check_seeds(native: Path, file: Path) -> None:
+    """One process of each side for all of them: `--num-samples` keeps them apart by stream, as the seeds do here by
+    number."""
     from torchchat_core.conversation import encode_plain
     from torchchat_core.generation import FinishedEvent, TokenSequence, generate
     from torchchat_core.generation_options import GenerationOptions, SamplingOptions
     from torchchat_core.pipeline import ModelRequest, open_model
     from torchchat_core.plugins import load_registry
 
+    expected = []
     with open_model(ModelRequest(model=str(file)), load_registry()) as opened:
         sequence = TokenSequence(opened.model.session())
         prompt = encode_plain("One day", opened.text_format.tokenizer)
@@ -67,6 +74,37 @@ def test_the_ids_of_two_hundred_seeds_are_those_of_python(kind: str, native: Pat
     done = run(native / "torchchat-seeds", file, "One day", len(SEEDS), 24)
     assert done.returncode == 0, done.stderr
     assert [[int(token) for token in line.split()] for line in done.stdout.splitlines()] == expected
+
+
+@pytest.mark.parametrize(("scheme", "groups"), [("embedding:int4", 32), ("embedding:int8", 0)])
+def test_quantised_files_in_bfloat16_give_the_ids_of_python(scheme: str, groups: int, native: Path, testdata: Path,
+                                                            tmp_path: Path) -> None:
+    """Activations are rounded to integers here: a number that differs in its last bit would change the ids."""
+    recipe = {scheme: {"groupsize": groups}, "linear:int4": {"groupsize": 32}}
+    exported = exporter(tmp_path, str(testdata / "hf/stories260K"), "--quantize", json.dumps(recipe), dtype="bf16")
+    check_seeds(native, exported("pt2"))
+
+
+LONGROPE = {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 40,
+            "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_short_and_long_sequences_of_longrope_models(kind: str, runner: Path, testdata: Path, tmp_path: Path,
+                                                     torchchat: Callable[..., Any]) -> None:
+    """A .pt2 has both frequencies, and the sequence's limit decides; a .pte has those of its own limit."""
+    folder = tmp_path / "model"
+    shutil.copytree(testdata / "hf/stories260K", folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "rope_scaling": LONGROPE}), "utf-8")
+    file = exporter(tmp_path, str(folder), "--max-seq-length", "128")(kind)
+    beginnings = []
+    for length in (8, 100):  # within 40 positions, and beyond
+        asked = ("--prompt", "Once upon a time there was a girl", "--temperature", "0", "--max-new-tokens", length)
+        expected = json.loads(torchchat("generate", file, *map(str, asked), "--json").out)
+        assert answer(runner, file, *asked)["token_ids"] == expected["token_ids"]
+        beginnings.append(expected["token_ids"][:8])
+    assert (beginnings[0] != beginnings[1]) == (kind == "pt2")
 
 
 @pytest.mark.parametrize("kind", ["so", "pte"])

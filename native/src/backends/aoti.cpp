@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <mutex>
 #include <sstream>
 
 #include "artifact/scratch_folder.h"
@@ -55,10 +56,19 @@ std::optional<std::string> schema_of(const std::string& name) {
     return text.str();
 }
 
-// Torchchat's own operators, which come with the file.
+// Torchchat's own operators, which come with the file. A process has them once: a second file takes those of the first.
 void load_operators(const Artifact& artifact, const ScratchFolder& folder) {
+    static std::mutex lock;
+    static std::optional<std::int64_t> loaded;  // their version
     const nlohmann::json* operators = member(artifact.manifest().runtime, "operators");
     if (operators == nullptr || !operators->is_object() || operators->empty()) return;
+    const std::lock_guard guard(lock);
+    const std::int64_t version = number(artifact.manifest().runtime, "interface", 1, largest_size);
+    if (loaded && *loaded != version) {
+        throw Error("the file calls version " + std::to_string(version) + " of torchchat's operators, and a file with " +
+                        std::to_string(*loaded) + " was loaded before",
+                    "export both with one torchchat, or run them in two processes");
+    }
     const bool absent =
         std::ranges::any_of(operators->items(), [](const auto& each) { return !schema_of(each.key()); });
     if (absent) {
@@ -74,6 +84,7 @@ void load_operators(const Artifact& artifact, const ScratchFolder& folder) {
             throw unusable("it calls the operator " + shown(name) + ", which is not there or another one");
         }
     }
+    loaded = version;
 }
 
 // ---- sessions ---------------------------------------------------------------------------------------------------

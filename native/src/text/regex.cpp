@@ -14,7 +14,7 @@ namespace {
 
 constexpr std::uint32_t step_limit = 50'000'000;  // of one search
 constexpr std::uint32_t heap_limit = 256 * 1024;  // KiB
-constexpr std::size_t longest_pattern = 64 * 1024;
+constexpr std::size_t longest_pattern = 1 << 16;
 
 // White_Space of Unicode; PCRE2's own \s has U+180E too, which is none since Unicode 6.3.
 constexpr std::string_view spaces =
