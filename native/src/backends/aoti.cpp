@@ -65,8 +65,8 @@ void load_operators(const Artifact& artifact, const ScratchFolder& folder) {
     const std::lock_guard guard(lock);
     const std::int64_t version = number(artifact.manifest().runtime, "interface", 1, largest_size);
     if (loaded && *loaded != version) {
-        throw Error("the file calls version " + std::to_string(version) + " of torchchat's operators, and a file with " +
-                        std::to_string(*loaded) + " was loaded before",
+        throw Error("the file calls version " + std::to_string(version) +
+                        " of torchchat's operators, and a file with " + std::to_string(*loaded) + " was loaded before",
                     "export both with one torchchat, or run them in two processes");
     }
     const bool absent =

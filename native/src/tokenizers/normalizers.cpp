@@ -61,7 +61,7 @@ Normalizer read_normalizer(const nlohmann::json* declared) {
     const std::string type = text_of(*declared, "type", "");
     if (type == "Sequence") return sequence(*declared);
     if (type == "Prepend") {
-        return [before = text_of(*declared, "prepend", "")](std::string text) {
+        return [before = text_of(*declared, "prepend", "")](const std::string& text) {
             return text.empty() ? text : before + text;
         };
     }

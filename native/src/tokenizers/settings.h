@@ -13,7 +13,7 @@ namespace torchchat {
 
 struct AddedText {
     std::string text;
-    bool is_control;
+    bool is_control = false;
 };
 
 // The token text under `key` ("bos_token", ...), which is a string or an object with "content"; else nothing.
