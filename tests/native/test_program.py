@@ -21,7 +21,8 @@ HUGE = "9" * 40
     (("a", "--sead", "1"), "no option --sead"), (("a", "--seed"), "needs a value"),
     (("a", "--seed", "one"), "needs a whole number, not 'one'"), (("a", "--top-k", "1.5"), "needs a whole number"),
     (("a", "--temperature", ""), "needs a number, not ''"), (("a", "--temperature", "1,5"), "not '1,5'"),
-    (("a", "--json=yes"), "--json takes no value"), (("a", "--prompt", "x", "--chat"), "exclude"), (("a", "--threads", "0"), "1 or more"),
+    (("a", "--json=yes"), "--json takes no value"),
+    (("a", "--prompt", "x", "--chat"), "exclude"), (("a", "--threads", "0"), "1 or more"),
 ])
 def test_wrong_usage_ends_with_status_2(arguments: tuple[str, ...], said: str, native: Path) -> None:
     done = started(native / "torchchat-run", *arguments)
