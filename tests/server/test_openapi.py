@@ -1,4 +1,4 @@
-"""The published OpenAPI document, and what schemathesis makes of it: right and wrong bodies, none of which gives a 500."""
+"""The published OpenAPI document, and what schemathesis makes of it: right bodies and wrong ones; none gives a 500."""
 
 from __future__ import annotations
 
