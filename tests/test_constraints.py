@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from typing import Any
 
 import pytest
@@ -53,6 +55,16 @@ def test_ids_beyond_the_tokenizer_are_never_permitted(byte_format: TextFormat) -
 def test_a_schema_that_cannot_be_enforced_is_refused(schema: Any, message: str) -> None:
     with pytest.raises(TorchchatError, match=message):
         schema_grammar(schema)
+
+
+def test_a_tokenizer_that_was_constrained_is_let_go() -> None:
+    tokenizer = TinyTokenizer()
+    constraint = constraint_for(schema_grammar({"type": "object"}), TextFormat(tokenizer, None, frozenset({1}), {}))
+    assert constraint.apply(torch.zeros(tokenizer.vocab_size)).isfinite().any()
+    found = weakref.ref(tokenizer)
+    del tokenizer, constraint
+    gc.collect()
+    assert found() is None
 
 
 def test_a_grammar_may_be_given_in_lark(byte_format: TextFormat, scripted: Any) -> None:

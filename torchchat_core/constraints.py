@@ -6,8 +6,8 @@ A constraint works on the bytes of tokens, and so holds for every tokenizer and 
 from __future__ import annotations
 
 import json
+import weakref
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torchchat_core.text_format import TextFormat
 # Between the parts of a JSON text: a space, or a new line and its indentation. A small model would go on and on where
 # any amount of white space is right.
 WHITE_SPACE = r"(\x20|\x0A[\x20]{0,32})"
-_vocabularies: WeakKeyDictionary[Tokenizer, dict[frozenset[int], Any]] = WeakKeyDictionary()
+_vocabularies: weakref.WeakKeyDictionary[Tokenizer, dict[frozenset[int], Any]] = weakref.WeakKeyDictionary()
 
 
 class GrammarError(TorchchatError):
@@ -151,14 +151,15 @@ class _Tokens:
         self.special_token_ids = sorted({*control, *range(tokenizer.vocab_size, size + 1)})
         self.eos_token_id = min(end_ids, default=tokenizer.vocab_size)
         self.bos_token_id = tokenizer.bos_id
-        self._tokenizer = tokenizer
+        self._tokenizer = weakref.ref(tokenizer)  # whose vocabulary this is: it must not keep its own key alive
         self._by_bytes = {data: token for token, data in reversed(list(enumerate(self.tokens))) if token not in control}
         self._longest = max(map(len, self._by_bytes), default=1)
 
     def __call__(self, text: str) -> list[int]:
         """Tokens of a text in the middle of another one, whose bytes are the text's: no space comes before it."""
         wanted = text.encode()
-        ids = self._tokenizer.encode(text)
+        tokenizer = self._tokenizer()
+        ids = tokenizer.encode(text) if tokenizer is not None else []
         return ids if b"".join(self.tokens[token] for token in ids) == wanted else self._greedy(wanted)
 
     def _greedy(self, data: bytes) -> list[int]:

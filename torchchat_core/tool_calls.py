@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from torchchat_core.specs import Tokenizer
 
@@ -150,7 +151,7 @@ class ToolCallReader:
 def forced_schema(form: ToolForm, functions: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
     """The JSON Schema of one call of one of the functions, which are name -> schema of the arguments.
 
-    Each schema of arguments is a definition of the whole, to which its own pointers lead: "#/$defs/a" becomes
+    Each schema of arguments is a definition of the whole, to which its own references lead: "#/$defs/a" becomes
     "#/$defs/call0/$defs/a".
     """
     names = {name: f"call{index}" for index, name in enumerate(functions)}  # pointers need no escapes then
@@ -166,21 +167,64 @@ LITERAL_KEYS = ("const", "enum", "default", "examples")  # of schemas: what they
 NAMED_KEYS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # name -> schema
 
 
-def _moved(schema: Any, root: str) -> Any:
-    """A schema whose pointers into itself begin at another root."""
+def _moved(schema: Mapping[str, Any], root: str) -> Any:
+    """A schema whose references to itself lead to another root: pointers, anchors, and those that begin with its $id.
+
+    It has neither $id nor anchors then, which two schemas could have in common. What lies within another $id is a
+    document of its own, and stays as it is.
+    """
+    own = schema.get("$id")
+    targets = {f"#{name}": place for name, place in _anchors(schema, root)}
+
+    def reference(target: str) -> str:
+        if isinstance(own, str) and own.partition("#")[0] and target.partition("#")[0] == own.partition("#")[0]:
+            target = "#" + target.partition("#")[2]
+        if target == "#" or target.startswith("#/"):
+            return root + target[1:]
+        return targets.get(target, target)
+
+    def moved(part: Any, outermost: bool = False) -> Any:
+        if isinstance(part, list):
+            return [moved(each) for each in part]
+        if not isinstance(part, Mapping) or (_is_document(part) and not outermost):
+            return part
+        found: dict[str, Any] = {}
+        for key, value in part.items():
+            if key == "$ref" and isinstance(value, str):
+                found[key] = reference(value)
+            elif key in NAMED_KEYS and isinstance(value, Mapping):
+                found[key] = {name: moved(inner) for name, inner in value.items()}
+            elif key not in ("$id", "$anchor"):
+                found[key] = value if key in LITERAL_KEYS else moved(value)
+        return found
+
+    return moved(schema, outermost=True)
+
+
+def _is_document(schema: Mapping[str, Any]) -> bool:
+    """Whether it has a name of its own; "#name", as older drafts have it, is an anchor."""
+    name = schema.get("$id")
+    return isinstance(name, str) and not name.startswith("#")
+
+
+def _anchors(schema: Any, place: str, outermost: bool = True) -> Iterator[tuple[str, str]]:
+    """The anchors of a document, each with the pointer to where it stands."""
     if isinstance(schema, list):
-        return [_moved(each, root) for each in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    found: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
-            found[key] = root + value[1:]
-        elif key in NAMED_KEYS and isinstance(value, Mapping):
-            found[key] = {name: _moved(inner, root) for name, inner in value.items()}
-        else:
-            found[key] = value if key in LITERAL_KEYS else _moved(value, root)
-    return found
+        for index, each in enumerate(schema):
+            yield from _anchors(each, f"{place}/{index}", outermost=False)
+    elif isinstance(schema, Mapping) and (outermost or not _is_document(schema)):
+        anchor, old_anchor = schema.get("$anchor"), schema.get("$id")
+        if isinstance(anchor, str):
+            yield anchor, place
+        if isinstance(old_anchor, str) and old_anchor.startswith("#"):
+            yield old_anchor[1:], place
+        for key, value in schema.items():
+            if key in NAMED_KEYS and isinstance(value, Mapping):
+                for name, inner in value.items():
+                    step = quote(name.replace("~", "~0").replace("/", "~1"))
+                    yield from _anchors(inner, f"{place}/{key}/{step}", outermost=False)
+            elif key not in LITERAL_KEYS:
+                yield from _anchors(value, f"{place}/{quote(key)}", outermost=False)
 
 
 def read_forced(form: ToolForm, text: str) -> list[ToolCall]:

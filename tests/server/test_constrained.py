@@ -7,10 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from jsonschema import validate
+from jsonschema import Draft202012Validator, validate
 from starlette.testclient import TestClient
 
-from torchchat_core.tool_calls import GRANITE, HERMES, LLAMA3, MISTRAL, QWEN_XML, ToolCall, ToolCallReader, tool_form
+from torchchat_core.constraints import schema_grammar
+from torchchat_core.tool_calls import (
+    GRANITE,
+    HERMES,
+    LLAMA3,
+    MISTRAL,
+    QWEN_XML,
+    ToolCall,
+    ToolCallReader,
+    forced_schema,
+    tool_form,
+)
 
 SCHEMA = {
     "type": "object", "required": ["name", "age", "tags"], "additionalProperties": False,
@@ -82,6 +93,26 @@ def test_a_demanded_call_keeps_to_schemas_with_definitions_of_their_own(client: 
         calls = [choice["message"]["tool_calls"][0]["function"] for choice in answered]
         for call in calls:
             assert json.loads(call["arguments"]) == {"city": "Rome" if call["name"] == "go.to" else "Oslo"}
+
+
+def test_schemas_with_names_and_anchors_of_their_own_are_kept_apart() -> None:
+    named = {"$id": "https://example.org/a", "type": "object", "required": ["x"], "properties": {
+        "x": {"$ref": "#/$defs/kind"}, "y": {"$ref": "https://example.org/a#/$defs/kind"}}, "$defs": {
+            "kind": {"type": "string"}}}
+    first, second = ({"type": "object", "required": ["x"], "properties": {"x": {"$ref": "#kind"}}, "$defs": {
+        "a/b c": {"$anchor": "kind", "type": kind}}} for kind in ("string", "integer"))
+    old = {"type": "object", "required": ["x"], "properties": {"x": {"$ref": "#kind"}}, "definitions": {
+        "k": {"$id": "#kind", "type": "boolean"}}}
+    inner = {"type": "object", "required": ["x"], "properties": {"x": {"$ref": "https://example.org/b"}}, "$defs": {
+        "b": {"$id": "https://example.org/b", "$ref": "#/$defs/c", "$defs": {"c": {"type": "null"}}}}}
+    functions = {"named": named, "again": named, "first": first, "second": second, "old": old, "inner": inner}
+    whole = forced_schema(HERMES, functions)
+    schema_grammar(whole)
+    values = {"named": "s", "again": "s", "first": "s", "second": 1, "old": True, "inner": None}
+    for name, right in values.items():
+        for value in values.values():
+            call = {"name": name, "arguments": {"x": value}}
+            assert Draft202012Validator(whole).is_valid(call) == (type(value) is type(right)), call
 
 
 def test_what_looks_like_a_pointer_in_data_or_names_stays(client: TestClient) -> None:

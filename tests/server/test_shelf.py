@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -134,3 +135,72 @@ def test_a_model_whose_thread_died_is_loaded_anew(fake: type[FakeEngine]) -> Non
         assert [engine.closed for engine in fake.made] == [True, False]
 
     asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_a_model_that_waits_for_room_gets_it_though_another_one_is_always_in_use(
+        fake: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf_module, "PATIENCE", 0.05)
+
+    async def scenario() -> None:
+        shelf = new_shelf(max_loaded=1)
+        served = {"a": 0, "b": 0}
+
+        async def client(name: str, delay: float) -> None:
+            await asyncio.sleep(delay)
+            while not all(served.values()):
+                await used(shelf, name, 0.03)
+                served[name] += 1
+
+        await asyncio.gather(*(client("a", 0.01 * index) for index in range(3)), client("b", 0.05))
+        await shelf.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 5))
+
+
+def test_room_is_given_in_the_order_in_which_it_is_asked_for(fake: type[FakeEngine], monkeypatch: pytest.MonkeyPatch
+                                                             ) -> None:
+    sizes = {"a": 3 * SIZE, "large": 4 * SIZE, "small": SIZE}
+    monkeypatch.setattr(Shelf, "_size", lambda _, request: sizes[request.model])
+    order: list[str] = []
+
+    async def scenario() -> None:
+        shelf = new_shelf(memory_limit=4)
+        for name in sizes:
+            shelf.add(name, ModelRequest(model=name))
+
+        async def ask(name: str) -> None:
+            async with shelf.use(name):
+                order.append(name)
+
+        async with shelf.use("a"):
+            FakeEngine.made[0].opened.weight_bytes = shelf.entries["a"].bytes = 3 * SIZE
+            waiting = [asyncio.create_task(ask("large"))]
+            await asyncio.sleep(0.05)
+            waiting.append(asyncio.create_task(ask("small")))  # which would fit beside "a"
+            await asyncio.sleep(0.05)
+        await asyncio.gather(*waiting)
+        assert order == ["large", "small"]
+        await shelf.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 5))
+
+
+def test_an_error_of_loading_that_nobody_waits_for_is_not_reported_as_lost(fake: type[FakeEngine]) -> None:
+    async def scenario() -> list[dict[str, Any]]:
+        lost: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: lost.append(context))
+        shelf = new_shelf()
+        fake.gate.clear()
+        fake.error = RuntimeError("no memory")
+        first = asyncio.create_task(used(shelf, "a"))
+        await asyncio.sleep(0.05)
+        first.cancel()
+        await asyncio.sleep(0.01)
+        fake.gate.set()
+        await asyncio.sleep(0.05)
+        del first
+        gc.collect()
+        await asyncio.sleep(0)
+        return lost
+
+    assert not asyncio.run(asyncio.wait_for(scenario(), 5))

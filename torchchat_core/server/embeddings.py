@@ -29,12 +29,7 @@ async def answer(exchange: Exchange, body: EmbeddingRequest) -> Response:
     texts = await asyncio.to_thread(prompts_of, body.input, opened.text_format.tokenizer)
     for text in texts:
         exchange.check_prompt(text, "input")
-
-    async def embed_all() -> list[Tensor]:
-        return [await exchange.engine.call(lambda model, text=text: embed(model, text))  # type: ignore[misc]
-                for text in texts]
-
-    vectors = await exchange.watched(embed_all())
+    vectors = await exchange.watched(exchange.engine.call_for_each(embed, texts))
     count = sum(map(len, texts))
     return json_response({
         "object": "list", "model": body.model, "usage": {"prompt_tokens": count, "total_tokens": count},

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torchchat_core.batching import Batch, Failure, Job, Outcome
 from torchchat_core.constraints import GrammarError
 from torchchat_core.errors import TorchchatError
-from torchchat_core.generation import Event, FinishedEvent
+from torchchat_core.generation import PREFILL_CHUNK, Event, FinishedEvent
 from torchchat_core.pipeline import ModelRequest, OpenedModel, open_model
 from torchchat_core.plugins import Registry
 from torchchat_core.server.errors import ApiError
@@ -160,6 +160,21 @@ class Engine:
             self._calls.append((run, done))
             self._condition.notify()
         return await asyncio.wait_for(asyncio.wrap_future(done), self._limits.max_time)
+
+    async def call_for_each(self, function: Callable[[LoadedModel, Sequence[int]], Result],
+                            prompts: Sequence[Sequence[int]]) -> list[Result]:
+        """The same with each of the prompts, of which as many are taken between two steps as a step computes."""
+        found: list[Result] = []
+        while len(found) < len(prompts):
+            some: list[Sequence[int]] = []
+            tokens = 0
+            for prompt in prompts[len(found) :]:
+                tokens += len(prompt)
+                if some and tokens > PREFILL_CHUNK:
+                    break
+                some.append(prompt)
+            found += await self.call(lambda model, some=some: [function(model, each) for each in some])  # type: ignore[misc]
+        return found
 
     def _check(self) -> None:
         if self._error is not None:

@@ -23,13 +23,12 @@ class Scored:
 
 
 async def score_prompts(engine: Engine, prompts: Sequence[Sequence[int]], top: int) -> list[Scored]:
-    """One after the other, each between two steps of the model. Raises `ApiError` 400 without the ability `score`."""
+    """One after the other, between steps of the model. Raises `ApiError` 400 without the ability `score`."""
     try:
         engine.opened.executor.require("score")
     except TorchchatError as error:
         raise ApiError(400, f"logprobs of an echoed prompt: {error.message}", "echo", "unsupported_parameter") from None
-    return [await engine.call(lambda model, prompt=prompt: _score(model, prompt, top))  # type: ignore[misc]
-            for prompt in prompts]
+    return await engine.call_for_each(lambda model, prompt: _score(model, prompt, top), prompts)
 
 
 def _score(model: LoadedModel, prompt: Sequence[int], top: int) -> Scored:

@@ -17,6 +17,8 @@ from torchchat_core.server.errors import ApiError
 from torchchat_core.server.limits import Limits
 from torchchat_core.server.metrics import Metrics
 
+PATIENCE = 1.0  # seconds that a model waits for room before nobody new may use those that are in its way
+
 
 @dataclass(eq=False)
 class Entry:
@@ -31,6 +33,7 @@ class Entry:
     users: int = 0  # requests that are using it now
     used_at: float = 0.0
     room: bool = False  # whether it has a place in memory: from when room is made for it until it is given back
+    asked_at: float = 0.0  # when it began to wait for room
     bytes: int = 0  # of its weights: from when room is made for them until they are given back
 
 
@@ -43,6 +46,7 @@ class Shelf:
         self._registry, self._limits, self._metrics = registry, limits, metrics
         self._changing = asyncio.Lock()  # one model is loaded at a time
         self._changed = asyncio.Event()  # that there may be room now, or that a request waits no longer
+        self._queue: list[Entry] = []  # that wait for room, the first one first
 
     @property
     def loaded(self) -> list[Entry]:
@@ -86,11 +90,14 @@ class Shelf:
 
     async def _taken(self, entry: Entry) -> Engine:
         """The engine of an entry, whose user the caller is from then on: nothing is awaited between the two."""
+        while entry.engine is not None and self._is_closed():
+            await self._change()
         if entry.engine is not None and entry.engine.broken:
             await self._unload(entry)  # and have it loaded anew
         if entry.engine is None:
             if entry.loading is None:
                 entry.loading = asyncio.create_task(self._load(entry))
+                entry.loading.add_done_callback(_seen)
             entry.waiting += 1
             try:
                 engine = await asyncio.shield(entry.loading)
@@ -136,25 +143,39 @@ class Shelf:
     async def _make_room(self, entry: Entry) -> int:
         """Unloads the models that were not used for longest, until this one fits; the bytes that are reserved for it.
 
-        Waits without a lock: those who use what is loaded are what it waits for.
+        Models get room in the order in which they ask. Waits without a lock: those who use what is loaded are what it
+        waits for.
         """
         limit = self._limits.memory_limit << 20
         needed = await asyncio.to_thread(self._size, entry.request) if limit else 0
         if needed > limit:
             raise ApiError(503, f"the model {entry.name!r} takes {bytes_text(needed)}; the server may use "
                                 f"{bytes_text(limit)} (--memory-limit)")
-        while self._crowded(needed):
-            idle = [other for other in self.loaded if not other.users and not other.waiting]
-            if idle:
-                await self._unload(min(idle, key=lambda other: other.used_at))
-            elif not entry.waiting:
-                raise ApiError(503, f"nobody waits for the model {entry.name!r} any more")
-            else:
-                self._changed.clear()
-                await self._changed.wait()
-        entry.bytes += needed
-        entry.room = True
-        return needed
+        entry.asked_at = time.monotonic()
+        self._queue.append(entry)
+        try:
+            while self._queue[0] is not entry or self._crowded(needed):
+                idle = [other for other in self.loaded if not other.users and not other.waiting]
+                if not entry.waiting:
+                    raise ApiError(503, f"nobody waits for the model {entry.name!r} any more")
+                if self._queue[0] is entry and idle:
+                    await self._unload(min(idle, key=lambda other: other.used_at))
+                else:
+                    await self._change()
+            entry.bytes += needed
+            entry.room = True
+            return needed
+        finally:
+            self._queue.remove(entry)
+            self._changed.set()
+
+    def _is_closed(self) -> bool:
+        """Whether a model has waited for room for so long that those who come now have to let it pass."""
+        return bool(self._queue) and time.monotonic() - self._queue[0].asked_at > PATIENCE
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
 
     def _crowded(self, needed: int) -> bool:
         """Whether one more model, of so many bytes, is too much."""
@@ -180,3 +201,9 @@ class Shelf:
                 entry.bytes -= freed
                 entry.room = False
                 self._changed.set()
+
+
+def _seen(loading: asyncio.Task[Engine]) -> None:
+    """Takes note of an error that nobody waits for any more, so that it is not reported as lost."""
+    if not loading.cancelled():
+        loading.exception()
