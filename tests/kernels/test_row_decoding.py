@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -141,6 +142,22 @@ def test_threads_change_nothing(rows: int, hidden: int, layers: int) -> None:
     for alone, together in found:
         assert torch.equal(alone, found[0][0])
         assert torch.equal(together, alone)
+
+
+def test_models_that_decode_at_once_and_go_away_do_not_disturb_each_other() -> None:
+    """Threads that are late may still be in a decoder when its token is done, or look for the next model's work."""
+    config, before = tiny_config(hidden_size=512, intermediate_size=1024, vocab_size=2048), torch.get_num_threads()
+    expected = [alone_and_together(seeded(config, seed), [1, 3])[0] for seed in range(2)]
+
+    def again(seed: int) -> bool:
+        return all(torch.equal(alone_and_together(seeded(config, seed), [1, 3])[0], expected[seed]) for _ in range(8))
+
+    try:
+        torch.set_num_threads(8)
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(again, range(2))) == [True, True]
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("wrong", ["rows", "angles", "caches", "capacity", "held", "far", "counts", "none", "room"])

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bfloat16_linear.h"
+#include "crew.h"
 #include "float32_linear.h"
 #include "quantized_linear.h"
 
@@ -127,6 +128,10 @@ struct DecoderModel {
     TORCH_CHECK(hidden > 0 && kv_heads > 0 && heads > 0 && heads % kv_heads == 0 && head_dim > 0 && head_dim % 2 == 0,
                 heads, " heads over ", kv_heads, " kv_heads of ", head_dim, " for ", hidden, " numbers");
   }
+
+  ~DecoderModel() { wait_for_crew(this); }
+  DecoderModel(const DecoderModel&) = delete;
+  DecoderModel& operator=(const DecoderModel&) = delete;
 
   // The next of the products of a layer, in the order of `Place`: packed weights with their bits, or with bits 0 a
   // matrix of bfloat16 or float32 [outputs, columns].

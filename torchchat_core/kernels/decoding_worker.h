@@ -67,9 +67,9 @@ struct Caches {
 template <typename Scalar>
 struct Worker {
   Worker(const DecoderModel& model, Shared& shared, const float* cosine, const float* sine,
-         const int64_t* held, const Rows& taken, int64_t thread)
+         const int64_t* held, const Rows& taken, int64_t thread, int64_t threads)
       : model(model), shared(shared), cosine(cosine), sine(sine), held(held), taken(taken), rows(taken.count),
-        place{thread, 1},
+        place{thread, threads},
         instructions(instructions_in_use), round(choose_round_block(instructions)),
         score(choose_score_keys<Scalar>(instructions)), to_weights(choose_scores_to_weights(instructions)),
         blend(choose_blend_values<Scalar>(instructions)),

@@ -14,7 +14,9 @@
 
 #include <deque>
 #include <limits>
+#include <memory>
 
+#include "crew.h"
 #include "decoder_model.h"
 #include "decoding_worker.h"
 
@@ -51,7 +53,7 @@ struct Group {
     workers.reserve(threads);
     for (int64_t thread = 0; thread < threads; ++thread)
       workers.emplace_back(model, shared, cosine + before * model.size_, sine + before * model.size_, held + before,
-                           rows, thread);
+                           rows, thread, threads);
   }
 
   static int64_t first_row(const std::vector<int64_t>& ends, Share sequences) {
@@ -66,11 +68,11 @@ struct Group {
     return rows;
   }
 
-  void run(int64_t thread, int64_t threads) {
+  void run(int64_t thread) {
     Worker<Scalar>& worker = workers[thread];
-    worker.place.threads = threads;
     for (size_t index = 0; index < caches.size(); ++index) worker.run(model.layers_[index], caches[index]);
     worker.make_logits(logits);
+    shared.stages.finish(worker.place);
   }
 
   const DecoderModel& model;
@@ -79,6 +81,28 @@ struct Group {
   std::vector<Caches<Scalar>> caches;  // [layers]
   std::vector<Worker<Scalar>> workers;
   float* logits;
+};
+
+// One group, through which all threads go, or several, each of which is for one thread.
+template <typename Scalar>
+struct Groups : Job {
+  explicit Groups(int64_t threads) : threads(threads), stages(1, threads) {}
+
+  void run(int64_t thread) override {
+    if (groups.size() == 1) {
+      groups[0].run(thread);
+      return;
+    }
+    Stages::Place place{thread, threads};
+    stages.take(place, static_cast<int64_t>(groups.size()), kLargestPiece, [] {}, [&](int64_t first, int64_t last) {
+      for (int64_t group = first; group < last; ++group) groups[group].run(0);
+    });
+    stages.finish(place);
+  }
+
+  std::deque<Group<Scalar>> groups;  // made before the threads come: nothing may be thrown there
+  int64_t threads;
+  Stages stages;
 };
 
 struct Size {
@@ -131,17 +155,11 @@ void run_as(const DecoderModel& model, const at::Tensor& hidden, const float* co
   const int64_t threads = threads_of(model, size, rows);
   const std::vector<Share> parts = parts_of(ends, groups_of(size.bytes, rows, threads));
   const auto count = static_cast<int64_t>(parts.size());
-  std::deque<Group<Scalar>> groups;  // made here: nothing may be thrown where the threads are
+  const auto job = std::make_shared<Groups<Scalar>>(count > 1 ? std::min(threads, count) : threads);
   for (const Share& part : parts)
-    groups.emplace_back(model, ends, part, hidden.const_data_ptr<Scalar>(), cosine, sine, keys, values, held.data(),
-                        logits, count > 1 ? 1 : threads);
-  if (count > 1) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(std::min(threads, count)))
-    for (int64_t group = 0; group < count; ++group) groups[group].run(0, 1);
-    return;
-  }
-#pragma omp parallel num_threads(static_cast<int>(threads)) if (threads > 1)
-  groups[0].run(omp_get_thread_num(), omp_get_num_threads());  // which may be fewer than were asked for
+    job->groups.emplace_back(model, ends, part, hidden.const_data_ptr<Scalar>(), cosine, sine, keys, values, held.data(),
+                             logits, count > 1 ? 1 : threads);
+  run_together(job, job->threads, &model);
 }
 
 }  // namespace

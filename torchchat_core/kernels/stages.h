@@ -8,9 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#if defined(__x86_64__) || defined(_M_X64)
-#include <immintrin.h>
-#endif
+#include "waiting.h"
 
 namespace torchchat {
 
@@ -31,12 +29,6 @@ inline Share share_of(int64_t count, int64_t thread, int64_t threads) {
   return {count * thread / threads, count * (thread + 1) / threads};
 }
 
-inline void pause() {
-#if defined(__x86_64__) || defined(_M_X64)
-  _mm_pause();
-#endif
-}
-
 // How far the work of each stage is. A stage begins when the one before is done, whoever has done it: nobody waits for a
 // thread that does nothing because something else has its core. A thread first takes pieces of its own part of a stage
 // and then of the others' parts.
@@ -54,8 +46,8 @@ class Stages {
   // thread comes here with the same stages in the same order. `bytes_of_each`: what is read for one of the things.
   template <typename Prepare, typename Work>
   void take(Place& place, int64_t count, int64_t bytes_of_each, Prepare prepare, Work work) {
+    finish(place);
     const int64_t stage = place.stage++, threads = place.threads;
-    if (stage > 0) wait(done_[stage - 1].number, place.count_before);
     place.count_before = count;
     std::atomic<int32_t>& done = done_[stage].number;
     if (done.load(std::memory_order_relaxed) == count) return;
@@ -78,17 +70,15 @@ class Stages {
     if (own > 0 && done.fetch_add(own, std::memory_order_acq_rel) + own == count) done.notify_all();
   }
 
- private:
-  static void wait(const std::atomic<int32_t>& done, int64_t count) {
-    if (done.load(std::memory_order_acquire) == count) return;
-    const auto until = std::chrono::steady_clock::now() + kPatience;
-    do {
-      for (int i = 0; i < 32; ++i, pause())
-        if (done.load(std::memory_order_acquire) == count) return;
-    } while (std::chrono::steady_clock::now() < until);
-    for (int32_t seen; (seen = done.load(std::memory_order_acquire)) != count;) done.wait(seen, std::memory_order_acquire);
+  // Returns when the stages so far are done.
+  void finish(const Place& place) const {
+    if (place.stage == 0) return;
+    const std::atomic<int32_t>& done = done_[place.stage - 1].number;
+    for (int32_t seen; (seen = done.load(std::memory_order_acquire)) != place.count_before;)
+      wait_while(done, seen, kPatience);
   }
 
+ private:
   struct alignas(64) Counter {  // alone in its line of the cache
     std::atomic<int32_t> number{0};
   };
