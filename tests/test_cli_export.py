@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.small_files import output_file
 
 EXPORTERS = '''
 from dataclasses import dataclass
@@ -77,6 +81,7 @@ def test_the_ending_or_the_flag_chooses_the_exporter(arguments: list[str], conte
     (["-o", "a.one", "--device", "cuda"], 1, "cuda"),
     (["-o", "."], 1, "is a folder"),
     (["-o", "nowhere/a.one"], 1, "there is no folder 'nowhere'"),
+    (["-o", f"{'a' * 300}.one"], 1, "a name that is too long for this system"),
     (["-o", "a.one", "--level", "9"], 1, "nine is too much"),
     (["-o", "a.one", "--executor", "eager"], 2, "No such option"),
 ])
@@ -90,6 +95,15 @@ def test_what_cannot_be_written_is_told(arguments: list[str], code: int, words: 
 def test_a_folder_that_takes_no_files_is_told_before_the_model_is_loaded(torchchat: Any) -> None:
     done = torchchat("export", "no-such-model", "-o", "/proc/a.one")
     assert (done.code, "no file can be written into '/proc'" in done.err) == (1, True), done.err
+
+
+def test_a_folder_that_may_not_be_looked_into_takes_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_dir", closed)  # nothing is closed to root
+    with pytest.raises(TorchchatError, match=f"-o is .*; no file can be written into {str(tmp_path)!r}: Permission"):
+        output_file("-o", str(tmp_path / "a.one"))
 
 
 def test_what_is_no_ordinary_file_is_not_replaced(torchchat: Any) -> None:

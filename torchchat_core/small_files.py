@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -27,19 +28,20 @@ def output_file(flag: str, text: str) -> Path:
     """The file that the value of a flag names. Raises `TorchchatError`, before any work is done, where none can be
     written there."""
     path = expanded(text)
-    given = f"{flag} is {text!r}"
-    if path.is_dir():
-        raise TorchchatError(f"{given}, which is a folder", "give the name of the file in it")
-    if path.exists() and not path.is_file():
-        raise TorchchatError(f"{given}, which is no ordinary file, so it is not replaced",
-                             "give the name of a new file")
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise TorchchatError(f"{given}; there is no folder {str(path.parent)!r}", "make it first")
+    given, folder = f"{flag} is {text!r}", path.absolute().parent
     try:
+        if path.is_dir():
+            raise TorchchatError(f"{given}, which is a folder", "give the name of the file in it")
+        if path.exists() and not path.is_file():
+            raise TorchchatError(f"{given}, which is no ordinary file, so it is not replaced",
+                                 "give the name of a new file")
+        if not folder.is_dir():
+            raise TorchchatError(f"{given}; there is no folder {str(path.parent)!r}", "make it first")
         with tempfile.TemporaryFile(dir=folder):
             return path
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise TorchchatError(f"{given}, a name that is too long for this system", "choose a shorter one") from None
         raise TorchchatError(f"{given}; no file can be written into {str(folder)!r}: {error.strerror}",
                              "choose another folder") from None
 
