@@ -131,6 +131,24 @@ def test_weights_stand_in_the_file_once(tiny_llama: Transformer, tmp_path: Path)
     assert (tmp_path / "m.pte").read_bytes().count(tiny_llama.lm_head.weight.numpy().tobytes()) == 1
 
 
+@pytest.mark.parametrize(("recipe", "atol"), [
+    ('{"linear:int8": {"layers": ["*.q_proj"]}}', 1e-4),  # keys and values in float32
+    ('{"linear:int8": {"layers": ["*.q_proj", "*.k_proj", "*.up_proj"]}, '
+     '"linear:a8w4dq": {"layers": ["*.v_proj"]}}', 0.05),
+])
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "qk_norm": True, "rope_interleaved": True}], ids=str)
+def test_queries_keys_and_values_may_be_of_several_formats(
+        recipe: str, atol: float, changes: dict[str, Any], make_tiny_model: Callable[..., Transformer], tmp_path: Path
+) -> None:
+    module = make_tiny_model(**changes)
+    read_recipe(recipe, load_registry(), "cpu", "fp32").apply(module)
+    export(module, tmp_path / "m.pte")
+    session = load_registry().find(ExecutorInfo, "executorch").make().load(
+        LoadRequest(device="cpu", dtype="fp32", artifact=tmp_path / "m.pte")).session()
+    found = torch.stack([session.prefill([3, 1, 4, 1, 5]), session.decode(9)])
+    assert torch.allclose(found, reference_logits(module, [3, 1, 4, 1, 5, 9])[-2:], atol=atol)
+
+
 def test_windows_bound_the_length_of_sequences(make_tiny_model: Callable[..., Transformer], tmp_path: Path) -> None:
     config = tiny_config(sliding_window=6)
     assert context_length(config, None) == 6
