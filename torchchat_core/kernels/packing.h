@@ -76,7 +76,7 @@ template <int Bits>
 inline void put_short_row(const uint8_t* row, int64_t count, uint8_t zero, int64_t lane, uint8_t* block) {
   uint8_t whole[kBlockColumns * Bits / 8];
   std::memset(whole, Bits == 4 ? zero | zero << 4 : zero, sizeof whole);
-  std::memcpy(whole, row, count * Bits / 8);
+  if (count > 0) std::memcpy(whole, row, count * Bits / 8);  // of rows behind the last there is no memory
   if (Bits == 4 && count % 2) whole[count / 2] = (row[count / 2] & 15) | zero << 4;
   put_row<Bits>(whole, lane, block);
 }
