@@ -78,11 +78,9 @@ Model Model::load(const std::string& path, const LoadOptions& options) {
         throw Error("threads is " + std::to_string(options.threads) + "; it has to be from 1 to 4096, or 0");
     }
     auto file = std::make_shared<LoadedFile>();
-    const auto artifact = std::make_shared<Artifact>(path);
-    artifact->read_ahead();
-    file->artifact = artifact;
+    file->artifact = std::make_shared<const Artifact>(path);
     file->backend_name = backend_of(file->manifest().kind);
-    // The runtime's libraries are loaded while the file's digests are computed or its weights read, and its tokenizer.
+    // The runtime's libraries are loaded while the file's digests are computed and its tokenizer is read.
     auto runtime = std::async(std::launch::async, runtime_called, file->backend_name);
     file->format = text_format(*file->artifact);
     file->artifact->check();

@@ -1,10 +1,8 @@
 // Runs one part of the library for the tests: a line of JSON on standard input asks, a line on standard output answers.
-#include <chrono>
 #include <fstream>
 #include <iostream>
 #include <iterator>
 #include <nlohmann/json.hpp>
-#include <thread>
 
 #include "artifact/artifact.h"
 #include "conversation.h"
@@ -20,32 +18,6 @@ using namespace torchchat;
 std::string bytes_of(const std::string& path) {
     std::ifstream file(path, std::ios::binary);
     return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-}
-
-// Bytes of the file that are in this process's memory.
-std::uint64_t resident(const std::string& path) {
-    std::ifstream maps("/proc/self/smaps");
-    std::uint64_t bytes = 0;
-    bool of_file = false;
-    for (std::string line; std::getline(maps, line);) {
-        if (line.find('-') < line.find(' ')) of_file = line.ends_with(" " + path);  // the first line of a mapping
-        if (of_file && line.starts_with("Rss:")) bytes += std::stoull(line.substr(4)) * 1024;
-    }
-    return bytes;
-}
-
-// Of a file that was opened and read ahead; waits a while for `bytes` of it.
-std::uint64_t pages(const json& question) {
-    const std::string path = question.at("path");
-    Artifact artifact(path);
-    artifact.read_ahead();
-    artifact.check();
-    std::uint64_t found = resident(path);
-    for (int waited = 0; found < question.at("bytes") && waited < 1000; ++waited) {
-        std::this_thread::sleep_for(std::chrono::milliseconds(10));
-        found = resident(path);
-    }
-    return found;
 }
 
 // {"files": {name: path}}: the tokenizer that later questions are about.
@@ -175,7 +147,6 @@ json answer(const json& question, Tokenizers& tokenizers) {
         for (const auto& [name, content] : artifact.tokenizer_files()) files[name] = content.size();
         return {{"kind", artifact.manifest().kind}, {"program", artifact.content("program").size()}, {"files", files}};
     }
-    if (asked == "pages") return pages(question);
     throw Error("there is no question " + asked);
 }
 

@@ -116,19 +116,3 @@ def test_a_cache_folder_that_cannot_be_made_does_no_harm(file: Path, caches: Pat
     caches.parents[1].write_text("no folder", "utf-8")
     time.sleep(SETTLED)
     assert fresh.ask("artifact", path=str(file))["kind"] == "executorch"
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell which pages are in memory")
-def test_weights_that_are_not_compared_are_read_ahead(tmp_path: Path, caches: Path, fresh: Probe) -> None:
-    """All but packed ones, which are copied to other memory: it would hold them twice."""
-    path, size = tmp_path / "m.pte", 8 << 20
-    path.write_bytes(b"a program " * 30)
-    tensors = {name: {"entry": f"weights/{name}", "shape": [size // 4], "dtype": dtype}
-               for name, dtype in (("used", "fp32"), ("packed", "uint8"))}
-    text = TextContent(tokenizer={"t.model": b"a few letters"}, tokenizer_kind="sentencepiece", bos_id=1, eos_id=2,
-                       adds_bos=True, end_ids=(1, 2))
-    write_artifact(path, Manifest(kind="executorch", model="m", config=tiny_config(), dtype="fp32", max_seq_length=5,
-                                  target=Target(device="cpu"), text=text, runtime={"tensors": tensors}),
-                   [Content.of(f"weights/{name}", name[:1].encode() * size) for name in tensors])
-    note_of(path)
-    assert size <= fresh.ask("pages", path=str(path), bytes=size) < size * 3 // 2

@@ -8,7 +8,6 @@
 
 #include "artifact/digest.h"
 #include "error.h"
-#include "json.h"
 
 namespace torchchat {
 namespace {
@@ -153,7 +152,7 @@ void Artifact::begin_checks() {
     std::size_t threads = 0;
     for (const auto& [name, digest] : manifest_.digests) {
         const std::string_view data = place(name);
-        const bool skipped = checked_before_ && is_compared_once(name);
+        const bool skipped = checked_before_ && (name.starts_with(weights_folder) || data.size() >= large);
         const auto holds = [data, skipped, &wanted = digest] { return skipped || sha256(data) == wanted; };
         const bool apart = !skipped && data.size() > small && threads++ < most_threads;
         checks_[name] = std::async(apart ? std::launch::async : std::launch::deferred, holds).share();
@@ -161,27 +160,6 @@ void Artifact::begin_checks() {
     for (const auto& [name, digest] : manifest_.digests) {
         if (place(name).size() <= small) check(name);
     }
-}
-
-bool Artifact::is_compared_once(std::string_view name) const {
-    return name.starts_with(weights_folder) || place(name).size() >= large;
-}
-
-// Weights that are packed, which the manifest has as plain bytes, are copied elsewhere: so they are left out, and
-// memory does not hold all of them twice.
-void Artifact::read_ahead() {
-    if (!checked_before_) return;
-    std::set<std::string, std::less<>> copied;
-    if (const nlohmann::json* tensors = member(manifest_.runtime, "tensors"); tensors != nullptr) {
-        for (const auto& tensor : *tensors) {
-            if (text_of(tensor, "dtype", "") == "uint8") copied.insert(text_of(tensor, "entry", ""));
-        }
-    }
-    std::vector<std::string_view> parts;
-    for (const auto& [name, digest] : manifest_.digests) {
-        if (is_compared_once(name) && !copied.contains(name)) parts.push_back(place(name));
-    }
-    read_ahead_.emplace(std::move(parts));
 }
 
 void Artifact::check(std::string_view name) const {

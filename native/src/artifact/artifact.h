@@ -13,7 +13,6 @@
 
 #include "artifact/checked_files.h"
 #include "artifact/mapped_file.h"
-#include "artifact/read_ahead.h"
 #include "artifact/zip.h"
 #include "tokenizers/tokenizer.h"
 
@@ -51,9 +50,6 @@ class Artifact {
 
     const Manifest& manifest() const { return manifest_; }
     const std::string& path() const { return file_.path(); }
-    // Has the pages of weights that are used where they lie read while other things are done, if comparing digests does
-    // not read them anyway.
-    void read_ahead();
     // Waits until every digest is compared, those of large entries once for a file. Throws where one does not hold.
     void check() const;
     // The content of an entry below "torchchat/", or "program", whose digest holds. Throws where there is none.
@@ -67,7 +63,6 @@ class Artifact {
     void find_manifest();
     void check_ending() const;
     void begin_checks();
-    bool is_compared_once(std::string_view name) const;
     void check(std::string_view name) const;
     std::string_view place(std::string_view name) const;  // of an entry whose digest may not be compared yet
     void check_tokenizer_size() const;
@@ -80,7 +75,6 @@ class Artifact {
     nlohmann::json identity_;  // when the comparing began
     bool checked_before_ = false;
     std::map<std::string, std::shared_future<bool>, std::less<>> checks_;  // whether each digest holds
-    std::optional<ReadAhead> read_ahead_;
 };
 
 // The manifest that `text` is. Throws `Error` where it is malformed.
