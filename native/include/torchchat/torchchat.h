@@ -71,8 +71,8 @@ using OnText = std::function<bool(std::string_view text)>;
 using Cancelled = std::function<bool()>;
 
 struct LoadOptions {
-    // That compute; 0: as the runtime chooses. The number is the process's, of all models of one runtime: to be set while
-    // none of them answers.
+    // That compute; 0: as the runtime chooses. The number is the process's, of all models of one runtime: to be set
+    // while none of them answers.
     int threads = 0;
 };
 
