@@ -71,7 +71,9 @@ using OnText = std::function<bool(std::string_view text)>;
 using Cancelled = std::function<bool()>;
 
 struct LoadOptions {
-    int threads = 0;  // that compute; 0: as the runtime chooses
+    // That compute; 0: as the runtime chooses. The number is the process's, of all models of one runtime: to be set
+    // while none of them answers.
+    int threads = 0;
 };
 
 struct LoadedFile;

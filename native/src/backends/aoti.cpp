@@ -188,6 +188,16 @@ class AotiSession final : public Session {
         std::int64_t capacity = std::max(first_capacity, capacity_);
         while (capacity < needed) capacity *= 2;
         capacity = std::min(capacity, limit_);
+        try {
+            grow(capacity);
+        } catch (const c10::Error& error) {
+            throw Error("the KV cache cannot have room for " + std::to_string(capacity) +
+                            " tokens: " + first_line(error.what_without_backtrace()),
+                        "free memory, or export the model again with a smaller --max-seq-length");
+        }
+    }
+
+    void grow(std::int64_t capacity) {
         for (Tensors* held : {&keys_, &values_}) {
             held->resize(static_cast<std::size_t>(backend_->layers));
             for (at::Tensor& each : *held) {

@@ -84,7 +84,7 @@ class PieceAllocator final : public MemoryAllocator {
 
     void* allocate(std::size_t size, std::size_t alignment) override {
         if (size > largest_buffer || alignment > 4096) return nullptr;
-        auto piece = std::make_unique<std::uint8_t[]>(size + alignment);
+        auto piece = std::make_unique_for_overwrite<std::uint8_t[]>(size + alignment);  // no zeros: each step asks anew
         void* place = piece.get();
         std::size_t room = size + alignment;
         place = std::align(alignment, size, place, room);
