@@ -41,6 +41,7 @@ template <typename Tile>
 void cover_with_tiles(int64_t count, int64_t rows, const Tile& tile) {
   int64_t row = 0;
   for (; row + Tile::kRows <= rows; row += Tile::kRows) cover_band<Tile::kRows>(count, row, tile);
+  for (; row + 2 <= rows; row += 2) cover_band<2>(count, row, tile);
   for (; row < rows; ++row) cover_band<1>(count, row, tile);
 }
 
