@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 import pytest
 from building import NATIVE, missing, run
 from test_runner import run as started
+
+from torchchat_core.archive import ArchiveWriter
 
 HUGE = "9" * 40
 
@@ -66,6 +70,23 @@ def test_text_that_is_no_utf8_is_refused(arguments: tuple[bytes | str, ...], run
     done = subprocess.run([runner, embedded("pte"), *arguments], input=b"\xc3", capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (1, b"")
     assert b"is not UTF-8 text" in done.stderr
+
+
+def test_a_kv_cache_that_no_memory_holds_is_told(runner: Path, embedded: Callable[[str], Path], tmp_path: Path) -> None:
+    path = tmp_path / "m.pt2"
+    with zipfile.ZipFile(embedded("pt2")) as archive:
+        entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    manifest = next(name for name in entries if name.endswith("torchchat/manifest.json"))
+    content = json.loads(entries[manifest])
+    content["runtime"]["cache"].update(kv_heads=100_000, head_dim=100_000)
+    path.touch()
+    with ArchiveWriter(path) as writer:
+        for name, data in {**entries, manifest: json.dumps(content).encode()}.items():
+            writer.add(name, (data,), len(data))
+    done = started(runner, path, "--prompt", "x", "--max-new-tokens", "1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "error: the KV cache cannot have room for 256 tokens" in done.stderr
+    assert "Exception raised from" not in done.stderr
 
 
 @pytest.mark.parametrize("flags", [(), ("--raw",)])
