@@ -34,6 +34,7 @@ import torch
 from measure_compile import EXECUTORS, LONG_PROMPT, PROMPT, SHAPES, random_model
 
 from tc_gguf.architecture import metadata_of, tensor_name
+from torchchat_core.generation_options import SamplingOptions
 from torchchat_core.measure.bandwidth import read_speed
 from torchchat_core.models.rope_layout import interleaved_rows
 from torchchat_core.models.transformer import Transformer
@@ -42,7 +43,7 @@ from torchchat_core.pipeline import ModelRequest, fetch_files, open_checkpoint
 from torchchat_core.plugins import load_registry
 from torchchat_core.quantization.recipe import RecipeReport, parse_recipe
 from torchchat_core.quantization.writing import write_quantised
-from torchchat_core.sampling import highest
+from torchchat_core.sampling import Sampler
 from torchchat_core.small_files import cache_folder
 from torchchat_core.specs import ExecutorInfo, ExporterInfo, ExportRequest, LoadRequest, ModelFiles
 
@@ -245,11 +246,12 @@ def serve(executor: str, path: str) -> None:
         what, tokens, *count = json.loads(line)
         session = model.session(512)
         started = time.perf_counter()
-        token = highest(session.prefill(tokens))
+        sampler = Sampler(SamplingOptions(temperature=0.0))
+        token = sampler.choose(session.prefill(tokens))
         if what == "decode":
             started = time.perf_counter()
             for _ in range(*count):
-                token = highest(session.decode(token))
+                token = sampler.choose(session.decode(token))
         print(time.perf_counter() - started, flush=True)
         session.close()
 

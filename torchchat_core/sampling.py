@@ -101,11 +101,6 @@ class Sampler:
             yield partial(keep_min_p, p=options.min_p)
 
 
-def highest(logits: Tensor) -> int:
-    """The first of the highest logits [vocab]; of NaN too, if there is one."""
-    return int(numbers(logits).argmax())
-
-
 def _likeliest(row: NDArray[np.floating[Any]]) -> int:
     best = int(row.argmax())  # NaN, if there is one
     if not np.isfinite(row[best]):

@@ -120,6 +120,11 @@ inline void rotate(const float* x, const float* cosine, const float* sine, int64
     }
 }
 
+// So many threads as PyTorch may have, but no more than are worth their while; one inside of PyTorch's own.
+inline int64_t threads_at_most(int64_t worth) {
+  return omp_in_parallel() ? 1 : std::clamp<int64_t>(worth, 1, at::get_num_threads());
+}
+
 struct DecoderModel {
   DecoderModel(int64_t hidden, int64_t heads, int64_t kv_heads, int64_t head_dim, bool interleaved, double eps,
           double scale, double residual)
@@ -209,7 +214,7 @@ struct DecoderModel {
     int64_t bytes = 0;
     for (const Product& product : layers_.front().products) bytes += static_cast<int64_t>(product.weight.nbytes());
     bytes = std::max(bytes, static_cast<int64_t>(head_[0].weight.nbytes()));
-    return omp_in_parallel() ? 1 : std::clamp<int64_t>(bytes / kBytesOfAThread, 1, at::get_num_threads());
+    return threads_at_most(bytes / kBytesOfAThread);
   }
 
   int64_t hidden_, heads_, kv_heads_, size_;

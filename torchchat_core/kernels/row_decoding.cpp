@@ -123,8 +123,7 @@ Size size_of(const DecoderModel& model) {
 }
 
 int64_t threads_of(const DecoderModel& model, const Size& size, int64_t rows) {
-  if (rows == 1) return model.threads();
-  return omp_in_parallel() ? 1 : std::clamp<int64_t>(size.weights * rows / kProductsOfAThread, 1, at::get_num_threads());
+  return rows == 1 ? model.threads() : threads_at_most(size.weights * rows / kProductsOfAThread);
 }
 
 // In how many groups the rows are taken; one group is for all threads together.
