@@ -48,7 +48,7 @@ def decoded(module: Transformer, tokens: list[int], extended: bool = False) -> t
     {"qk_norm": True}, {"residual_multiplier": 0.5, "attention_multiplier": 0.2, "embedding_multiplier": 3.0,
                         "logits_divisor": 4.0},
     {"sliding_window": 6, "sliding_layers": (True, False)}, {"num_kv_heads": 1}, {"tied_embeddings": True},
-    {"intermediate_size": 40, "vocab_size": 97},
+    {"intermediate_size": 40, "vocab_size": 97}, {"hidden_size": 512, "vocab_size": 4160},
 ], ids=str)
 def test_every_kind_of_layer_gives_the_logits_of_the_transformer(instructions: str, changes: dict[str, Any]) -> None:
     config = tiny_config(**changes)

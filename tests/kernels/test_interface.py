@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif(not kernels.available(), reason="the CPU kernels
 # Of programs; and by version, a digest of their schemas.
 OPERATORS = ("cached_attention", "decode_token", "dense_linear", "dense_linears", "quantized_linear",
              "quantized_linears", "rms_norm")
-SCHEMAS = {1: "13b4e72969a7cafb"}
-PACKED = {1: "41a350bd7b872e52"}  # of packed weights
+SCHEMAS = {2: "13b4e72969a7cafb"}
+PACKED = {2: "41a350bd7b872e52"}  # of packed weights
 
 
 def test_the_operators_of_programs_are_those_of_this_version() -> None:

@@ -160,19 +160,48 @@ def test_models_that_decode_at_once_and_go_away_do_not_disturb_each_other() -> N
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("wrong", ["rows", "angles", "caches", "capacity", "held", "far", "counts", "none", "room"])
+@pytest.mark.parametrize("wrong", ["token", "negative", "angles", "number", "layers", "held", "far", "counts", "none",
+                                   "room", "more"])
 def test_rows_that_do_not_fit_are_refused(wrong: str) -> None:
     module = seeded(tiny_config())
     config, run = module.config, decoder(module)._decoder.run_rows
-    cache = [torch.zeros(config.num_kv_heads, 8, config.head_dim) for _ in range(2 * config.num_layers)]
-    given = {"hidden": torch.zeros(2, config.hidden_size), "cos": torch.zeros(2, 1, config.head_dim), "keys": cache,
-             "values": [each.clone() for each in cache], "counts": [1, 1], "held": [0, 3]}
-    run(*(given[name] for name in ("hidden", "cos", "cos", "keys", "values", "counts", "held")))
-    given |= {"rows": {"hidden": torch.zeros(3, config.hidden_size)},
-              "angles": {"cos": torch.zeros(1, config.head_dim)},
-              "caches": {"keys": cache[1:]}, "capacity": {"values": [each[:, :4].contiguous() for each in cache]},
-              "held": {"held": [0, 8]}, "far": {"held": [0, 1 << 62]}, "counts": {"counts": [1, 2]},
-              "none": {"counts": [2, 0]}, "room": {"counts": [2, 1], "hidden": torch.zeros(3, config.hidden_size),
-                                                    "cos": torch.zeros(3, 1, config.head_dim), "held": [7, 3]}}[wrong]
+
+    def cache(layers: int) -> Any:
+        rooms = [torch.zeros(config.num_kv_heads, 8, config.head_dim) for _ in range(2 * layers)]
+        return torch.classes.torchchat.Cache(rooms[:layers], rooms[layers:])
+
+    caches = [cache(config.num_layers), cache(config.num_layers), cache(config.num_layers - 1)]
+    first, second, short = [each.number() for each in caches]
+    angles = torch.zeros(8, 1, config.head_dim)
+    given = {"embedding": torch.zeros(5, config.hidden_size), "tokens": [4, 0], "multiplier": 1.0, "cos": angles,
+             "sin": angles, "caches": [first, second], "counts": [1, 1], "held": [0, 3]}
+    run(*given.values())
+    given |= {"token": {"tokens": [4, 5]}, "negative": {"tokens": [-1, 0]}, "angles": {"cos": angles[:3]},
+              "number": {"caches": [first, 1 << 60]}, "layers": {"caches": [first, short]}, "held": {"held": [0, 8]},
+              "far": {"held": [0, 1 << 62]}, "counts": {"counts": [1, 2]}, "none": {"counts": [2, 0]},
+              "room": {"counts": [2, 1], "tokens": [0, 1, 2], "held": [7, 3]}, "more": {"tokens": [0, 1, 2]}}[wrong]
     with pytest.raises(RuntimeError):
-        run(*(given[name] for name in ("hidden", "cos", "cos", "keys", "values", "counts", "held")))
+        run(*given.values())
+
+
+def test_a_cache_of_rooms_that_differ_is_refused() -> None:
+    rooms = [torch.zeros(2, 8, 4), torch.zeros(2, 8, 4)]
+    for wrong in (torch.zeros(2, 9, 4), torch.zeros(2, 8, 4, dtype=torch.bfloat16), torch.zeros(8, 2, 4).transpose(0, 1),
+                  torch.zeros(2, 8)):
+        with pytest.raises(RuntimeError, match="a cache of"):
+            torch.classes.torchchat.Cache(rooms, [rooms[0], wrong])
+    with pytest.raises(RuntimeError, match="keys of 2 layers and values of 1"):
+        torch.classes.torchchat.Cache(rooms, rooms[:1])
+
+
+def test_a_cache_that_is_gone_is_not_written_to() -> None:
+    module = seeded(tiny_config())
+    found = decoder(module)
+    cache = KVCache(module.config, 600, torch.float32, torch.device("cpu"))
+    expected = found.logits(1, cache, False)
+    gone = cache.all_rooms_as(lambda *_: None, 1).number  # what C++ knows it by
+    cache.release()
+    angles = found._angles.up_to(1, False)
+    with pytest.raises(RuntimeError, match="there is no cache"):
+        found._decoder.run_rows(found._table, [1], 1.0, *angles, [gone], [1], [0])
+    assert torch.equal(found.logits(1, cache, False), expected)

@@ -21,8 +21,8 @@ __all__ = ["GGML_FORMATS", "INTERFACE", "NOT_BUILT", "WORTH_BUILDING", "availabl
            "packed_bytes"]
 
 # Of what exported files and their readers count on: the operators that programs call, what they compute, how weights
-# are packed, and `Decoder`. A change of any of them makes the next one.
-INTERFACE = 1
+# are packed, `Decoder` and `Cache`. A change of any of them makes the next one.
+INTERFACE = 2
 SWITCH = "TORCHCHAT_CPU_KERNELS"  # "off" leaves them out
 PANEL_ROWS, BLOCK_COLUMNS = 16, 32
 GGML_FORMATS = ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K")  # that unpack_ggml knows

@@ -6,10 +6,9 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
-#include <bit>
-#include <cmath>
 #include <cstdint>
 
+#include "exponentials.h"
 #include "quantized_linear.h"
 
 namespace torchchat {
@@ -109,19 +108,86 @@ TORCHCHAT_AVX512 inline __m512 load_some_avx512(const c10::BFloat16* at, int64_t
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
+// The sum of 16 numbers: of those 8 apart, then 4, 2 and 1.
+TORCHCHAT_AVX512 inline float add_up_avx512(__m512 x) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+// The same of 16 vectors at once, in a third of the time: number i of the result is the sum of x[i].
+TORCHCHAT_AVX512 inline __m512 add_up_avx512(const __m512 (&x)[16]) {
+  __m512 eights[8], fours[4], twos[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)  // lower half: of x[i], upper half: of x[i + 8]
+    eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x[i], x[i + 8], 0x44), _mm512_shuffle_f32x4(x[i], x[i + 8], 0xEE));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)  // quarters: of x[i], x[i + 8], x[i + 4], x[i + 12]
+    fours[i] = _mm512_add_ps(_mm512_shuffle_f32x4(eights[i], eights[i + 4], 0x88),
+                             _mm512_shuffle_f32x4(eights[i], eights[i + 4], 0xDD));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)  // in each quarter: two of its x, two of that 2 further
+    twos[i] = _mm512_add_ps(
+        _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(fours[i]), _mm512_castps_pd(fours[i + 2]))),
+        _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(fours[i]), _mm512_castps_pd(fours[i + 2]))));
+  const __m512 ones = _mm512_add_ps(_mm512_shuffle_ps(twos[0], twos[1], 0x88), _mm512_shuffle_ps(twos[0], twos[1], 0xDD));
+  const __m512 quarters = _mm512_shuffle_f32x4(ones, ones, 0xD8);  // 0, 4, 8 and 12; in each 0, 2, 1, 3
+  return _mm512_shuffle_ps(quarters, quarters, 0xD8);
+}
+
 template <typename Scalar>
 TORCHCHAT_AVX512 void score_keys_avx512(const float* query, const Scalar* keys, int64_t count, int64_t size,
                                         float* out) {
+  constexpr int64_t kKeys = 16;
   const int64_t whole = size / 16 * 16;
-  for (int64_t i = 0; i < count; ++i, keys += size) {
+  int64_t i = 0;
+  for (; i + kKeys <= count; i += kKeys, keys += kKeys * size) {
+    __m512 sums[kKeys];
+    for (__m512& sum : sums) sum = _mm512_setzero_ps();
+    for (int64_t at = 0; at < whole; at += 16) {
+      const __m512 part = _mm512_loadu_ps(query + at);
+#pragma GCC unroll 16
+      for (int64_t key = 0; key < kKeys; ++key) sums[key] = _mm512_fmadd_ps(part, load_avx512(keys + key * size + at), sums[key]);
+    }
+    if (whole < size) {
+      const __m512 part = load_some_avx512(query + whole, size - whole);
+#pragma GCC unroll 16
+      for (int64_t key = 0; key < kKeys; ++key)
+        sums[key] = _mm512_fmadd_ps(part, load_some_avx512(keys + key * size + whole, size - whole), sums[key]);
+    }
+    _mm512_storeu_ps(out + i, add_up_avx512(sums));
+  }
+  for (; i < count; ++i, keys += size) {
     __m512 sum = _mm512_setzero_ps();
     for (int64_t at = 0; at < whole; at += 16)
       sum = _mm512_fmadd_ps(_mm512_loadu_ps(query + at), load_avx512(keys + at), sum);
     if (whole < size)
       sum = _mm512_fmadd_ps(load_some_avx512(query + whole, size - whole), load_some_avx512(keys + whole, size - whole),
                             sum);
-    out[i] = _mm512_reduce_add_ps(sum);
+    out[i] = add_up_avx512(sum);
   }
+}
+
+// The first `some` of 16 neighbouring numbers of all values, each weighed, as four sums of every fourth value.
+template <typename Scalar>
+TORCHCHAT_AVX512 inline __m512 blend_column_avx512(const float* weights, const Scalar* values, int64_t count,
+                                                   int64_t size, int64_t some) {
+  constexpr int64_t kParts = 4;
+  __m512 sums[kParts];
+  for (__m512& sum : sums) sum = _mm512_setzero_ps();
+  int64_t i = 0;
+  for (; i + kParts <= count; i += kParts)
+#pragma GCC unroll 4
+    for (int64_t part = 0; part < kParts; ++part)
+      sums[part] = _mm512_fmadd_ps(_mm512_set1_ps(weights[i + part]), load_some_avx512(values + (i + part) * size, some),
+                                   sums[part]);
+#pragma GCC unroll 3
+  for (int64_t part = 0; part < kParts - 1; ++part)
+    if (i + part < count)
+      sums[part] = _mm512_fmadd_ps(_mm512_set1_ps(weights[i + part]), load_some_avx512(values + (i + part) * size, some),
+                                   sums[part]);
+  return _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
 }
 
 template <typename Scalar>
@@ -138,17 +204,10 @@ TORCHCHAT_AVX512 void blend_values_avx512(const float* weights, const Scalar* va
     }
     for (int part = 0; part < 4; ++part) _mm512_storeu_ps(out + at + part * 16, sums[part]);
   }
-  for (; at + 16 <= size; at += 16) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < count; ++i)
-      sum = _mm512_fmadd_ps(_mm512_set1_ps(weights[i]), load_avx512(values + i * size + at), sum);
-    _mm512_storeu_ps(out + at, sum);
-  }
-  if (at < size) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < count; ++i)
-      sum = _mm512_fmadd_ps(_mm512_set1_ps(weights[i]), load_some_avx512(values + i * size + at, size - at), sum);
-    _mm512_mask_storeu_ps(out + at, static_cast<__mmask16>((1u << (size - at)) - 1), sum);
+  for (; at < size; at += 16) {
+    const int64_t some = std::min<int64_t>(16, size - at);
+    _mm512_mask_storeu_ps(out + at, static_cast<__mmask16>((1u << some) - 1),
+                          blend_column_avx512(weights, values + at, count, size, some));
   }
 }
 
@@ -170,59 +229,6 @@ BlendValues<Scalar> choose_blend_values(Instructions instructions) {
   if (instructions == Instructions::kAvx2) return blend_values_avx2<Scalar>;
 #endif
   return blend_values_portable<Scalar>;
-}
-
-// e^x for x <= 0, within 2 units in the last place: 2^n times a polynomial on half an octave around 1.
-inline __attribute__((always_inline)) float exp_of_negative(float x) {
-  constexpr float kSmallest = -87.0f;  // e^x is still a normal number
-  const float octaves = std::max(x, kSmallest) * 1.44269504f;
-  const float whole = static_cast<float>(static_cast<int32_t>(octaves - 0.5f));
-  const float rest = std::max(x, kSmallest) - whole * 0.693359375f + whole * 2.12194440e-4f;  // |rest| <= ln(2) / 2
-  float power = 1.0f / 5040;
-  power = power * rest + 1.0f / 720;
-  power = power * rest + 1.0f / 120;
-  power = power * rest + 1.0f / 24;
-  power = power * rest + 1.0f / 6;
-  power = power * rest + 0.5f;
-  power = power * rest * rest + rest + 1.0f;
-  return power * std::bit_cast<float>((static_cast<int32_t>(whole) + 127) << 23);
-}
-
-// Scores -> weights that sum to 1 (softmax); the largest score is taken off first, so that nothing overflows. What is
-// not a number makes all weights that.
-inline __attribute__((always_inline)) void scores_to_weights(float* scores, int64_t count) {
-  constexpr int64_t kLanes = 16;  // side by side, so that the compiler may take them together
-  const int64_t whole = count / kLanes * kLanes;
-  float most[kLanes], sums[kLanes] = {}, largest = scores[0], sum = 0;
-  std::fill(most, most + kLanes, largest);
-  for (int64_t i = 0; i < whole; i += kLanes)
-    for (int64_t lane = 0; lane < kLanes; ++lane) most[lane] = std::max(most[lane], scores[i + lane]);
-  for (float each : most) largest = std::max(largest, each);
-  for (int64_t i = whole; i < count; ++i) largest = std::max(largest, scores[i]);
-  for (int64_t i = 0; i < count; ++i) scores[i] = exp_of_negative(scores[i] - largest);
-  for (int64_t i = 0; i < whole; i += kLanes)
-    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += scores[i + lane];
-  for (int64_t i = whole; i < count; ++i) sum += scores[i];
-  for (float each : sums) sum += each;
-  const float factor = 1.0f / sum;
-  for (int64_t i = 0; i < count; ++i) scores[i] *= factor;
-}
-
-using ScoresToWeights = void (*)(float* scores, int64_t count);
-
-inline void scores_to_weights_portable(float* scores, int64_t count) { scores_to_weights(scores, count); }
-
-#if defined(__x86_64__)
-TORCHCHAT_AVX2 inline void scores_to_weights_avx2(float* scores, int64_t count) { scores_to_weights(scores, count); }
-TORCHCHAT_AVX512 inline void scores_to_weights_avx512(float* scores, int64_t count) { scores_to_weights(scores, count); }
-#endif
-
-inline ScoresToWeights choose_scores_to_weights(Instructions instructions) {
-#if defined(__x86_64__)
-  if (instructions >= Instructions::kAvx512) return scores_to_weights_avx512;
-  if (instructions == Instructions::kAvx2) return scores_to_weights_avx2;
-#endif
-  return scores_to_weights_portable;
 }
 
 }  // namespace torchchat

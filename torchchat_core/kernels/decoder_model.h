@@ -15,11 +15,13 @@
 #include "bfloat16_linear.h"
 #include "crew.h"
 #include "float32_linear.h"
+#include "float32_panels.h"
 #include "quantized_linear.h"
 
 namespace torchchat {
 
 constexpr int64_t kBytesOfAThread = 1 << 18;  // of a layer's weights, or the head's, that are worth a thread
+constexpr int64_t kBytesNearby = 8 << 20;  // of all matrices, which caches of the processor keep
 
 // The input of products: rows as they are, rounded to int8 and as bfloat16, of which only what is needed is made.
 struct Input {
@@ -59,6 +61,7 @@ struct Product {
   at::Tensor weight, bias;
   int64_t outputs, columns, bits;  // bits 0: not packed
   PanelLayout layout{};
+  std::vector<float> near{};  // float32 weights in panels, where the decoder is small
 
   int64_t panels() const { return panels_of(outputs); }
   int64_t bytes_of_panel() const { return static_cast<int64_t>(weight.nbytes()) / panels(); }
@@ -75,6 +78,8 @@ struct Product {
     } else if (halves()) {
       const auto* data = reinterpret_cast<const uint16_t*>(weight.const_data_ptr<at::BFloat16>()) + first * columns;
       multiply_halves(data, count, reinterpret_cast<const uint16_t*>(x.halves.data()), rows, instructions, out);
+    } else if (!near.empty()) {
+      choose_multiply_float_panel(instructions)(near.data() + first * columns, columns, x.values.data(), x.stride, rows, out);
     } else {
       const float* data = weight.const_data_ptr<float>() + first * columns;
       choose_multiply_float_rows(instructions)(data, count, x.values.data(), x.stride, rows, columns, out, kPanelRows);
@@ -165,6 +170,8 @@ struct DecoderModel {
       TORCH_CHECK(product.bias.numel() == outputs, "the bias has ", product.bias.numel(), " values for ", outputs,
                   " outputs");
     }
+    bytes_ += static_cast<int64_t>(weight.nbytes());
+    weights_ += outputs * columns;
     waiting_.push_back(std::move(product));
   }
 
@@ -203,6 +210,20 @@ struct DecoderModel {
     halves_ = halves_ || head_[0].halves();
   }
 
+  bool is_near() const { return bytes_ <= kBytesNearby; }
+
+  // Copies the float32 matrices of a small decoder into panels, which pays off where it decodes more than one token.
+  void pack_near() {
+    if (!is_near()) return;
+    const auto pack = [](std::vector<Product>& products) {
+      for (Product& product : products)
+        if (product.bits == 0 && !product.halves())
+          product.near = float_panels_of(product.weight.const_data_ptr<float>(), product.outputs, product.columns);
+    };
+    pack(head_);
+    for (Layer& layer : layers_) pack(layer.products);
+  }
+
   static at::Tensor norm_of(const at::Tensor& weight, int64_t size) {
     TORCH_CHECK(weight.dim() == 1 && weight.size(0) == size && weight.device().is_cpu(), "a norm of ", weight.sizes(),
                 " for ", size, " numbers");
@@ -223,17 +244,55 @@ struct DecoderModel {
   at::Tensor norm_;
   std::vector<Product> waiting_, head_;  // the head is one product
   std::vector<Layer> layers_;
-  int64_t widest_ = 0;
+  int64_t widest_ = 0, bytes_ = 0, weights_ = 0;  // the last two: of all matrices
   bool rounds_ = false, halves_ = false;
 };
 
-// The next tokens of several sequences, one after the other: row_decoding.cpp. hidden [rows, hidden], cosine and sine
-// [rows, head_dim] of their positions, the caches of the first sequence's layers, then the second's, ..., each
-// [kv_heads, capacity, head_dim], how many tokens each sequence gets, and how many it holds -> logits of the last token of
-// each, float32 [sequences, vocabulary].
-at::Tensor decode_rows(const DecoderModel& model, const at::Tensor& hidden, const at::Tensor& cosine,
-                       const at::Tensor& sine, const std::vector<at::Tensor>& keys,
-                       const std::vector<at::Tensor>& values, const std::vector<int64_t>& counts,
-                       const std::vector<int64_t>& lengths);
+// Where the keys and values of one sequence are. The memory stays the same while there is a `CacheMemory` of it.
+struct CacheMemory {
+  struct Room {
+    void *keys, *values;  // [kv_heads, capacity, head_dim]
+    int64_t capacity;
+  };
+
+  // Keys and values of each layer, [kv_heads, capacity, head_dim], all of one type.
+  CacheMemory(const std::vector<at::Tensor>& keys, const std::vector<at::Tensor>& values) : keys_(keys), values_(values) {
+    TORCH_CHECK(!keys.empty() && keys.size() == values.size(), "keys of ", keys.size(), " layers and values of ",
+                values.size());
+    for (size_t layer = 0; layer < keys.size(); ++layer) {
+      const at::Tensor &key = keys[layer], &value = values[layer], &first = keys[0];
+      for (const at::Tensor* each : {&key, &value})
+        TORCH_CHECK(each->dim() == 3 && each->is_contiguous() && each->device().is_cpu() &&
+                        each->scalar_type() == first.scalar_type() && each->size(0) == first.size(0) &&
+                        each->size(1) == key.size(1) && each->size(2) == first.size(2),
+                    "a cache of ", each->sizes(), " in layer ", layer, ", beside one of ", first.sizes());
+      rooms_.push_back({key.mutable_data_ptr(), value.mutable_data_ptr(), key.size(1)});
+      capacity_ = layer == 0 ? key.size(1) : std::min(capacity_, key.size(1));
+    }
+  }
+
+  int64_t layers() const { return static_cast<int64_t>(rooms_.size()); }
+  int64_t kv_heads() const { return keys_[0].size(0); }
+  int64_t size() const { return keys_[0].size(2); }
+  at::ScalarType type() const { return keys_[0].scalar_type(); }
+
+  std::vector<at::Tensor> keys_, values_;  // which keep the memory
+  std::vector<Room> rooms_;  // [layers]
+  int64_t capacity_ = 0;  // of the smallest room
+};
+
+// What stands for the tokens of sequences: rows of tables.
+struct TokenRows {
+  const at::Tensor& embedding;  // [n, hidden]
+  const std::vector<int64_t>& tokens;  // [rows], which of the n each is
+  double multiplier;  // of the embedding
+  const at::Tensor &cosine, &sine;  // float32 [positions, head_dim], or with more dimensions of size 1
+  int64_t first_position;  // of these
+};
+
+// The next tokens of several sequences, one after the other: row_decoding.cpp. Tokens, the caches of each sequence, how
+// many tokens it gets, and how many it holds -> logits of the last token of each, float32 [sequences, vocabulary].
+at::Tensor decode_rows(const DecoderModel& model, const TokenRows& rows, const std::vector<const CacheMemory*>& caches,
+                       const std::vector<int64_t>& counts, const std::vector<int64_t>& lengths);
 
 }  // namespace torchchat

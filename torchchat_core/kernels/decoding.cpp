@@ -1,11 +1,14 @@
-// A decoder for PyTorch: torch.classes.torchchat.Decoder, and the operator torchchat::decode_token. What it does is in
-// row_decoding.cpp.
+// A decoder for PyTorch: torch.classes.torchchat.Decoder and Cache, and the operator torchchat::decode_token. What it does
+// is in row_decoding.cpp.
 
 #include <ATen/core/Tensor.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <memory>
+#include <mutex>
 #include <optional>
+#include <unordered_map>
 #include <vector>
 
 #include "decoder_model.h"
@@ -13,20 +16,72 @@
 namespace torchchat {
 namespace {
 
+// All caches that there are, by numbers: a list of these is handed over in no time, one of objects is not.
+class KnownCaches {
+ public:
+  int64_t add(const std::shared_ptr<const CacheMemory>& memory) {
+    const std::lock_guard guard(lock_);
+    known_.emplace(++last_, memory);
+    return last_;
+  }
+
+  void forget(int64_t number) {
+    const std::lock_guard guard(lock_);
+    known_.erase(number);
+  }
+
+  std::vector<std::shared_ptr<const CacheMemory>> find(const std::vector<int64_t>& numbers) {
+    std::vector<std::shared_ptr<const CacheMemory>> found;
+    found.reserve(numbers.size());
+    const std::lock_guard guard(lock_);
+    for (const int64_t number : numbers) {
+      const auto place = known_.find(number);
+      found.push_back(place == known_.end() ? nullptr : place->second.lock());
+      TORCH_CHECK(found.back() != nullptr, "there is no cache ", number);
+    }
+    return found;
+  }
+
+ private:
+  std::mutex lock_;
+  std::unordered_map<int64_t, std::weak_ptr<const CacheMemory>> known_;
+  int64_t last_ = 0;
+};
+
+KnownCaches& known_caches() {
+  static auto* known = new KnownCaches;  // never deleted: caches may go at the end of the process
+  return *known;
+}
+
+struct Cache : torch::CustomClassHolder {
+  Cache(const std::vector<at::Tensor>& keys, const std::vector<at::Tensor>& values)
+      : memory(std::make_shared<CacheMemory>(keys, values)), number(known_caches().add(memory)) {}
+  ~Cache() override { known_caches().forget(number); }
+
+  std::shared_ptr<const CacheMemory> memory;
+  int64_t number;
+};
+
 struct Decoder : torch::CustomClassHolder, DecoderModel {
   using DecoderModel::DecoderModel;
 
-  // The next token of one sequence, whose caches hold `held` positions: as `run_rows`.
+  // The next token of one sequence, whose caches hold `held` positions: hidden [1, hidden], and cosine and sine of its
+  // position -> logits, float32 [1, vocabulary].
   at::Tensor run(const at::Tensor& hidden, const at::Tensor& cosine, const at::Tensor& sine,
-                 std::vector<at::Tensor> keys, std::vector<at::Tensor> values, int64_t held) const {
-    return decode_rows(*this, hidden, cosine, sine, keys, values, {1}, {held});
+                 const std::vector<at::Tensor>& keys, const std::vector<at::Tensor>& values, int64_t held) const {
+    const CacheMemory cache(keys, values);
+    return decode_rows(*this, {hidden, {0}, 1.0, cosine, sine, held}, {&cache}, {1}, {held});
   }
 
-  // `decode_rows` of decoder_model.h.
-  at::Tensor run_rows(const at::Tensor& hidden, const at::Tensor& cosine, const at::Tensor& sine,
-                      std::vector<at::Tensor> keys, std::vector<at::Tensor> values, std::vector<int64_t> counts,
-                      std::vector<int64_t> lengths) const {
-    return decode_rows(*this, hidden, cosine, sine, keys, values, counts, lengths);
+  // `decode_rows` of decoder_model.h, with tables that begin at position 0, and the numbers of caches.
+  at::Tensor run_rows(const at::Tensor& embedding, const std::vector<int64_t>& tokens, double multiplier,
+                      const at::Tensor& cosine, const at::Tensor& sine, const std::vector<int64_t>& caches,
+                      const std::vector<int64_t>& counts, const std::vector<int64_t>& lengths) const {
+    const auto found = known_caches().find(caches);  // nobody takes them away before the end
+    std::vector<const CacheMemory*> memory;
+    memory.reserve(found.size());
+    for (const auto& each : found) memory.push_back(each.get());
+    return decode_rows(*this, {embedding, tokens, multiplier, cosine, sine, 0}, memory, counts, lengths);
   }
 };
 
@@ -99,13 +154,19 @@ at::Tensor decode_token(const at::Tensor& hidden, const at::Tensor& cosine, cons
 }  // namespace torchchat
 
 TORCH_LIBRARY_FRAGMENT(torchchat, library) {
+  using torchchat::Cache;
   using torchchat::Decoder;
   library.def("decode_token(Tensor hidden, Tensor cosine, Tensor sine, Tensor[] tensors, int[] numbers, float[] "
               "scalars, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor place) -> Tensor");
+  library.class_<Cache>("Cache")
+      .def(torch::init<std::vector<at::Tensor>, std::vector<at::Tensor>>())
+      .def("number", [](const c10::intrusive_ptr<Cache>& cache) { return cache->number; });
   library.class_<Decoder>("Decoder")
       .def(torch::init([](int64_t hidden, std::vector<at::Tensor> tensors, std::vector<int64_t> numbers,
                           std::vector<double> scalars) {
-        return torchchat::decoder_of(hidden, tensors, numbers, scalars);
+        auto decoder = torchchat::decoder_of(hidden, tensors, numbers, scalars);
+        decoder->pack_near();
+        return decoder;
       }))
       .def("run", &Decoder::run)
       .def("run_rows", &Decoder::run_rows);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import cast
 
 import torch
@@ -24,6 +25,7 @@ class TokenDecoder:
         """`kernels.load` has to have succeeded. Raises `RuntimeError` where the parts do not belong together."""
         self._decoder = torch.classes.torchchat.Decoder(config.hidden_size, parts.tensors, parts.numbers, parts.scalars)
         self._embedding, self._multiplier = embedding, config.embedding_multiplier
+        self._table = embedding.weight.detach().contiguous() if type(embedding) is nn.Embedding else None
         self._angles = RotaryTable(rotary, config.max_context)
 
     @classmethod
@@ -36,37 +38,44 @@ class TokenDecoder:
 
         Raises `TorchchatError` where the cache is full; `cache.advance` is left to the caller.
         """
-        keys, values = cache.all_rooms(1)
-        cos, sin = self._angles.at(cache.length, extended)
-        logits: Tensor = self._decoder.run(self._embedded(token), cos, sin, keys, values, cache.length)
-        return logits
+        return self._run([token], [_memory(cache, 1)], [1], [cache.length], extended)
 
     def logits_of_rows(self, tokens: Sequence[int], caches: Sequence[KVCache], extended: bool) -> Tensor:
         """The same for several sequences, a token for each: float32 [n, vocab], a row for a row equal to `logits`."""
-        return self.logits_of_prompts([[token] for token in tokens], caches, extended)
+        return self._run(tokens, [_memory(cache, 1) for cache in caches], [1] * len(caches),
+                         [cache.length for cache in caches], extended)
 
     def logits_of_prompts(self, prompts: Sequence[Sequence[int]], caches: Sequence[KVCache], extended: bool) -> Tensor:
         """The same for several sequences and some tokens for each: float32 [n, vocab], at the last token of each.
 
         Logits, keys and values are equal to those of one `logits` after the other. `caches` are all different.
         """
-        rooms = [cache.all_rooms(len(prompt)) for prompt, cache in zip(prompts, caches, strict=True)]
-        lengths, counts = [cache.length for cache in caches], [len(prompt) for prompt in prompts]
-        cos, sin = self._angles.of_rows([length + at for length, count in zip(lengths, counts, strict=True)
-                                         for at in range(count)], extended)
-        hidden: Tensor = self._embedding(torch.tensor([token for prompt in prompts for token in prompt]))
-        if self._multiplier != 1.0:
-            hidden = hidden * self._multiplier
-        logits: Tensor = self._decoder.run_rows(hidden, cos, sin, [each for keys, _ in rooms for each in keys],
-                                                [each for _, values in rooms for each in values], counts, lengths)
+        memory = [_memory(cache, len(prompt)) for prompt, cache in zip(prompts, caches, strict=True)]
+        tokens = [token for prompt in prompts for token in prompt]
+        return self._run(tokens, memory, list(map(len, prompts)), [cache.length for cache in caches], extended)
+
+    def _run(self, tokens: Sequence[int], memory: list[int], counts: list[int], lengths: list[int], extended: bool
+             ) -> Tensor:
+        cos, sin = self._angles.up_to(max(map(add, lengths, counts)), extended)
+        table = self._table
+        if table is None:  # it is quantised
+            table, tokens = self._embedding(torch.tensor(tokens)), range(len(tokens))
+        logits: Tensor = self._decoder.run_rows(table, list(tokens), self._multiplier, cos, sin, memory, counts, lengths)
         return logits
 
-    def _embedded(self, token: int) -> Tensor:
-        if type(self._embedding) is nn.Embedding:
-            row = self._embedding.weight.narrow(0, token, 1)
-        else:
-            row = self._embedding(torch.tensor([token]))
-        return row if self._multiplier == 1.0 else row * self._multiplier
+
+class _KnownMemory:
+    """The memory of a cache, as C++ knows it: by a number, as long as this is there."""
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        self._held = torch.classes.torchchat.Cache(keys, values)
+        self.number: int = self._held.number()
+
+
+def _memory(cache: KVCache, count: int) -> int:
+    """The number of a cache with room for `count` more positions."""
+    known: _KnownMemory = cache.all_rooms_as(_KnownMemory, count)
+    return known.number
 
 
 @dataclass(frozen=True)
@@ -115,22 +124,13 @@ class RotaryTable:
         self._rotary, self._positions = rotary, positions
         self._tables: dict[bool, tuple[Tensor, Tensor]] = {}
 
-    def at(self, position: int, extended: bool) -> tuple[Tensor, Tensor]:
-        """What `RotaryEmbedding` gives for one position: cos, signed sin, each [1, 1, head_dim] float32."""
-        cos, sin = self._table(position, extended)
-        return cos.narrow(0, position, 1), sin.narrow(0, position, 1)
-
-    def of_rows(self, positions: Sequence[int], extended: bool) -> tuple[Tensor, Tensor]:
-        """The same for several positions: [n, 1, head_dim] each."""
-        cos, sin = self._table(max(positions), extended)
-        places = torch.tensor(positions)
-        return cos[places], sin[places]
-
-    def _table(self, position: int, extended: bool) -> tuple[Tensor, Tensor]:
+    def up_to(self, count: int, extended: bool) -> tuple[Tensor, Tensor]:
+        """What `RotaryEmbedding` gives for `count` positions, or more: cos, signed sin, each [n, 1, head_dim] float32."""
         table = self._tables.get(extended)
-        if table is None or len(table[0]) <= position:
-            count = min(max(FIRST_CAPACITY, 1 << position.bit_length()), self._positions)
-            table = self._tables[extended] = self._rotary(torch.arange(count), extended)
+        if table is None or len(table[0]) < count:
+            count = min(max(FIRST_CAPACITY, 1 << (count - 1).bit_length()), self._positions)
+            cos, sin = self._rotary(torch.arange(count), extended)
+            table = self._tables[extended] = cos.contiguous(), sin.contiguous()
         return table  # whatever other threads put in its place meanwhile
 
 

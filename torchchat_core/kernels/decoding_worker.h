@@ -56,34 +56,30 @@ struct Shared {
   Stages stages;
 };
 
-// The caches of one layer, of all rows.
-template <typename Scalar>
-struct Caches {
-  std::vector<Scalar*> keys, values;  // each [kv_heads, capacity, head_dim]
-  std::vector<int64_t> capacities;
-};
-
-// One thread's part of the work.
+// One thread's part of the work. Keys and values are of type Scalar.
 template <typename Scalar>
 struct Worker {
-  Worker(const DecoderModel& model, Shared& shared, const float* cosine, const float* sine,
-         const int64_t* held, const Rows& taken, int64_t thread, int64_t threads)
-      : model(model), shared(shared), cosine(cosine), sine(sine), held(held), taken(taken), rows(taken.count),
+  Worker(const DecoderModel& model, Shared& shared, const TokenRows& given, const int64_t* held,
+         const CacheMemory* const* caches, const Rows& taken, int64_t thread, int64_t threads)
+      : model(model), shared(shared), cosine(given.cosine.const_data_ptr<float>()),
+        sine(given.sine.const_data_ptr<float>()), first_position(given.first_position), held(held), caches(caches), taken(taken),
+        rows(taken.count),
         place{thread, threads},
         instructions(instructions_in_use), round(choose_round_block(instructions)),
         score(choose_score_keys<Scalar>(instructions)), to_weights(choose_scores_to_weights(instructions)),
-        blend(choose_blend_values<Scalar>(instructions)),
+        blend(choose_blend_values<Scalar>(instructions)), silu(choose_silu_times(instructions)),
         own_inputs(model, taken.are_few() ? rows : 0),
         sums(2 * rows * kPanelRows),
-        weights(*std::max_element(held, held + rows) + 1), turned(model.size_), key(model.size_),
+        weights(room_for_scores(*std::max_element(held, held + rows) + 1)), turned(model.size_), key(model.size_),
         blended(model.size_), newest_key(model.size_), newest_value(model.size_) {}
 
-  void run(const Layer& layer, const Caches<Scalar>& caches) {
+  void run(int64_t index) {
+    const Layer& layer = model.layers_[index];
     const std::vector<Product>& products = layer.products;
     project(&products[kQuery], {shared.query.data(), shared.key.data(), shared.value.data()}, 1.0f,
             [&](int64_t row) { norm(row, row, layer.input_norm); });
-    if (taken.have_prompts()) keep(layer, caches);
-    attend(layer, caches);
+    if (taken.have_prompts()) keep(layer, index);
+    attend(layer, index);
     add(products[kOutput], inputs().context, [&](int64_t row) { round_context(row); });
     activate(products[kGate], products[kUp], [&](int64_t row) { norm(row, row, layer.feed_forward_norm); });
     add(products[kDown], shared.activations, nullptr);
@@ -143,9 +139,12 @@ struct Worker {
         for (; panel >= product->panels(); ++product, ++out) panel -= product->panels();
         product->multiply(panel, inputs().normed, rows, instructions, sums.data());
         const int64_t start = panel * kPanelRows, some = std::min(kPanelRows, product->outputs - start);
-        for (int64_t row = 0; row < rows; ++row)
-          for (int64_t i = 0; i < some; ++i)
-            (*out)[row * product->outputs + start + i] = sums[row * kPanelRows + i] / divisor;
+        for (int64_t row = 0; row < rows; ++row) {
+          const float* from = sums.data() + row * kPanelRows;
+          float* to = *out + row * product->outputs + start;
+          if (divisor == 1.0f) std::copy_n(from, some, to);
+          else for (int64_t i = 0; i < some; ++i) to[i] = from[i] / divisor;
+        }
       }
     };
     multiply(count, products->bytes_of_panel(), make_row, work);
@@ -171,7 +170,7 @@ struct Worker {
     constexpr int64_t kPanels = kBlockColumns / kPanelRows;
     const int64_t blocks = Input::blocks_of(gate.outputs);
     const auto work = [&](int64_t first, int64_t last) {
-      float *gates = sums.data(), *ups = gates + rows * kPanelRows;
+      float *gates = sums.data(), *ups = gates + rows * kPanelRows, rest[kPanelRows];
       Input& out = shared.activations;
       for (int64_t panel = first * kPanels; panel < std::min(last * kPanels, gate.panels()); ++panel) {
         gate.multiply(panel, inputs().normed, rows, instructions, gates);
@@ -179,7 +178,12 @@ struct Worker {
         const int64_t start = panel * kPanelRows, some = std::min(kPanelRows, gate.outputs - start);
         for (int64_t row = 0; row < rows; ++row) {
           float *to = out.row(row) + start, *g = gates + row * kPanelRows, *u = ups + row * kPanelRows;
-          for (int64_t i = 0; i < some; ++i) to[i] = g[i] / (1.0f + std::exp(-g[i])) * u[i];
+          if (some == kPanelRows) {
+            silu(g, u, to);
+          } else {
+            silu(g, u, rest);
+            std::copy_n(rest, some, to);
+          }
         }
       }
       for (int64_t row = 0; row < rows; ++row) {
@@ -191,11 +195,11 @@ struct Worker {
   }
 
   // Keys and values of all rows go into the caches, where rows behind them look for them.
-  void keep(const Layer& layer, const Caches<Scalar>& caches) {
+  void keep(const Layer& layer, int64_t index) {
     shared.stages.take(place, rows * model.kv_heads_, kLeastPiece / model.kv_heads_, [] {}, [&](int64_t first, int64_t last) {
       for (int64_t each = first; each < last; ++each) {
         make_newest(layer, each / model.kv_heads_, each % model.kv_heads_);
-        store_newest(caches, each / model.kv_heads_, each % model.kv_heads_);
+        store_newest(index, each / model.kv_heads_, each % model.kv_heads_);
       }
     });
   }
@@ -203,7 +207,7 @@ struct Worker {
   // Query heads, row by row: those of a key head together, where there are enough of these. Without prompts, the newest
   // key is turned by every thread that needs it, and stored by the one that has the first of its query heads; nobody
   // reads it from the cache in this step.
-  void attend(const Layer& layer, const Caches<Scalar>& caches) {
+  void attend(const Layer& layer, int64_t index) {
     const int64_t group = model.heads_ / model.kv_heads_, some = rows * model.kv_heads_ < 2 * place.threads ? 1 : group;
     shared.stages.take(place, rows * model.heads_, kLeastPiece / some, [] {}, [&](int64_t first, int64_t last) {
       int64_t ready = -1;  // the key head whose newest key and value are at hand
@@ -211,8 +215,8 @@ struct Worker {
         const int64_t row = each / model.heads_, head = each % model.heads_;
         if (each / group != ready) make_newest(layer, row, head / group);
         ready = each / group;
-        if (head % group == 0 && !taken.have_prompts()) store_newest(caches, row, head / group);
-        attend(layer, caches, row, head);
+        if (head % group == 0 && !taken.have_prompts()) store_newest(index, row, head / group);
+        attend(layer, index, row, head);
       }
     });
   }
@@ -224,17 +228,19 @@ struct Worker {
     for (int64_t i = 0; i < model.size_; ++i) newest_value[i] = static_cast<Scalar>(shared.value[place + i]);
   }
 
-  void store_newest(const Caches<Scalar>& caches, int64_t row, int64_t kv_head) {
-    const int64_t offset = (kv_head * caches.capacities[row] + held[row]) * model.size_;
-    std::copy(newest_key.begin(), newest_key.end(), caches.keys[row] + offset);
-    std::copy(newest_value.begin(), newest_value.end(), caches.values[row] + offset);
+  void store_newest(int64_t layer, int64_t row, int64_t kv_head) {
+    const CacheMemory::Room& room = caches[row]->rooms_[layer];
+    const int64_t offset = (kv_head * room.capacity + held[row]) * model.size_;
+    std::copy(newest_key.begin(), newest_key.end(), static_cast<Scalar*>(room.keys) + offset);
+    std::copy(newest_value.begin(), newest_value.end(), static_cast<Scalar*>(room.values) + offset);
   }
 
-  void attend(const Layer& layer, const Caches<Scalar>& caches, int64_t row, int64_t head) {
+  void attend(const Layer& layer, int64_t index, int64_t row, int64_t head) {
+    const CacheMemory::Room& room = caches[row]->rooms_[index];
     const int64_t size = model.size_, kv_head = head / (model.heads_ / model.kv_heads_), holds = held[row];
     const int64_t first = layer.window > 0 ? std::max<int64_t>(0, holds + 1 - layer.window) : 0, count = holds - first;
-    const Scalar* keys = caches.keys[row] + (kv_head * caches.capacities[row] + first) * size;
-    const Scalar* values = caches.values[row] + (kv_head * caches.capacities[row] + first) * size;
+    const Scalar* keys = static_cast<const Scalar*>(room.keys) + (kv_head * room.capacity + first) * size;
+    const Scalar* values = static_cast<const Scalar*>(room.values) + (kv_head * room.capacity + first) * size;
     const int64_t place = (row * model.heads_ + head) * size;
     turn(row, shared.query.data() + place, layer.query_norm, turned.data());
     for (int64_t i = 0; i < size; ++i) turned[i] *= model.scale_;
@@ -251,13 +257,16 @@ struct Worker {
       normalise_row(x, weight.const_data_ptr<float>(), model.size_, model.eps_, blended.data());
       x = blended.data();
     }
-    rotate(x, cosine + row * model.size_, sine + row * model.size_, model.size_, model.interleaved_, out);
+    const int64_t angles = (held[row] - first_position) * model.size_;
+    rotate(x, cosine + angles, sine + angles, model.size_, model.interleaved_, out);
   }
 
   const DecoderModel& model;
   Shared& shared;
-  const float *cosine, *sine;
+  const float *cosine, *sine;  // [positions, head_dim]
+  int64_t first_position;  // of these
   const int64_t* held;  // [rows], tokens before each
+  const CacheMemory* const* caches;  // [rows], of the sequence of each
   const Rows& taken;
   int64_t rows;
   Stages::Place place;
@@ -266,6 +275,7 @@ struct Worker {
   ScoreKeys<Scalar> score;
   ScoresToWeights to_weights;
   BlendValues<Scalar> blend;
+  SiluTimes silu;
   Inputs own_inputs;
   std::vector<float> sums, weights, turned, key, blended;
   std::vector<Scalar> newest_key, newest_value;

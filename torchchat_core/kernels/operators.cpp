@@ -338,7 +338,7 @@ template <typename Scalar>
 class HeadAttention {
  public:
   HeadAttention(int64_t most, int64_t size, double scale)
-      : size_(size), scale_(static_cast<float>(scale)), weights_(most), wide_(size), blended_(size) {}
+      : size_(size), scale_(static_cast<float>(scale)), weights_(room_for_scores(most)), wide_(size), blended_(size) {}
 
   void operator()(const Scalar* from, const Scalar* keys, const Scalar* values, int64_t count, Scalar* to) {
     for (int64_t i = 0; i < size_; ++i) wide_[i] = static_cast<float>(from[i]) * scale_;

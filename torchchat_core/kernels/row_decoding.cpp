@@ -25,7 +25,7 @@ namespace {
 
 // Rows of a thread from which it is arithmetic that takes the time, and not the reading of matrices; those that are near
 // in any case pay off for fewer.
-constexpr int64_t kRowsOfAThread = 16, kRowsOfSmallModels = 4, kBytesNearby = 8 << 20;
+constexpr int64_t kRowsOfAThread = 16, kRowsOfSmallModels = 4;
 constexpr int64_t kGroupsOfAThread = 4;  // at most, where matrices are near: who is through early takes more
 // Products of a thread that are worth waiting for it: with attention and all else some half a millisecond.
 constexpr int64_t kProductsOfAThread = 1 << 22;
@@ -33,27 +33,28 @@ constexpr int64_t kProductsOfAThread = 1 << 22;
 // The rows of some of the sequences, and the threads that take them through the layers.
 template <typename Scalar>
 struct Group {
-  // `ends`: the first row behind each of all sequences; `sequences`: those of this group.
-  Group(const DecoderModel& model, const std::vector<int64_t>& ends, Share sequences, const Scalar* hidden,
-        const float* cosine, const float* sine, const std::vector<at::Tensor>& keys,
-        const std::vector<at::Tensor>& values, const int64_t* held, float* logits, int64_t threads)
-      : model(model), rows(rows_of(ends, sequences)), shared(model, rows, threads), caches(model.layers_.size()),
+  // `ends`: the first row behind each of all sequences; `sequences`: those of this group. `held` and `caches`: [rows].
+  Group(const DecoderModel& model, const std::vector<int64_t>& ends, Share sequences, const TokenRows& given,
+        const int64_t* held, const CacheMemory* const* caches, float* logits, int64_t threads)
+      : model(model), rows(rows_of(ends, sequences)), shared(model, rows, threads),
         logits(logits + sequences.first * model.head_[0].outputs) {
-    const int64_t before = first_row(ends, sequences), layers = static_cast<int64_t>(caches.size());
-    hidden += before * model.hidden_;
-    for (int64_t i = 0; i < rows.count * model.hidden_; ++i) shared.hidden[i] = static_cast<float>(hidden[i]);
-    for (int64_t sequence = sequences.first; sequence < sequences.last; ++sequence)
-      for (int64_t i = 0; i < layers; ++i) {
-        const at::Tensor &key = keys[sequence * layers + i], &value = values[sequence * layers + i];
-        const int64_t count = ends[sequence] - (sequence > 0 ? ends[sequence - 1] : 0);
-        caches[i].keys.insert(caches[i].keys.end(), count, key.mutable_data_ptr<Scalar>());
-        caches[i].values.insert(caches[i].values.end(), count, value.mutable_data_ptr<Scalar>());
-        caches[i].capacities.insert(caches[i].capacities.end(), count, key.size(1));
-      }
+    const int64_t before = first_row(ends, sequences);
+    embed(given, before);
     workers.reserve(threads);
     for (int64_t thread = 0; thread < threads; ++thread)
-      workers.emplace_back(model, shared, cosine + before * model.size_, sine + before * model.size_, held + before,
-                           rows, thread, threads);
+      workers.emplace_back(model, shared, given, held + before, caches + before, rows, thread, threads);
+  }
+
+  // Rounded to Scalar when it is multiplied, as the model does it.
+  void embed(const TokenRows& given, int64_t before) {
+    const auto* const table = given.embedding.const_data_ptr<Scalar>();
+    const auto multiplier = static_cast<float>(given.multiplier);
+    for (int64_t row = 0; row < rows.count; ++row) {
+      const Scalar* from = table + given.tokens[before + row] * model.hidden_;
+      float* to = shared.hidden.data() + row * model.hidden_;
+      for (int64_t i = 0; i < model.hidden_; ++i)
+        to[i] = static_cast<float>(static_cast<Scalar>(static_cast<float>(from[i]) * multiplier));
+    }
   }
 
   static int64_t first_row(const std::vector<int64_t>& ends, Share sequences) {
@@ -70,7 +71,7 @@ struct Group {
 
   void run(int64_t thread) {
     Worker<Scalar>& worker = workers[thread];
-    for (size_t index = 0; index < caches.size(); ++index) worker.run(model.layers_[index], caches[index]);
+    for (size_t layer = 0; layer < model.layers_.size(); ++layer) worker.run(static_cast<int64_t>(layer));
     worker.make_logits(logits);
     shared.stages.finish(worker.place);
   }
@@ -78,7 +79,6 @@ struct Group {
   const DecoderModel& model;
   const Rows rows;
   Shared shared;
-  std::vector<Caches<Scalar>> caches;  // [layers]
   std::vector<Worker<Scalar>> workers;
   float* logits;
 };
@@ -105,31 +105,14 @@ struct Groups : Job {
   Stages stages;
 };
 
-struct Size {
-  int64_t bytes = 0, weights = 0;
-
-  void add(const Product& product) {
-    bytes += static_cast<int64_t>(product.weight.nbytes());
-    weights += product.outputs * product.columns;
-  }
-};
-
-Size size_of(const DecoderModel& model) {
-  Size size;
-  size.add(model.head_[0]);
-  for (const Layer& layer : model.layers_)
-    for (const Product& product : layer.products) size.add(product);
-  return size;
-}
-
-int64_t threads_of(const DecoderModel& model, const Size& size, int64_t rows) {
-  return rows == 1 ? model.threads() : threads_at_most(size.weights * rows / kProductsOfAThread);
+int64_t threads_of(const DecoderModel& model, int64_t rows) {
+  return rows == 1 ? model.threads() : threads_at_most(model.weights_ * rows / kProductsOfAThread);
 }
 
 // In how many groups the rows are taken; one group is for all threads together.
-int64_t groups_of(int64_t bytes, int64_t rows, int64_t threads) {
+int64_t groups_of(const DecoderModel& model, int64_t rows, int64_t threads) {
   if (threads == 1) return 1;
-  if (bytes <= kBytesNearby) return std::clamp<int64_t>(rows / kRowsOfSmallModels, 1, threads * kGroupsOfAThread);
+  if (model.is_near()) return std::clamp<int64_t>(rows / kRowsOfSmallModels, 1, threads * kGroupsOfAThread);
   return rows >= threads * kRowsOfAThread ? threads : 1;
 }
 
@@ -146,64 +129,68 @@ std::vector<Share> parts_of(const std::vector<int64_t>& ends, int64_t count) {
 }
 
 template <typename Scalar>
-void run_as(const DecoderModel& model, const at::Tensor& hidden, const float* cosine, const float* sine,
-            const std::vector<at::Tensor>& keys, const std::vector<at::Tensor>& values,
-            const std::vector<int64_t>& ends, const std::vector<int64_t>& held, float* logits) {
-  const auto rows = static_cast<int64_t>(held.size());
-  const Size size = size_of(model);
-  const int64_t threads = threads_of(model, size, rows);
-  const std::vector<Share> parts = parts_of(ends, groups_of(size.bytes, rows, threads));
+void run_as(const DecoderModel& model, const TokenRows& rows, const std::vector<int64_t>& ends,
+            const std::vector<int64_t>& held, const std::vector<const CacheMemory*>& caches, float* logits) {
+  const auto all = static_cast<int64_t>(held.size());
+  const int64_t threads = threads_of(model, all);
+  const std::vector<Share> parts = parts_of(ends, groups_of(model, all, threads));
   const auto count = static_cast<int64_t>(parts.size());
   const auto job = std::make_shared<Groups<Scalar>>(count > 1 ? std::min(threads, count) : threads);
   for (const Share& part : parts)
-    job->groups.emplace_back(model, ends, part, hidden.const_data_ptr<Scalar>(), cosine, sine, keys, values, held.data(),
-                             logits, count > 1 ? 1 : threads);
+    job->groups.emplace_back(model, ends, part, rows, held.data(), caches.data(), logits, count > 1 ? 1 : threads);
   run_together(job, job->threads, &model);
+}
+
+// Raises an error for tokens that the tables do not have.
+void check(const DecoderModel& model, const TokenRows& rows, const std::vector<int64_t>& held) {
+  TORCH_CHECK(rows.embedding.dim() == 2 && rows.embedding.size(1) == model.hidden_ && rows.embedding.is_contiguous() &&
+                  rows.embedding.device().is_cpu(),
+              "the embedding has to be [n, ", model.hidden_, "], on the CPU");
+  for (const int64_t token : rows.tokens)
+    TORCH_CHECK(0 <= token && token < rows.embedding.size(0), "there is no token ", token);
+  for (const at::Tensor* each : {&rows.cosine, &rows.sine}) {
+    TORCH_CHECK(each->is_contiguous() && each->scalar_type() == at::kFloat && each->device().is_cpu(),
+                "cosine and sine have to be float32, on the CPU");
+    const int64_t count = each->numel() / model.size_;
+    for (const int64_t position : held)
+      TORCH_CHECK(rows.first_position <= position && position - rows.first_position < count,
+                  "cosine and sine of ", count, " positions, which do not have ", position);
+  }
 }
 
 }  // namespace
 
-at::Tensor decode_rows(const DecoderModel& model, const at::Tensor& hidden, const at::Tensor& cosine,
-                       const at::Tensor& sine, const std::vector<at::Tensor>& keys,
-                       const std::vector<at::Tensor>& values, const std::vector<int64_t>& counts,
-                       const std::vector<int64_t>& lengths) {
+at::Tensor decode_rows(const DecoderModel& model, const TokenRows& rows, const std::vector<const CacheMemory*>& caches,
+                       const std::vector<int64_t>& counts, const std::vector<int64_t>& lengths) {
   TORCH_CHECK(!model.layers_.empty() && !model.head_.empty(), "a decoder without layers or without a head");
-  const auto sequences = static_cast<int64_t>(counts.size()), layers = static_cast<int64_t>(model.layers_.size());
-  TORCH_CHECK(sequences > 0 && lengths.size() == counts.size() && hidden.dim() == 2 && hidden.size(1) == model.hidden_ &&
-                  hidden.is_contiguous(), "the tokens have to be [n, ", model.hidden_, "], of sequences with lengths");
-  const int64_t rows = hidden.size(0);
+  const size_t sequences = counts.size();
+  TORCH_CHECK(sequences > 0 && lengths.size() == sequences && caches.size() == sequences,
+              "sequences of ", sequences, " counts, ", lengths.size(), " lengths and ", caches.size(), " caches");
+  const auto all = static_cast<int64_t>(rows.tokens.size()), layers = static_cast<int64_t>(model.layers_.size());
+  const at::ScalarType type = rows.embedding.scalar_type();
   std::vector<int64_t> ends, held;  // of each sequence the first row behind it; of each row the tokens before it
-  for (int64_t sequence = 0, end = 0; sequence < sequences; ++sequence) {
-    TORCH_CHECK(0 < counts[sequence] && counts[sequence] <= rows - end && 0 <= lengths[sequence] &&
-                    lengths[sequence] <= std::numeric_limits<int32_t>::max(),
-                counts[sequence], " tokens behind ", lengths[sequence], ", of ", rows - end);
-    ends.push_back(end += counts[sequence]);
-    for (int64_t i = 0; i < counts[sequence]; ++i) held.push_back(lengths[sequence] + i);
+  std::vector<const CacheMemory*> caches_of_rows;
+  for (size_t sequence = 0; sequence < sequences; ++sequence) {
+    const CacheMemory& cache = *caches[sequence];
+    const int64_t count = counts[sequence], length = lengths[sequence], before = ends.empty() ? 0 : ends.back();
+    TORCH_CHECK(0 < count && count <= all - before && 0 <= length && length <= std::numeric_limits<int32_t>::max(),
+                count, " tokens behind ", length, ", of ", all - before);
+    TORCH_CHECK(cache.layers() == layers && cache.kv_heads() == model.kv_heads_ && cache.size() == model.size_ &&
+                    cache.type() == type && length + count <= cache.capacity_,
+                "a cache of ", cache.layers(), " layers and ", cache.keys_[0].sizes(), " for ", layers, " layers, ",
+                model.kv_heads_, " heads of ", model.size_, " and ", length + count, " positions");
+    ends.push_back(before + count);
+    for (int64_t i = 0; i < count; ++i) held.push_back(length + i);
+    caches_of_rows.insert(caches_of_rows.end(), count, &cache);
   }
-  TORCH_CHECK(ends.back() == rows, rows, " tokens for sequences of ", ends.back());
-  for (const at::Tensor* each : {&cosine, &sine})
-    TORCH_CHECK(each->numel() == rows * model.size_ && each->is_contiguous() && each->scalar_type() == at::kFloat,
-                "cosine and sine have to be float32 of ", model.size_, " numbers for each of ", rows, " tokens");
-  for (const std::vector<at::Tensor>* caches : {&keys, &values}) {
-    TORCH_CHECK(static_cast<int64_t>(caches->size()) == sequences * layers, "caches of ", caches->size(),
-                " layers for ", sequences, " sequences of ", layers);
-    for (size_t i = 0; i < caches->size(); ++i) {
-      const at::Tensor &each = (*caches)[i], &key = keys[i];
-      const int64_t holds = lengths[i / model.layers_.size()], last = holds + counts[i / model.layers_.size()] - 1;
-      TORCH_CHECK(each.dim() == 3 && each.size(0) == model.kv_heads_ && each.size(2) == model.size_ &&
-                      each.is_contiguous() && each.scalar_type() == hidden.scalar_type() && 0 <= holds &&
-                      last < each.size(1) && each.size(1) == key.size(1),
-                  "a cache of ", each.sizes(), " for ", model.kv_heads_, " heads of ", model.size_, " and position ", last);
-    }
-  }
-  at::Tensor out = at::empty({sequences, model.head_[0].outputs}, hidden.options().dtype(at::kFloat));
-  const float *cosines = cosine.const_data_ptr<float>(), *sines = sine.const_data_ptr<float>();
+  TORCH_CHECK(ends.back() == all, all, " tokens for sequences of ", ends.back());
+  check(model, rows, held);
+  at::Tensor out =
+      at::empty({static_cast<int64_t>(sequences), model.head_[0].outputs}, rows.embedding.options().dtype(at::kFloat));
   float* logits = out.mutable_data_ptr<float>();
-  if (hidden.scalar_type() == at::kFloat)
-    run_as<float>(model, hidden, cosines, sines, keys, values, ends, held, logits);
-  else if (hidden.scalar_type() == at::kBFloat16)
-    run_as<at::BFloat16>(model, hidden, cosines, sines, keys, values, ends, held, logits);
-  else TORCH_CHECK(false, "the tokens are of ", hidden.scalar_type(), "; they have to be float32 or bfloat16");
+  if (type == at::kFloat) run_as<float>(model, rows, ends, held, caches_of_rows, logits);
+  else if (type == at::kBFloat16) run_as<at::BFloat16>(model, rows, ends, held, caches_of_rows, logits);
+  else TORCH_CHECK(false, "the tokens are of ", type, "; they have to be float32 or bfloat16");
   return out;
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ class KVCache:
         empty = (config.num_kv_heads, 0, config.head_dim)
         self._keys = [torch.empty(empty, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self._values = [torch.empty(empty, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self._wrapped: Any = None  # of `all_rooms_as`, as long as the memory stays the same
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Puts key and value [n, kv_heads, head_dim] behind what is held, and returns views of all that is used.
@@ -55,6 +58,13 @@ class KVCache:
                 self.room(layer, count)
         return self._keys, self._values
 
+    def all_rooms_as(self, wrap: Callable[[list[Tensor], list[Tensor]], Any], count: int) -> Any:
+        """`wrap` of `all_rooms`, which is called again when there is other memory, and not for every token."""
+        keys, values = self.all_rooms(count)
+        if self._wrapped is None:
+            self._wrapped = wrap(keys, values)
+        return self._wrapped
+
     def advance(self, count: int) -> None:
         """Counts the `count` positions last written to every layer as held."""
         self.length += count
@@ -76,6 +86,7 @@ class KVCache:
         copied.length = length
         copied._keys = [keys[:, :length].clone() for keys in self._keys]
         copied._values = [values[:, :length].clone() for values in self._values]
+        copied._wrapped = None
         return copied
 
     def move_to(self, keys: list[Tensor], values: list[Tensor]) -> None:
@@ -88,11 +99,11 @@ class KVCache:
         for old, new in zip((*self._keys, *self._values), (*keys, *values), strict=True):
             new[:, : self.length] = old[:, : self.length]
             new[:, self.length :].zero_()
-        self._keys, self._values = list(keys), list(values)
+        self._keys, self._values, self._wrapped = list(keys), list(values), None
 
     def release(self) -> None:
         """Gives the memory back and forgets everything."""
-        self.length = 0
+        self.length, self._wrapped = 0, None
         self._keys = [keys[:, :0].clone() for keys in self._keys]
         self._values = [values[:, :0].clone() for values in self._values]
 
@@ -105,6 +116,7 @@ class KVCache:
             raise TorchchatError(f"the sequence would have {needed} tokens; the limit is {self.limit}",
                                  "start a new conversation, or ask for a larger --max-seq-length")
         capacity = min(max(FIRST_CAPACITY, 1 << (needed - 1).bit_length()), self.limit)
+        self._wrapped = None
         self._keys[layer] = self._grown(self._keys[layer], capacity)
         self._values[layer] = self._grown(self._values[layer], capacity)
 
