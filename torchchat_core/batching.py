@@ -42,6 +42,7 @@ class Job:
     stream: int = 0
     client: str = ""  # whose it is: those with fewer answers in progress go first
     deadline: float = float("inf")  # by time.monotonic()
+    whole: bool = False  # as of `generation.Answer`
     cancelled: bool = False
     answer: Answer | None = field(default=None, init=False)
     sequence: TokenSequence | None = field(default=None, init=False)
@@ -230,7 +231,7 @@ class Batch:
     def _begin(self, job: Job) -> None:
         job.clock = cast(Clock, job.clock)
         job.answer = Answer(job.prompt, self._text_format, job.options, job.clock, limit=self._limit,
-                            at_start=job.at_start, stream=job.stream)
+                            at_start=job.at_start, stream=job.stream, whole=job.whole)
         job.sequence = self.pool.take(job.prompt)
         job.reused = job.done = job.clock.reused = job.sequence.reuse(job.prompt)
 
@@ -271,27 +272,29 @@ class Batch:
             answer = _answer(job)
             try:
                 if finite[row] and answer.takes_the_likeliest:
-                    self._go_on(job, answer.take_token(likeliest[row]))
+                    self._note(job, answer, answer.take_token(likeliest[row]))
                 else:
                     self._take(job, logits[row])
             except Exception as error:
                 self._fail(job, error)
 
     def _take(self, job: Job, logits: Tensor) -> None:
-        self._go_on(job, _answer(job).take(logits))
-
-    def _go_on(self, job: Job, events: list[Event]) -> None:
         answer = _answer(job)
+        self._note(job, answer, answer.take(logits))
+
+    def _note(self, job: Job, answer: Answer, events: list[Event]) -> None:
+        """What came of a token of an answer, which may be its end."""
         if answer.reason is not None:
             events += answer.finish()
-        self._outcomes += [(job, event) for event in events]
+        for event in events:
+            self._outcomes.append((job, event))
         if answer.reason is not None:
             self._release(job)
 
 
 def _sequences(jobs: Sequence[Job]) -> list[TokenSequence]:
     """Of jobs that were begun."""
-    return [cast(TokenSequence, job.sequence) for job in jobs]
+    return [job.sequence for job in jobs]  # type: ignore[misc]
 
 
 def _answer(job: Job) -> Answer:

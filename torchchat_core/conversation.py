@@ -194,7 +194,7 @@ def render(text_format: TextFormat, messages: Sequence[Message], tools: Sequence
 def text_of(ids: Iterable[int], tokenizer: Tokenizer) -> str:
     """The text that tokens add to a text before them."""
     stream = TextStream(tokenizer, at_start=False)
-    return "".join([*(stream.push(token) for token in ids), stream.finish()])
+    return stream.push_all(ids) + stream.finish()
 
 
 def encode_plain(text: str, tokenizer: Tokenizer, *, special: bool = False) -> list[int]:

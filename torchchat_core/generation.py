@@ -212,8 +212,12 @@ class Answer:
     """One answer as it comes: logits go in, events come out. Who has it computes the logits of what it chose."""
 
     def __init__(self, prompt: Sequence[int], text_format: TextFormat, options: GenerationOptions, clock: Clock, *,
-                 limit: int, at_start: bool = False, stream: int = 0) -> None:
-        """`limit`: tokens of the sequence. Raises `TorchchatError` where the options ask for a grammar that is none."""
+                 limit: int, at_start: bool = False, stream: int = 0, whole: bool = False) -> None:
+        """`limit`: tokens of the sequence; `whole`: nobody wants to know of anything before the end, and then of tokens
+        only where the options ask for their logprobs: the text comes in one piece.
+
+        Raises `TorchchatError` where the options ask for a grammar that is none.
+        """
         self.reason: str | None = None  # why it ended
         self.token = -1  # chosen last
         self.clock = clock
@@ -227,6 +231,9 @@ class Answer:
                                     and options.logprobs is None)
         self._end_ids = text_format.end_ids
         self._room = limit - len(prompt)
+        self._tells_tokens = not whole or options.logprobs is not None
+        self._tells_text = not whole
+        self._decodes = not whole or bool(options.stop)  # else there is time for it at the end
         self._end: TokenEvent | None = None
         self._produced: list[int] = []
         self._pieces: list[str] = []
@@ -245,13 +252,14 @@ class Answer:
         """Goes on with a token that was chosen."""
         self.clock.count_token()
         self.token = token
-        chosen = TokenEvent(token=token, logprobs=logprobs)
         if token in self._end_ids:
             self.reason = "stop"
-            self._end = chosen
+            self._end = TokenEvent(token=token, logprobs=logprobs)
             return []
         self._produced.append(token)
-        events = [chosen, *self._certain(self._stops.push(self._decoder.push(token)))]
+        events: list[Event] = [TokenEvent(token=token, logprobs=logprobs)] if self._tells_tokens else []
+        if self._decodes:
+            events += self._certain(self._stops.push(self._decoder.push(token)))
         if self._constraint is not None:
             self._constraint.accept(token)
         if self._stops.found or (self._constraint is not None and self._constraint.complete):
@@ -262,17 +270,21 @@ class Answer:
 
     def finish(self) -> list[Event]:
         """What was held back, and the last event. An answer that has not ended was cancelled."""
-        rest = "" if self._stops.found else self._stops.push(self._decoder.finish())
+        late = "" if self._decodes else self._decoder.push_all(self._produced)
+        rest = "" if self._stops.found else self._stops.push(late + self._decoder.finish())
         events = self._certain(rest if self._stops.found else rest + self._stops.finish())
+        text = "".join(self._pieces)
+        if text and not self._tells_text:
+            events = [TextEvent(text=text)]
         return [*events, FinishedEvent(
-            reason=self.reason or "cancelled", text="".join(self._pieces), token_ids=tuple(self._produced),
+            reason=self.reason or "cancelled", text=text, token_ids=tuple(self._produced),
             statistics=self.clock.statistics(len(self._produced)), end=self._end)]
 
     def _certain(self, text: str) -> list[Event]:
         if not text:
             return []
         self._pieces.append(text)
-        return [TextEvent(text=text)]
+        return [TextEvent(text=text)] if self._tells_text else []
 
 
 def token_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:

@@ -186,8 +186,8 @@ def test_rows_that_do_not_fit_are_refused(wrong: str) -> None:
 
 def test_a_cache_of_rooms_that_differ_is_refused() -> None:
     rooms = [torch.zeros(2, 8, 4), torch.zeros(2, 8, 4)]
-    for wrong in (torch.zeros(2, 9, 4), torch.zeros(2, 8, 4, dtype=torch.bfloat16), torch.zeros(8, 2, 4).transpose(0, 1),
-                  torch.zeros(2, 8)):
+    for wrong in (torch.zeros(2, 9, 4), torch.zeros(2, 8, 4, dtype=torch.bfloat16),
+                  torch.zeros(8, 2, 4).transpose(0, 1), torch.zeros(2, 8)):
         with pytest.raises(RuntimeError, match="a cache of"):
             torch.classes.torchchat.Cache(rooms, [rooms[0], wrong])
     with pytest.raises(RuntimeError, match="keys of 2 layers and values of 1"):

@@ -60,7 +60,8 @@ class TokenDecoder:
         table = self._table
         if table is None:  # it is quantised
             table, tokens = self._embedding(torch.tensor(tokens)), range(len(tokens))
-        logits: Tensor = self._decoder.run_rows(table, list(tokens), self._multiplier, cos, sin, memory, counts, lengths)
+        logits: Tensor = self._decoder.run_rows(table, list(tokens), self._multiplier, cos, sin, memory, counts,
+                                                lengths)
         return logits
 
 
@@ -125,7 +126,7 @@ class RotaryTable:
         self._tables: dict[bool, tuple[Tensor, Tensor]] = {}
 
     def up_to(self, count: int, extended: bool) -> tuple[Tensor, Tensor]:
-        """What `RotaryEmbedding` gives for `count` positions, or more: cos, signed sin, each [n, 1, head_dim] float32."""
+        """What `RotaryEmbedding` gives for at least `count` positions: cos, signed sin, float32 [n, 1, head_dim]."""
         table = self._tables.get(extended)
         if table is None or len(table[0]) < count:
             count = min(max(FIRST_CAPACITY, 1 << (count - 1).bit_length()), self._positions)

@@ -38,18 +38,20 @@ inline int64_t room_for_scores(int64_t count) { return (count + kLanes - 1) / kL
 inline __attribute__((always_inline)) void scores_to_weights(float* scores, int64_t count) {
   const int64_t room = room_for_scores(count);
   std::fill(scores + count, scores + room, std::numeric_limits<float>::lowest());  // too small to count in a sum
-  float most[kLanes], sums[kLanes] = {}, largest = scores[0], sum = 0;
-  std::fill(most, most + kLanes, largest);
+  float most[kLanes], sums[kLanes] = {};
+  std::fill(most, most + kLanes, scores[0]);
   for (int64_t i = 0; i < room; i += kLanes)
     for (int64_t lane = 0; lane < kLanes; ++lane) most[lane] = std::max(most[lane], scores[i + lane]);
-  for (float each : most) largest = std::max(largest, each);
+  for (int64_t some = kLanes / 2; some > 0; some /= 2)
+    for (int64_t lane = 0; lane < some; ++lane) most[lane] = std::max(most[lane], most[lane + some]);
   for (int64_t i = 0; i < room; i += kLanes)
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      scores[i + lane] = exp_of_negative(scores[i + lane] - largest);
+      scores[i + lane] = exp_of_negative(scores[i + lane] - most[0]);
       sums[lane] += scores[i + lane];
     }
-  for (float each : sums) sum += each;
-  const float factor = 1.0f / sum;
+  for (int64_t some = kLanes / 2; some > 0; some /= 2)
+    for (int64_t lane = 0; lane < some; ++lane) sums[lane] += sums[lane + some];
+  const float factor = 1.0f / sums[0];
   for (int64_t i = 0; i < room; i += kLanes)
     for (int64_t lane = 0; lane < kLanes; ++lane) scores[i + lane] *= factor;
 }

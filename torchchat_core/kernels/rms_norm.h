@@ -19,7 +19,9 @@ void normalise_row(const Scalar* x, const Weight* weight, int64_t size, float ep
       sums[lane] += value * value;
     }
   for (int64_t i = whole; i < size; ++i) sum += static_cast<float>(x[i]) * static_cast<float>(x[i]);
-  for (float each : sums) sum += each;
+  for (int64_t some = kLanes / 2; some > 0; some /= 2)
+    for (int64_t lane = 0; lane < some; ++lane) sums[lane] += sums[lane + some];
+  sum += sums[0];
   const float factor = 1.0f / std::sqrt(sum / static_cast<float>(size) + eps);
   for (int64_t i = 0; i < size; ++i)
     out[i] = static_cast<Scalar>(static_cast<float>(x[i]) * factor * static_cast<float>(weight[i]));

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,9 @@ class KVCache:
     def __init__(self, config: ModelConfig, limit: int, dtype: torch.dtype, device: torch.device) -> None:
         self.limit = limit
         self.length = 0
-        empty = (config.num_kv_heads, 0, config.head_dim)
-        self._keys = [torch.empty(empty, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self._values = [torch.empty(empty, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        nothing = torch.empty((config.num_kv_heads, 0, config.head_dim), dtype=dtype, device=device)
+        self._keys = [nothing] * config.num_layers
+        self._values = [nothing] * config.num_layers
         self._wrapped: Any = None  # of `all_rooms_as`, as long as the memory stays the same
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,14 +48,13 @@ class KVCache:
         For operators that write to it themselves, behind `length`. Raises `TorchchatError` as `write` does.
         """
         if self.length + count > self._keys[layer].shape[1]:
-            self._grow(layer, self.length + count)
+            self._grow((layer,), self.length + count)
         return self._keys[layer], self._values[layer]
 
     def all_rooms(self, count: int) -> tuple[list[Tensor], list[Tensor]]:
         """`room` of every layer: keys and values, layer by layer."""
         if self.length + count > self._keys[-1].shape[1]:
-            for layer in range(len(self._keys)):
-                self.room(layer, count)
+            self._grow(range(len(self._keys)), self.length + count)
         return self._keys, self._values
 
     def all_rooms_as(self, wrap: Callable[[list[Tensor], list[Tensor]], Any], count: int) -> Any:
@@ -104,23 +103,29 @@ class KVCache:
     def release(self) -> None:
         """Gives the memory back and forgets everything."""
         self.length, self._wrapped = 0, None
-        self._keys = [keys[:, :0].clone() for keys in self._keys]
-        self._values = [values[:, :0].clone() for values in self._values]
+        nothing = self._keys[0].new_empty((self._keys[0].shape[0], 0, self._keys[0].shape[2]))
+        self._keys = [nothing] * len(self._keys)
+        self._values = [nothing] * len(self._values)
 
     def bytes_held(self) -> int:
         """Memory that the cache has taken, in bytes."""
         return sum(x.numel() * x.element_size() for x in (*self._keys, *self._values))
 
-    def _grow(self, layer: int, needed: int) -> None:
+    def _grow(self, layers: Sequence[int], needed: int) -> None:
+        """Gives each of the layers room for `needed` positions."""
         if needed > self.limit:
             raise TorchchatError(f"the sequence would have {needed} tokens; the limit is {self.limit}",
                                  "start a new conversation, or ask for a larger --max-seq-length")
         capacity = min(max(FIRST_CAPACITY, 1 << (needed - 1).bit_length()), self.limit)
         self._wrapped = None
-        self._keys[layer] = self._grown(self._keys[layer], capacity)
-        self._values[layer] = self._grown(self._values[layer], capacity)
+        for layer in layers:
+            self._keys[layer] = self._grown(self._keys[layer], capacity)
+            self._values[layer] = self._grown(self._values[layer], capacity)
 
     def _grown(self, old: Tensor, capacity: int) -> Tensor:
+        if old.shape[1] >= capacity:
+            return old
         new = old.new_empty((old.shape[0], capacity, old.shape[2]))
-        new[:, : self.length] = old[:, : self.length]
+        if self.length > 0:
+            new[:, : self.length] = old[:, : self.length]
         return new

@@ -130,7 +130,7 @@ class Engine:
         self.check_room(len(jobs))
         answers = Answers(self, jobs, whole)
         for job in jobs:
-            job.deadline = time.monotonic() + self._limits.max_time
+            job.deadline, job.whole = time.monotonic() + self._limits.max_time, whole
             self._answers[id(job)] = answers
         with self._condition:
             self._new += jobs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Iterable
 
 from torchchat_core.specs import Tokenizer
 from torchchat_core.tokenizers.base import text_bytes
@@ -29,9 +30,14 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that is complete with `token`; often none. Raises `TorchchatError` for a negative id."""
-        if token in self._control_ids:
-            return ""
-        data = text_bytes(self._tokenizer, token)
+        return self._text(b"" if token in self._control_ids else text_bytes(self._tokenizer, token))
+
+    def push_all(self, tokens: Iterable[int]) -> str:
+        """The same for several tokens: what they give one by one."""
+        return self._text(b"".join([text_bytes(self._tokenizer, token) for token in tokens
+                                    if token not in self._control_ids]))
+
+    def _text(self, data: bytes) -> str:
         if self._prefix_is_due and data:
             self._prefix_is_due = False
             data = data.removeprefix(b" ")

@@ -161,8 +161,9 @@ def test_another_pytorch_is_refused(stories: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(("change", "words"), [
     (lambda runtime: runtime["operators"].update({"torchchat::none": "x"}), "none of that name"),
-    (lambda runtime: runtime.update(interface=kernels.INTERFACE + 1), f"calls version {kernels.INTERFACE + 1} of core's "
-     f"kernels, and those of this torchchat are version {kernels.INTERFACE} "),
+    (lambda runtime: runtime.update(interface=kernels.INTERFACE + 1),
+     f"calls version {kernels.INTERFACE + 1} of core's kernels, and those of this torchchat are version "
+     f"{kernels.INTERFACE} "),
     (lambda runtime: runtime.pop("interface"), "calls version unknown of core's kernels"),
     (lambda runtime: runtime["decoder"]["tensors"].pop(), "decoder .* cannot be put together: a decoder of"),
     (lambda runtime: runtime["decoder"]["tensors"].__setitem__(0, "none"), "decoder .* cannot be put together: 'none'"),
