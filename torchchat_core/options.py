@@ -75,14 +75,20 @@ def validate(options: Any) -> None:
         check_value(type(options), declared, getattr(options, declared.name))
 
 
+@functools.cache
+def _accepted(owner: type, name: str) -> tuple[type, tuple[type, ...]]:
+    """The type of an option's values as an error says it, and all that they may be."""
+    wanted = value_type(owner, name)
+    optional = type(None) in get_args(_hints(owner)[name])
+    return wanted, ((int, float) if wanted is float else (wanted,)) + ((type(None),) if optional else ())
+
+
 def check_value(owner: type, declared: Field[Any], value: Any) -> None:
     """Checks one value against the declaration of its field in `owner`."""
     detail = detail_of(declared)
-    wanted = value_type(owner, declared.name)
-    optional = type(None) in get_args(_hints(owner)[declared.name])
-    if value is None and optional:
+    wanted, accepted = _accepted(owner, declared.name)
+    if value is None and type(None) in accepted:
         return
-    accepted: tuple[type, ...] = (int, float) if wanted is float else (wanted,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
         raise TorchchatError(f"{declared.name} is {value!r:.100}; it has to be {_type_words(wanted)}")
     if isinstance(value, float) and not math.isfinite(value):

@@ -28,8 +28,8 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.pipeline import ModelRequest
 from torchchat_core.plugins import Registry
 from torchchat_core.server import chat, completions, embeddings, responses, texts
-from torchchat_core.server.errors import ApiError, malformed
-from torchchat_core.server.exchange import ClientGone, EventStream, Exchange, Service, json_response
+from torchchat_core.server.errors import ApiError, ClientGone, malformed
+from torchchat_core.server.exchange import EventStream, Exchange, Service, json_response
 from torchchat_core.server.limits import Limits
 from torchchat_core.server.metrics import CONTENT_TYPE, Metrics
 from torchchat_core.server.openapi import document
@@ -184,15 +184,15 @@ def _endpoint(kind: type[Body], answer: Answer) -> Callable[[Request], Awaitable
             raise ApiError(400, "stream_options needs stream to be true", "stream_options", "invalid_value")
         model = getattr(body, "model", None)
         exchange = Exchange(service, request, next(iter(service.shelf.entries)) if model is None else model)
+        await exchange.open()
         streams = False
         try:
-            await exchange.watched(exchange.open())
             response = await answer(exchange, body)
             streams = isinstance(response, EventStream)
             return response
         finally:
             if not streams:
-                await exchange.close()
+                exchange.close()
 
     return handle
 

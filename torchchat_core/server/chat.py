@@ -21,7 +21,6 @@ from torchchat_core.server.exchange import (
     EventStream,
     Exchange,
     chunks,
-    collect,
     json_response,
     json_text,
     logprob_entry,
@@ -80,7 +79,7 @@ async def answer(exchange: Exchange, body: ChatRequest) -> Response:
     if body.stream:
         head["object"] = "chat.completion.chunk"
         return EventStream(chunks(answers, choices, head, len(plan.prompt), body.stream_options), exchange.close)
-    await exchange.watched(collect(answers, choices))
+    await exchange.collect(answers, choices)
     return json_response({**head, "object": "chat.completion", "choices": [choice.whole() for choice in choices],
                           "usage": usage(len(plan.prompt), [choice.end for choice in choices if choice.end], jobs)})
 

@@ -18,7 +18,6 @@ from torchchat_core.server.exchange import (
     EventStream,
     Exchange,
     chunks,
-    collect,
     json_response,
     json_text,
     new_id,
@@ -31,13 +30,14 @@ from torchchat_core.specs import Tokenizer
 from torchchat_core.tokenizers.stream import TextStream
 
 DEFAULT_LENGTH = 16  # tokens, as OpenAI's interface has it
+SHORT = 1000  # characters that are encoded before another thread would begin to
 
 
 async def answer(exchange: Exchange, body: CompletionRequest) -> Response:
     tokenizer = exchange.engine.opened.text_format.tokenizer
     several = isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
     exchange.engine.check_room((len(body.prompt) if several else 1) * (body.n or 1))  # before any work is done
-    prompts = await asyncio.to_thread(prompts_of, body.prompt, tokenizer)
+    prompts = await prompts_of(body.prompt, tokenizer)
     for prompt in prompts:
         exchange.check_prompt(prompt, "prompt")
     length = DEFAULT_LENGTH if body.max_tokens is None else body.max_tokens
@@ -59,14 +59,20 @@ async def answer(exchange: Exchange, body: CompletionRequest) -> Response:
     prompt_tokens = sum(map(len, prompts))
     if body.stream:
         return EventStream(chunks(answers, choices, head, prompt_tokens, body.stream_options), exchange.close)
-    await exchange.watched(collect(answers, choices))
+    await exchange.collect(answers, choices)
     ends = [choice.end for choice in choices if choice.end]
     return json_response({**head, "choices": [choice.whole() for choice in choices],
                           "usage": usage(prompt_tokens, ends, jobs)})
 
 
-def prompts_of(prompt: str | list[str] | list[int] | list[list[int]], tokenizer: Tokenizer) -> list[list[int]]:
+async def prompts_of(prompt: str | list[str] | list[int] | list[list[int]], tokenizer: Tokenizer) -> list[list[int]]:
     """Token ids of each of the prompts. Texts of control tokens in them are such, as in `generate --raw`."""
+    if isinstance(prompt, str) and len(prompt) <= SHORT:
+        return _encoded(prompt, tokenizer)
+    return await asyncio.to_thread(_encoded, prompt, tokenizer)
+
+
+def _encoded(prompt: str | list[str] | list[int] | list[list[int]], tokenizer: Tokenizer) -> list[list[int]]:
     if isinstance(prompt, str):
         return [encode_plain(prompt, tokenizer, special=True)]
     if isinstance(prompt[0], int):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from collections.abc import Sequence
 from typing import cast
@@ -26,7 +25,7 @@ async def answer(exchange: Exchange, body: EmbeddingRequest) -> Response:
         opened.executor.require("embed")
     except TorchchatError as error:
         raise ApiError(400, error.message, "model", "unsupported_parameter") from None
-    texts = await asyncio.to_thread(prompts_of, body.input, opened.text_format.tokenizer)
+    texts = await prompts_of(body.input, opened.text_format.tokenizer)
     for text in texts:
         exchange.check_prompt(text, "input")
     vectors = await exchange.watched(exchange.engine.call_for_each(embed, texts))

@@ -16,7 +16,7 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.generation import PREFILL_CHUNK, Event, FinishedEvent
 from torchchat_core.pipeline import ModelRequest, OpenedModel, open_model
 from torchchat_core.plugins import Registry
-from torchchat_core.server.errors import ApiError
+from torchchat_core.server.errors import ApiError, ClientGone
 from torchchat_core.server.limits import Limits
 from torchchat_core.server.metrics import Metrics
 from torchchat_core.specs import LoadedModel
@@ -38,15 +38,18 @@ class Answers:
         self._wake = asyncio.Event()
         self._open = len(self.jobs)  # answers that are not complete, as far as the reader may know
         self._broken = False
+        self._left = False
 
     async def read(self) -> list[tuple[int, Event]]:
         """All events since the last call, each with the place of its job; empty when all answers are complete.
 
-        Raises `ApiError` where an answer failed.
+        Raises `ApiError` where an answer failed, `ClientGone` after `leave`.
         """
-        while self._open and (self._whole or not self._arrived) and not self._broken:
+        while self._open and (self._whole or not self._arrived) and not self._broken and not self._left:
             self._wake.clear()
             await self._wake.wait()
+        if self._left:
+            raise ClientGone
         events: list[tuple[int, Event]] = []
         while self._arrived:
             place, event = self._arrived.popleft()
@@ -69,6 +72,11 @@ class Answers:
         """Lets the reader look."""
         if not (self._whole and self._open) or self._broken:
             self._wake.set()
+
+    def leave(self) -> None:
+        """The client has gone: the reader need not wait."""
+        self._left = True
+        self._wake.set()
 
     def cancel(self) -> None:
         """Frees the places of answers that nobody reads any more."""
@@ -145,7 +153,10 @@ class Engine:
             self._condition.notify()
 
     async def call(self, function: Callable[[LoadedModel], Result]) -> Result:
-        """Runs a function of the model between two steps, on the model's thread."""
+        """Runs a function of the model between two steps, on the model's thread.
+
+        Raises `ApiError` 504 where there is no time for it.
+        """
         self._check()
         done: Future[Result] = Future()
 
@@ -159,7 +170,10 @@ class Engine:
         with self._condition:
             self._calls.append((run, done))
             self._condition.notify()
-        return await asyncio.wait_for(asyncio.wrap_future(done), self._limits.max_time)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(done), self._limits.max_time)
+        except TimeoutError:
+            raise ApiError(504, "there was no time left for the model", code="timeout") from None
 
     async def call_for_each(self, function: Callable[[LoadedModel, Sequence[int]], Result],
                             prompts: Sequence[Sequence[int]]) -> list[Result]:

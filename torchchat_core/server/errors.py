@@ -30,6 +30,10 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+class ClientGone(Exception):
+    """Nobody reads the answer any more."""
+
+
 def refused(error: TorchchatError, param: str | None = None) -> ApiError:
     """A 400 for what core refuses."""
     return ApiError(400, str(error), param)

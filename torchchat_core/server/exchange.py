@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import secrets
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -20,7 +20,7 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.generation import Event, FinishedEvent, TokenEvent
 from torchchat_core.generation_options import GenerationOptions, Grammar, SamplingOptions
 from torchchat_core.server.engine import Answers, Engine
-from torchchat_core.server.errors import ApiError, refused
+from torchchat_core.server.errors import ApiError, ClientGone, refused
 from torchchat_core.server.limits import Limits
 from torchchat_core.server.metrics import Metrics
 from torchchat_core.server.schemas import Sampling, StreamOptions
@@ -52,20 +52,24 @@ class Exchange:
         self.model = model
         self.created = int(time.time())
         self.engine: Engine
-        self._stack = AsyncExitStack()
+        self._answers: Answers | None = None
 
     async def open(self) -> None:
         """Has the model loaded, and keeps it so until `close`."""
-        self.engine = await self._stack.enter_async_context(self.service.shelf.use(self.model))
+        shelf = self.service.shelf
+        engine = shelf.take_loaded(self.model)
+        self.engine = await self.watched(shelf.take(self.model)) if engine is None else engine
 
-    async def close(self) -> None:
-        await self._stack.aclose()
+    def close(self) -> None:
+        """Once, after `open`."""
+        if self._answers is not None:
+            self._answers.cancel()
+        self.service.shelf.give_back(self.model)
 
     def submit(self, jobs: Sequence[Job], stream: bool | None) -> Answers:
         """Has answers made, whose places become free at the end of the exchange at the latest."""
-        answers = self.engine.submit(jobs, whole=not stream)
-        self._stack.callback(answers.cancel)
-        return answers
+        self._answers = self.engine.submit(jobs, whole=not stream)
+        return self._answers
 
     def client(self, user: str | None) -> str:
         """Whose request it is, for the sake of fairness."""
@@ -115,6 +119,20 @@ class Exchange:
             raise ApiError(400, f"{param} has token {max(prompt)}; the vocabulary ends at "
                                 f"{opened.model.vocab_size - 1}", param, "invalid_value")
 
+    async def collect(self, answers: Answers, choices: Sequence[Taker]) -> None:
+        """Gives every event to its choice, until all answers are complete.
+
+        Raises `ApiError` where one failed, `ClientGone` when the client goes away.
+        """
+        watcher = asyncio.create_task(_gone(self.request.receive))
+        watcher.add_done_callback(lambda _: answers.leave())
+        try:
+            while events := await answers.read():
+                for place, event in events:
+                    choices[place].take(event)
+        finally:
+            watcher.cancel()
+
     async def watched(self, work: Awaitable[Result]) -> Result:
         """The result of `work`, which is given up when the client goes away: `ClientGone` then."""
         task = asyncio.ensure_future(work)
@@ -131,10 +149,6 @@ class Exchange:
                     await each
 
 
-class ClientGone(Exception):
-    """Nobody reads the answer any more."""
-
-
 async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -145,7 +159,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[str], close: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, events: AsyncIterator[str], close: Callable[[], None]) -> None:
         self._events, self._close = events, close
         super().__init__(None, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
@@ -162,7 +176,7 @@ class EventStream(Response):
                 task.cancel()
                 with suppress(asyncio.CancelledError, Exception):
                     await task
-            await self._close()
+            self._close()
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -186,8 +200,11 @@ def data_event(content: object) -> str:
 DONE_EVENT = "data: [DONE]\n\n"
 
 
+_ids = random.Random()  # nobody may do more for knowing an id
+
+
 def new_id(prefix: str) -> str:
-    return f"{prefix}{secrets.token_hex(16)}"
+    return f"{prefix}{_ids.getrandbits(128):032x}"
 
 
 class Taker(Protocol):
@@ -237,13 +254,6 @@ async def chunks(answers: Answers, choices: Sequence[StreamedChoice], head: Mapp
         ends = [choice.end for choice in choices if choice.end is not None]
         yield data_event({**head, "choices": [], "usage": usage(prompt_tokens, ends, answers.jobs)})
     yield DONE_EVENT
-
-
-async def collect(answers: Answers, choices: Sequence[Taker]) -> None:
-    """Gives every event to its choice, until all answers are complete. Raises `ApiError` where one failed."""
-    while events := await answers.read():
-        for place, event in events:
-            choices[place].take(event)
 
 
 def usage(prompt_tokens: int, finished: Sequence[FinishedEvent], jobs: Sequence[Job]) -> dict[str, Any]:

@@ -49,13 +49,7 @@ async def answer(exchange: Exchange, body: ResponsesRequest) -> Response:
     written = Written(exchange, body, choice, job)
     if body.stream:
         return EventStream(_events(answers, written), exchange.close)
-
-    async def collect() -> None:
-        while events := await answers.read():
-            for _, event in events:
-                choice.take(event)
-
-    await exchange.watched(collect())
+    await exchange.collect(answers, [choice])
     return json_response(written.response())
 
 

@@ -66,20 +66,34 @@ class Shelf:
     @asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[Engine]:
         """The model's engine; it stays loaded within. Raises `ApiError` where it cannot be had."""
+        engine = await self.take(name)
+        try:
+            yield engine
+        finally:
+            self.give_back(name)
+
+    async def take(self, name: str) -> Engine:
+        """The model's engine, which stays loaded until `give_back`. Raises `ApiError` where it cannot be had."""
         entry = self.find(name)
         try:
             async with asyncio.timeout(self._limits.max_time):
-                engine = await self._taken(entry)
+                return await self._taken(entry)
         except TimeoutError:
             raise ApiError(504, f"there was no time left for the model {name!r}", code="timeout") from None
-        try:
-            yield engine
-        except TimeoutError:
-            raise ApiError(504, f"there was no time left for the model {name!r}", code="timeout") from None
-        finally:
-            entry.users -= 1
-            entry.used_at = time.monotonic()
-            self._changed.set()
+
+    def take_loaded(self, name: str) -> Engine | None:
+        """The same where the model is loaded and nothing has to be waited for; else None."""
+        entry = self.find(name)
+        if entry.engine is None or entry.engine.broken or self._is_closed():
+            return None
+        return self._used(entry, entry.engine)
+
+    def give_back(self, name: str) -> None:
+        """For each `take`, once."""
+        entry = self.entries[name]
+        entry.users -= 1
+        entry.used_at = time.monotonic()
+        self._changed.set()
 
     async def close(self) -> None:
         for entry in self.entries.values():
@@ -106,6 +120,10 @@ class Shelf:
                 self._changed.set()
         else:
             engine = entry.engine
+        return self._used(entry, engine)
+
+    @staticmethod
+    def _used(entry: Entry, engine: Engine) -> Engine:
         entry.users += 1
         entry.used_at = time.monotonic()
         return engine
