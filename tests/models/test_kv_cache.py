@@ -75,6 +75,28 @@ def test_the_limit_and_wrong_lengths_are_errors() -> None:
             held.truncate(length)
 
 
+def test_memory_is_wrapped_again_only_where_it_is_other_memory() -> None:
+    made: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+
+    def wrap(keys: list[torch.Tensor], values: list[torch.Tensor]) -> int:
+        made.append((list(keys), list(values)))
+        return len(made)
+
+    held = cache(5000)
+    assert [held.all_rooms_as(wrap, 1), held.all_rooms_as(wrap, FIRST_CAPACITY)] == [1, 1]
+    append(held, FIRST_CAPACITY)
+    assert held.all_rooms_as(wrap, 0) == 1
+    copied = held.copy(3)
+    assert copied.all_rooms_as(wrap, 0) == 2
+    assert held.all_rooms_as(wrap, 1) == 3  # it has grown
+    held.move_to([torch.zeros(1, 600, 4)] * 2, [torch.zeros(1, 600, 4)] * 2)
+    assert held.all_rooms_as(wrap, 1) == 4
+    held.release()
+    assert held.all_rooms_as(wrap, 1) == 5
+    for index, shape in enumerate([FIRST_CAPACITY, 3, 2 * FIRST_CAPACITY, 600, FIRST_CAPACITY]):
+        assert {tuple(each.shape) for both in made[index] for each in both} == {(1, shape, 4)}
+
+
 def test_releasing_gives_the_memory_back() -> None:
     held = cache(100)
     append(held, 50)

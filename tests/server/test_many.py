@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,7 @@ from starlette.testclient import TestClient
 
 from torchchat_core import batching
 from torchchat_core.batching import Batch, Failure, Job
-from torchchat_core.generation import FinishedEvent, TokenSequence
+from torchchat_core.generation import FinishedEvent, TextEvent, TokenEvent, TokenSequence
 from torchchat_core.generation_options import GenerationOptions, SamplingOptions
 from torchchat_core.pipeline import ModelRequest, open_model
 from torchchat_core.plugins import load_registry
@@ -72,6 +74,34 @@ def test_a_batch_is_computed_in_one_step_for_all(opened: Any, one_thread: None) 
     assert all(end.reason == "length" for end in ends.values())
     assert batch.steps == 7  # the first tokens come from the prompts
     assert batch.decoded == 56
+
+
+@pytest.mark.parametrize("fields", [{}, {"stop": ("park", "zzz")}, {"logprobs": 2}, {"stop": ("and",), "logprobs": 0}],
+                         ids=str)
+def test_an_answer_that_is_read_whole_says_the_same_at_its_end(fields: dict[str, Any], opened: Any, one_thread: None
+                                                               ) -> None:
+    options = GenerationOptions(sampling=GREEDY, max_new_tokens=40, **fields)
+    prompts = [[1, 403, 407 + index] for index in range(4)]
+    found = []
+    for whole in (False, True):
+        batch = batch_of(opened)
+        jobs = [Job(prompt=prompt, options=options, whole=whole) for prompt in prompts]
+        for each in jobs:
+            batch.add(each)
+        events: list[list[Any]] = [[] for _ in jobs]
+        while batch.active or batch.waiting:
+            for each, event in batch.step():
+                events[jobs.index(each)].append(event)
+        found.append(events)
+    for parts, whole_ones in zip(*found, strict=True):
+        tokens = [event for event in parts if isinstance(event, TokenEvent)]
+        told_tokens = [event for event in whole_ones if isinstance(event, TokenEvent)]
+        assert told_tokens == (tokens if "logprobs" in fields else [])
+        *_, told, end = whole_ones
+        assert isinstance(told, TextEvent)
+        assert (told.text, len([event for event in whole_ones if isinstance(event, TextEvent)])) == (parts[-1].text, 1)
+        assert (end.text, end.token_ids, end.reason) == (parts[-1].text, parts[-1].token_ids, parts[-1].reason)
+    assert len({events[-1].text for events in found[1]}) > 1
 
 
 def test_without_the_ability_answers_take_turns(opened: Any, one_thread: None) -> None:
@@ -232,6 +262,18 @@ def test_clients_that_leave_free_their_places_and_sigterm_waits_for_the_rest(cha
     assert rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
     assert started.wait(30) == 0
+
+
+def test_headers_without_end_are_not_kept(chat_model: Path, start: Callable[..., Any]) -> None:
+    _, address = start(chat_model)
+    host, _, port = address.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n")
+        with contextlib.suppress(ConnectionError):  # it is closed while we still send
+            for number in range(4000):
+                connection.sendall(b"x-%d: %s\r\n" % (number, b"a" * 1000))
+            pytest.fail("4 MB of headers were taken")
+    assert httpx.get(f"{address}/health").status_code == 200
 
 
 def test_models_are_loaded_when_asked_for_and_make_room(testdata: Path, chat_model: Path, serve: Callable[..., Any]

@@ -137,6 +137,34 @@ def test_a_model_whose_thread_died_is_loaded_anew(fake: type[FakeEngine]) -> Non
     asyncio.run(asyncio.wait_for(scenario(), 20))
 
 
+def test_a_loaded_model_is_had_at_once_unless_another_one_has_waited_too_long(
+        fake: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf_module, "PATIENCE", 0.05)
+
+    async def scenario() -> None:
+        shelf = new_shelf(max_loaded=1)
+        assert shelf.take_loaded("a") is None
+        with pytest.raises(ApiError, match="'c' does not exist"):
+            shelf.take_loaded("c")
+        await used(shelf, "a")
+        assert shelf.take_loaded("a") is fake.made[0]
+        assert shelf.entries["a"].users == 1
+        other = asyncio.create_task(used(shelf, "b"))
+        await asyncio.sleep(0.02)
+        assert shelf.take_loaded("a") is fake.made[0]
+        shelf.give_back("a")
+        await asyncio.sleep(0.1)
+        assert shelf.take_loaded("a") is None
+        shelf.give_back("a")
+        await other
+        assert fake.made[0].closed
+        fake.made[1].broken = True
+        assert shelf.take_loaded("b") is None
+        await shelf.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 5))
+
+
 def test_a_model_that_waits_for_room_gets_it_though_another_one_is_always_in_use(
         fake: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shelf_module, "PATIENCE", 0.05)

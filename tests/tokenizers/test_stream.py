@@ -21,8 +21,10 @@ Real = Callable[[str], Tokenizer]
 
 
 def parts(tokenizer: Tokenizer, ids: list[int], at_start: bool = True) -> list[str]:
-    stream = TextStream(tokenizer, at_start=at_start)
-    return [*[stream.push(token) for token in ids], stream.finish()]
+    stream, at_once = TextStream(tokenizer, at_start=at_start), TextStream(tokenizer, at_start=at_start)
+    found = [*[stream.push(token) for token in ids], stream.finish()]
+    assert at_once.push_all(ids) + at_once.finish() == "".join(found)
+    return found
 
 
 @pytest.mark.parametrize("path", PATHS)

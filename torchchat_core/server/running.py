@@ -44,7 +44,8 @@ def run(app: Starlette, host: str, port: int, grace: float, announce: Callable[[
     listener = listener or listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}"
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on", server_header=False,
+    # uvicorn's other reader of HTTP, httptools, takes headers without end, and would be chosen where it is installed.
+    config = uvicorn.Config(app, http="h11", log_level="warning", access_log=False, lifespan="on", server_header=False,
                             timeout_graceful_shutdown=math.ceil(grace))
     Server(config, app, lambda: announce(address)).run(sockets=[listener])
     failure: TorchchatError | None = app.state.failure
