@@ -28,10 +28,9 @@ class Crew {
     if (threads > 1 && alone.owns_lock()) {  // of two models that decode at once, one has the crew
       grow(threads - 1);
       publish({job, owner, threads});
-      round_.fetch_add(1, std::memory_order_release);
       round_.notify_all();
       job->run(0);
-      publish({});
+      take_back();
     } else {
       job->run(0);
     }
@@ -54,9 +53,17 @@ class Crew {
     std::atomic<const void*> visits{nullptr};  // the owner of the job that it is in
   };
 
+  // The round changes together with the job: who has seen one has seen the other, and takes no job twice.
   void publish(Published next) {
     const std::lock_guard lock(mutex_);
     std::swap(published_, next);
+    round_.fetch_add(1, std::memory_order_release);
+  }
+
+  void take_back() {
+    Published done;  // is let go of behind the lock
+    const std::lock_guard lock(mutex_);
+    std::swap(published_, done);
   }
 
   void grow(int64_t count) {
@@ -76,10 +83,10 @@ class Crew {
   void serve(Member& member, int64_t thread, uint32_t seen) {
     for (;;) {
       wait_while(round_, seen, kPatienceForJobs);
-      seen = round_.load(std::memory_order_acquire);
       std::shared_ptr<Job> job;
       {
         const std::lock_guard lock(mutex_);
+        seen = round_.load(std::memory_order_relaxed);
         if (!published_.job || thread >= published_.threads) continue;
         job = published_.job;
         member.visits.store(published_.owner, std::memory_order_relaxed);
