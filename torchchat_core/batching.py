@@ -22,6 +22,7 @@ from torchchat_core.generation import (
     Clock,
     Event,
     TokenSequence,
+    Told,
     check_prompt,
     decode_together,
     prefill_together,
@@ -42,7 +43,7 @@ class Job:
     stream: int = 0
     client: str = ""  # whose it is: those with fewer answers in progress go first
     deadline: float = float("inf")  # by time.monotonic()
-    whole: bool = False  # as of `generation.Answer`
+    told: Told = "tokens"  # as of `generation.Answer`
     cancelled: bool = False
     answer: Answer | None = field(default=None, init=False)
     sequence: TokenSequence | None = field(default=None, init=False)
@@ -231,7 +232,7 @@ class Batch:
     def _begin(self, job: Job) -> None:
         job.clock = cast(Clock, job.clock)
         job.answer = Answer(job.prompt, self._text_format, job.options, job.clock, limit=self._limit,
-                            at_start=job.at_start, stream=job.stream, whole=job.whole)
+                            at_start=job.at_start, stream=job.stream, told=job.told)
         job.sequence = self.pool.take(job.prompt)
         job.reused = job.done = job.clock.reused = job.sequence.reuse(job.prompt)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -82,6 +82,9 @@ class FinishedEvent:
 
 
 Event = TokenEvent | TextEvent | NoticeEvent | FinishedEvent
+# What a reader is told of: each token and each piece of text; the text, and tokens only where the options ask for their
+# logprobs; or the same with the text in one piece, at the end.
+Told = Literal["tokens", "text", "end"]
 
 
 class TokenSequence:
@@ -212,9 +215,8 @@ class Answer:
     """One answer as it comes: logits go in, events come out. Who has it computes the logits of what it chose."""
 
     def __init__(self, prompt: Sequence[int], text_format: TextFormat, options: GenerationOptions, clock: Clock, *,
-                 limit: int, at_start: bool = False, stream: int = 0, whole: bool = False) -> None:
-        """`limit`: tokens of the sequence; `whole`: nobody wants to know of anything before the end, and then of tokens
-        only where the options ask for their logprobs: the text comes in one piece.
+                 limit: int, at_start: bool = False, stream: int = 0, told: Told = "tokens") -> None:
+        """`limit`: tokens of the sequence; `told`: what there are events of.
 
         Raises `TorchchatError` where the options ask for a grammar that is none.
         """
@@ -231,9 +233,9 @@ class Answer:
                                     and options.logprobs is None)
         self._end_ids = text_format.end_ids
         self._room = limit - len(prompt)
-        self._tells_tokens = not whole or options.logprobs is not None
-        self._tells_text = not whole
-        self._decodes = not whole or bool(options.stop)  # else there is time for it at the end
+        self._tells_tokens = told == "tokens" or options.logprobs is not None
+        self._tells_text = told != "end"
+        self._decodes = self._tells_text or bool(options.stop)  # else there is time for it at the end
         self._end: TokenEvent | None = None
         self._produced: list[int] = []
         self._pieces: list[str] = []

@@ -78,14 +78,14 @@ def test_a_batch_is_computed_in_one_step_for_all(opened: Any, one_thread: None) 
 
 @pytest.mark.parametrize("fields", [{}, {"stop": ("park", "zzz")}, {"logprobs": 2}, {"stop": ("and",), "logprobs": 0}],
                          ids=str)
-def test_an_answer_that_is_read_whole_says_the_same_at_its_end(fields: dict[str, Any], opened: Any, one_thread: None
+def test_an_answer_of_which_less_is_told_is_the_same(fields: dict[str, Any], opened: Any, one_thread: None
                                                                ) -> None:
     options = GenerationOptions(sampling=GREEDY, max_new_tokens=40, **fields)
     prompts = [[1, 403, 407 + index] for index in range(4)]
     found = []
-    for whole in (False, True):
+    for told in ("tokens", "text", "end"):
         batch = batch_of(opened)
-        jobs = [Job(prompt=prompt, options=options, whole=whole) for prompt in prompts]
+        jobs = [Job(prompt=prompt, options=options, told=told) for prompt in prompts]
         for each in jobs:
             batch.add(each)
         events: list[list[Any]] = [[] for _ in jobs]
@@ -93,15 +93,19 @@ def test_an_answer_that_is_read_whole_says_the_same_at_its_end(fields: dict[str,
             for each, event in batch.step():
                 events[jobs.index(each)].append(event)
         found.append(events)
-    for parts, whole_ones in zip(*found, strict=True):
-        tokens = [event for event in parts if isinstance(event, TokenEvent)]
-        told_tokens = [event for event in whole_ones if isinstance(event, TokenEvent)]
-        assert told_tokens == (tokens if "logprobs" in fields else [])
-        *_, told, end = whole_ones
-        assert isinstance(told, TextEvent)
-        assert (told.text, len([event for event in whole_ones if isinstance(event, TextEvent)])) == (parts[-1].text, 1)
-        assert (end.text, end.token_ids, end.reason) == (parts[-1].text, parts[-1].token_ids, parts[-1].reason)
-    assert len({events[-1].text for events in found[1]}) > 1
+    for of_tokens, of_text, whole in zip(*found, strict=True):
+        tokens = [event for event in of_tokens if isinstance(event, TokenEvent)]
+        texts = [event for event in of_tokens if isinstance(event, TextEvent)]
+        end = of_tokens[-1]
+        assert tuple(event.token for event in tokens) == end.token_ids
+        assert "".join(event.text for event in texts) == end.text
+        assert len(texts) > 1
+        for events, expected in ((of_text, texts), (whole, [TextEvent(text=end.text)])):
+            told_tokens = [event for event in events if isinstance(event, TokenEvent)]
+            assert told_tokens == (tokens if "logprobs" in fields else [])
+            assert [event for event in events if isinstance(event, TextEvent)] == expected
+            assert (events[-1].text, events[-1].token_ids, events[-1].reason) == (end.text, end.token_ids, end.reason)
+    assert len({events[-1].text for events in found[0]}) > 1
 
 
 def test_without_the_ability_answers_take_turns(opened: Any, one_thread: None) -> None:

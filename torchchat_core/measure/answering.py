@@ -31,7 +31,7 @@ def answers(opened: OpenedModel, prompts: Sequence[Prompt], name: str) -> list[s
     width = TOGETHER if "batch" in opened.executor.abilities else 1
     batch = Batch(opened.model, opened.text_format, opened.executor, limit=opened.max_seq_length, width=width,
                   kept_tokens=opened.max_seq_length)
-    jobs = [Job(prompt=prompt.tokens, options=prompt.options, stream=place, whole=True)
+    jobs = [Job(prompt=prompt.tokens, options=prompt.options, stream=place, told="end")
             for place, prompt in enumerate(prompts)]
     found: dict[int, str] = {}
     try:

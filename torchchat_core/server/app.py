@@ -46,6 +46,7 @@ from torchchat_core.server.shelf import Entry, Shelf
 
 Checked = TypeVar("Checked", bound=Body)
 Answer = Callable[[Exchange, Any], Awaitable[Response]]
+Handle = Callable[[Request], Awaitable[Response]]
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 OPEN_PATHS = ("/health",)  # that need no API key
 BODY_SECONDS = 60.0  # that a client has for sending its request
@@ -95,27 +96,33 @@ def make_app(options: ServerOptions, registry: Registry) -> Starlette:
         finally:
             await shelf.close()
 
-    routes = [Route(path, _endpoint(kind, answer), methods=["POST"])
-              for path, (kind, answer) in ENDPOINTS.items()]
+    endpoints = {path: _endpoint(kind, answer) for path, (kind, answer) in ENDPOINTS.items()}
+    routes = [Route(path, handle, methods=["POST"]) for path, handle in endpoints.items()]
     routes += [
         Route("/health", _health), Route("/metrics", _metrics), Route("/openapi.json", _openapi),
         Route("/v1/models", _models), Route("/v1/models/{name:path}", _model),
     ]
-    middleware = [Middleware(Guard, api_key=options.api_key, paths=[route.path for route in routes],
+    middleware = [Middleware(Guard, api_key=options.api_key, endpoints=endpoints,
+                             paths=[route.path for route in routes],
                              origins=options.origins if options.local else ["*"])]
     if options.origins:
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(options.origins), allow_methods=["*"],
                                         allow_headers=["*"]))
     return Starlette(routes=routes, lifespan=lifespan, middleware=middleware,
-                     exception_handlers={ApiError: _told, HTTPException: _http_error})
+                     exception_handlers={ApiError: _api_error, HTTPException: _http_error})
 
 
 class Guard:
-    """Asks for the API key, counts requests, and turns what nobody expected into a 500 without its details."""
+    """Asks for the API key, counts requests, and turns what nobody expected into a 500 without its details.
 
-    def __init__(self, app: ASGIApp, api_key: str | None, paths: Sequence[str], origins: Sequence[str]) -> None:
+    It hands what is posted to an endpoint over to it: all else takes the way of Starlette, whose layers each cost every
+    token of a stream some time.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None, endpoints: Mapping[str, Handle], paths: Sequence[str],
+                 origins: Sequence[str]) -> None:
         """`origins`: of pages that are welcome beside those of this machine; "*": of all."""
-        self._app, self._api_key = app, api_key
+        self._app, self._api_key, self._endpoints = app, api_key, endpoints
         self._paths = frozenset(paths)
         self._origins = frozenset(origins)
         self._hosts = frozenset(LOCAL_HOSTS) | {_host(origin.partition("://")[2]) for origin in origins}
@@ -139,7 +146,8 @@ class Guard:
                                  code="origin_refused")
                 await json_response(error.body, 403)(scope, receive, noted)
             elif self._permits(scope):
-                await self._app(scope, receive, noted)
+                handle = self._endpoints.get(scope["path"]) if scope["method"] == "POST" else None
+                await (self._app if handle is None else _answered_by(handle))(scope, receive, noted)
             else:
                 error = ApiError(401, "the API key is missing or wrong: Authorization: Bearer KEY",
                                  code="invalid_api_key")
@@ -171,12 +179,23 @@ class Guard:
         return secrets.compare_digest(given.encode(), f"Bearer {self._api_key}".encode())
 
 
+def _answered_by(handle: Handle) -> ASGIApp:
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            response = await handle(Request(scope, receive))
+        except ApiError as error:
+            response = _told(error)
+        await response(scope, receive, send)
+
+    return answer
+
+
 def _host(address: str) -> str:
     """Without the port."""
     return re.sub(r":[0-9]*$", "", address).lower()
 
 
-def _endpoint(kind: type[Body], answer: Answer) -> Callable[[Request], Awaitable[Response]]:
+def _endpoint(kind: type[Body], answer: Answer) -> Handle:
     async def handle(request: Request) -> Response:
         service: Service = request.app.state.service
         body = parsed(kind, await read_body(request, service.limits.max_body_bytes))
@@ -238,9 +257,12 @@ def _content(body: bytes) -> object:
         return None
 
 
-async def _told(_request: Request, error: Exception) -> Response:
-    told = error if isinstance(error, ApiError) else ApiError(500, "the server failed; its log says more")
-    return json_response(told.body, told.status, {"retry-after": "1"} if told.status == 429 else None)
+def _told(error: ApiError) -> Response:
+    return json_response(error.body, error.status, {"retry-after": "1"} if error.status == 429 else None)
+
+
+async def _api_error(_request: Request, error: Exception) -> Response:
+    return _told(error if isinstance(error, ApiError) else ApiError(500, "the server failed; its log says more"))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

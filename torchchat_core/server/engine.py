@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torchchat_core.batching import Batch, Failure, Job, Outcome
 from torchchat_core.constraints import GrammarError
 from torchchat_core.errors import TorchchatError
-from torchchat_core.generation import PREFILL_CHUNK, Event, FinishedEvent
+from torchchat_core.generation import PREFILL_CHUNK, Event, FinishedEvent, Told
 from torchchat_core.pipeline import ModelRequest, OpenedModel, open_model
 from torchchat_core.plugins import Registry
 from torchchat_core.server.errors import ApiError, ClientGone
@@ -35,7 +35,7 @@ class Answers:
         self._engine = engine
         self._places = {id(job): place for place, job in enumerate(jobs)}
         self._arrived: deque[tuple[int, Event | Failure]] = deque()
-        self._wake = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None  # of the reader
         self._open = len(self.jobs)  # answers that are not complete, as far as the reader may know
         self._broken = False
         self._left = False
@@ -46,8 +46,8 @@ class Answers:
         Raises `ApiError` where an answer failed, `ClientGone` after `leave`.
         """
         while self._open and (self._whole or not self._arrived) and not self._broken and not self._left:
-            self._wake.clear()
-            await self._wake.wait()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         if self._left:
             raise ClientGone
         events: list[tuple[int, Event]] = []
@@ -71,12 +71,16 @@ class Answers:
     def wake(self) -> None:
         """Lets the reader look."""
         if not (self._whole and self._open) or self._broken:
-            self._wake.set()
+            self._go_on()
 
     def leave(self) -> None:
         """The client has gone: the reader need not wait."""
         self._left = True
-        self._wake.set()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def cancel(self) -> None:
         """Frees the places of answers that nobody reads any more."""
@@ -129,16 +133,16 @@ class Engine:
             raise ApiError(429, f"{self.in_progress} answers are in progress or wait; try again later",
                            code="queue_full")
 
-    def submit(self, jobs: Sequence[Job], whole: bool = False) -> Answers:
-        """Has answers made, for a reader of their events or of `whole` ones.
+    def submit(self, jobs: Sequence[Job], told: Told = "tokens") -> Answers:
+        """Has answers made, for a reader who is told of so much.
 
         Raises `ApiError` 429 where too many wait, 503 where the model has failed.
         """
         self._check()
         self.check_room(len(jobs))
-        answers = Answers(self, jobs, whole)
+        answers = Answers(self, jobs, whole=told == "end")
         for job in jobs:
-            job.deadline, job.whole = time.monotonic() + self._limits.max_time, whole
+            job.deadline, job.told = time.monotonic() + self._limits.max_time, told
             self._answers[id(job)] = answers
         with self._condition:
             self._new += jobs

@@ -68,7 +68,7 @@ class Exchange:
 
     def submit(self, jobs: Sequence[Job], stream: bool | None) -> Answers:
         """Has answers made, whose places become free at the end of the exchange at the latest."""
-        self._answers = self.engine.submit(jobs, whole=not stream)
+        self._answers = self.engine.submit(jobs, told="text" if stream else "end")
         return self._answers
 
     def client(self, user: str | None) -> str:
