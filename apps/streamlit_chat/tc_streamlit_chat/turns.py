@@ -122,6 +122,7 @@ class Turns:
     backend: Backend
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop, init=False)
     _current: dict[str, Turn] = field(default_factory=dict, init=False)
+    _waiting: dict[str, str] = field(default_factory=dict, init=False)  # messages for after a turn, by conversation
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def __post_init__(self) -> None:
@@ -152,10 +153,26 @@ class Turns:
         """The last turn there, which may be done."""
         return self._current.get(place)
 
+    def keep_waiting(self, place: str, text: str) -> None:
+        """Keeps a message that was written while an answer is, behind those that wait there already."""
+        with self._lock:
+            before = self._waiting.get(place)
+            self._waiting[place] = text if before is None else f"{before}\n\n{text}"
+
+    def waiting(self, place: str) -> str | None:
+        """What waits there for the end of the answer."""
+        return self._waiting.get(place)
+
+    def take_waiting(self, place: str) -> str | None:
+        """The same, which waits no more: of several tabs, one gets it."""
+        with self._lock:
+            return self._waiting.pop(place, None)
+
     def forget(self, place: str) -> None:
-        """Ends the turn there; its error and text are of no interest any more."""
+        """Ends the turn there; its error and text, and what waits for its end, are of no interest any more."""
         with self._lock:
             turn = self._current.pop(place, None)
+            self._waiting.pop(place, None)
         if turn is not None:
             turn.stop()
 

@@ -215,6 +215,8 @@ def test_what_is_written_during_an_answer_is_sent_after_it(page: Any, served: st
     page.wait(lambda: not page.all(".st-key-said-user-waiting"), "the end of what was taken back")
     page.send("Who are you?")
     page.sees("Sent after this answer.")
+    page.driver.refresh()
+    page.sees("Sent after this answer.")
     page.press(Keys.ESCAPE)
     page.wait(lambda: len(page.messages("user")) == 2 and len(page.messages("assistant")) == 1, "the next question")
     page.press(Keys.ESCAPE)

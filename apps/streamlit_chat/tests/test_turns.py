@@ -103,6 +103,17 @@ def test_one_place_has_one_answer_at_a_time(turns: Turns) -> None:
     done(turn)
 
 
+def test_messages_that_wait_are_kept_for_one_taker_and_go_with_their_conversation(turns: Turns) -> None:
+    assert turns.take_waiting("w") is None
+    turns.keep_waiting("w", "one")
+    turns.keep_waiting("w", "two")
+    turns.keep_waiting("x", "three")
+    assert turns.waiting("w") == "one\n\ntwo"
+    assert (turns.take_waiting("w"), turns.take_waiting("w")) == ("one\n\ntwo", None)
+    turns.forget("x")
+    assert turns.waiting("x") is None
+
+
 @pytest.mark.parametrize(("settings", "message"), [
     ({"model": "no-such-model"}, "no model 'no-such-model'"),
     ({"quantize": "linear:int3"}, "linear:int3"),

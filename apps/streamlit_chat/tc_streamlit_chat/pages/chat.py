@@ -13,7 +13,7 @@ from tc_streamlit_chat.local import LocalModels
 from tc_streamlit_chat.markdown import plain
 from tc_streamlit_chat.pages import frame
 from tc_streamlit_chat.pages.conversation_list import conversation_list, more_menu
-from tc_streamlit_chat.pages.session import CURRENT, DRAFT, EDITED, NAMED, SETTINGS, WAITING, show_conversation
+from tc_streamlit_chat.pages.session import CURRENT, DRAFT, EDITED, NAMED, SETTINGS, show_conversation
 from tc_streamlit_chat.pages.settings import settings_dialog
 from tc_streamlit_chat.questions import Question, Said
 from tc_streamlit_chat.services import Services
@@ -51,7 +51,8 @@ def page() -> None:
     text = typed or idea
     if text and text.strip():
         if live and current is not None:
-            _keep_waiting(current, text)
+            services.turns.keep_waiting(current.id, text)
+            st.rerun()
         ask(services, mine, current, configuration, text)
     if st.session_state.get(SETTINGS):
         settings_dialog(services, mine, current, configuration)
@@ -92,13 +93,6 @@ def ask(services: Services, mine: Conversations, current: Conversation | None, c
     mine.add(conversation, "user", [(text, Details())])
     show_conversation(conversation)
     _answer(services, mine, conversation, configuration)
-    st.rerun()
-
-
-def _keep_waiting(current: Conversation, text: str) -> NoReturn:
-    """Who writes while an answer is being written need not wait: the message is sent after it."""
-    waiting = st.session_state.setdefault(WAITING, {})
-    waiting[current.id] = "\n\n".join(part for part in (waiting.get(current.id), text) if part)
     st.rerun()
 
 
@@ -178,10 +172,9 @@ def _messages(services: Services, mine: Conversations, current: Conversation | N
 
 
 def _waiting(services: Services, mine: Conversations, current: Conversation, live: bool, ready: bool) -> None:
-    """A message that was written meanwhile. It is sent once there is an answer before it; where that failed, its
-    writer decides."""
-    waiting = st.session_state.get(WAITING, {})
-    text = waiting.get(current.id)
+    """A message that was written while an answer was. It is sent once that is there; where it failed, the writer
+    decides."""
+    text = services.turns.waiting(current.id)
     if text is None:
         return
     if live or not ready:
@@ -191,11 +184,10 @@ def _waiting(services: Services, mine: Conversations, current: Conversation, liv
             with st.container(horizontal=True, key="tools-waiting"):
                 ready = not live and st.button("Send now", icon=":material/send:", type="tertiary", key="send-waiting")
                 if st.button("Take back", icon=":material/undo:", type="tertiary", key="take-back"):
-                    del waiting[current.id]
+                    services.turns.take_waiting(current.id)
                     st.rerun()
-    if ready and not live:
-        del waiting[current.id]
-        ask(services, mine, current, Configuration.from_json(current.configuration), text)
+    if ready and not live and (taken := services.turns.take_waiting(current.id)) is not None:
+        ask(services, mine, current, Configuration.from_json(current.configuration), taken)
 
 
 def _message(services: Services, mine: Conversations, current: Conversation, message: StoredMessage, last: bool,

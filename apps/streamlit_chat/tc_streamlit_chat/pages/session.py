@@ -7,7 +7,6 @@ import streamlit as st
 CURRENT = "conversation"  # the one that is shown
 DRAFT = "draft"  # the configuration of the next conversation
 EDITED = "edited"  # the message whose words are being changed
-WAITING = "waiting"  # messages that were written while an answer was, by conversation
 SETTINGS = "settings_open"  # whether the settings are seen
 NAMED = "c"  # of the address: the conversation, so that it is found again when the page is loaded anew
 
