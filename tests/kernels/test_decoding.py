@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,18 @@ def test_every_kind_of_layer_gives_the_logits_of_the_transformer(instructions: s
     config = tiny_config(**changes)
     expected = reference_logits(seeded(config), TOKENS)
     torch.testing.assert_close(decoded(seeded(config), TOKENS), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("gate", [-1e38, -1e30, -100.0, -80.0, -1.0, 30.0])
+def test_gates_of_any_size_are_those_of_silu(instructions: str, gate: float) -> None:
+    module = seeded(tiny_config(num_layers=1, mlp_bias=True))
+    mlp = module.model.layers[0].mlp
+    with torch.no_grad():
+        mlp.gate_proj.weight.zero_()
+        mlp.gate_proj.bias.fill_(gate)
+        mlp.up_proj.bias.fill_(1e6 if gate < -50 else 1.0)  # so that what is nearly nothing would be seen
+    expected = reference_logits(module, [1, 2, 3])
+    torch.testing.assert_close(decoded(copy.deepcopy(module), [1, 2, 3]), expected, atol=2e-5, rtol=1e-4)
 
 
 def test_a_sequence_longer_than_the_first_cache_goes_on() -> None:

@@ -138,6 +138,19 @@ def test_scores_of_any_size_give_finite_attention(instructions: str) -> None:
     assert torch.equal(found, key.flatten(1))
 
 
+@pytest.mark.parametrize("held", [0, 15, 16])
+def test_scores_beyond_all_numbers_hide_nothing(instructions: str, held: int) -> None:
+    def attended(query: float, key: float) -> Tensor:
+        keys, values = caches(1, 32, 8, torch.float32)
+        new = torch.full((1, 1, 8), key)
+        found: Tensor = operators.cached_attention(torch.full((1, 1, 8), query), new, torch.ones(1, 1, 8),
+                                                   keys.fill_(key), values.fill_(1.0), torch.tensor([held, 0]), 1.0)
+        return found
+
+    assert attended(1e20, -1e20).isnan().all()  # as a softmax of minus infinities is
+    torch.testing.assert_close(attended(1.0, torch.finfo(torch.float32).min / 8), torch.ones(1, 8))
+
+
 def test_attention_refuses_what_does_not_fit_and_leaves_the_cache(instructions: str) -> None:
     query, key = torch.randn(1, 4, 8), torch.randn(1, 2, 8)
     keys, values = caches(2, 16, 8, torch.float32)

@@ -63,6 +63,14 @@ def test_rows_are_what_they_are_alone(instructions: str, changes: dict[str, Any]
         assert len(set(alone[:, 0].tolist())) == len(alone)  # rows that differ: none was computed for another
 
 
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_rows_of_a_quantised_embedding_are_what_they_are_alone(group_size: int | None) -> None:
+    module = seeded(tiny_config(hidden_size=40))  # which groups of 32 do not divide
+    quantise_layers(module, "embedding:int4", WeightFormat(bits=4, group_size=group_size))
+    alone, together = alone_and_together(module, [3, 0, 9])
+    assert torch.equal(alone, together)
+
+
 def prompts_and_tokens(module: Transformer, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits behind prompts of such lengths, and of the token behind each: token by token, and in one call for all.
 

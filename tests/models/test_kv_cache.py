@@ -97,6 +97,23 @@ def test_memory_is_wrapped_again_only_where_it_is_other_memory() -> None:
         assert {tuple(each.shape) for both in made[index] for each in both} == {(1, shape, 4)}
 
 
+def test_memory_that_could_not_be_had_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, grown, calls = cache(5000), KVCache._grown, 0
+
+    def failing(self: KVCache, old: torch.Tensor, capacity: int) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:  # the values of the last layer
+            raise RuntimeError("no memory")
+        return grown(self, old, capacity)
+
+    monkeypatch.setattr(KVCache, "_grown", failing)
+    with pytest.raises(RuntimeError, match="no memory"):
+        held.all_rooms(1)
+    keys, values = held.all_rooms(1)
+    assert {each.shape for each in (*keys, *values)} == {(1, FIRST_CAPACITY, 4)}
+
+
 def test_releasing_gives_the_memory_back() -> None:
     held = cache(100)
     append(held, 50)

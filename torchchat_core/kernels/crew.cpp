@@ -5,6 +5,8 @@
 
 #include "crew.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -104,9 +106,20 @@ class Crew {
   std::deque<Member> members_;
 };
 
+std::atomic<Crew*> current_crew{nullptr};
+
+// Never destroyed: its threads are there until the process ends. A child of the process has none of them, and gets a crew
+// of its own; the one that it was born with says of threads that they are in jobs.
 Crew& crew() {
-  static Crew& crew = *new Crew;  // never destroyed: its threads are there until the process ends
-  return crew;
+  static const int followed = pthread_atfork(nullptr, nullptr, [] { current_crew.store(nullptr); });
+  (void)followed;
+  Crew* found = current_crew.load(std::memory_order_acquire);
+  if (found == nullptr) {
+    auto* made = new Crew;
+    if (current_crew.compare_exchange_strong(found, made)) return *made;
+    delete made;
+  }
+  return *found;
 }
 
 }  // namespace

@@ -19,7 +19,10 @@ from torchchat_core.quantization.running import PanelLinear
 
 
 class TokenDecoder:
-    """Decodes as `Transformer` does, one token of each sequence at a time. It shares the weights."""
+    """Decodes as `Transformer` does, one token of each sequence at a time.
+
+    It shares the weights, but for the float32 ones of small models, of which it has a copy in another order.
+    """
 
     def __init__(self, parts: DecoderParts, embedding: nn.Module, rotary: RotaryEmbedding, config: ModelConfig) -> None:
         """`kernels.load` has to have succeeded. Raises `RuntimeError` where the parts do not belong together."""
@@ -59,7 +62,7 @@ class TokenDecoder:
         cos, sin = self._angles.up_to(max(map(add, lengths, counts)), extended)
         table = self._table
         if table is None:  # it is quantised
-            table, tokens = self._embedding(torch.tensor(tokens)), range(len(tokens))
+            table, tokens = self._embedding(torch.tensor(tokens)).contiguous(), range(len(tokens))
         logits: Tensor = self._decoder.run_rows(table, list(tokens), self._multiplier, cos, sin, memory, counts,
                                                 lengths)
         return logits
@@ -89,7 +92,7 @@ class DecoderParts:
 
 
 def decoder_parts(module: Transformer) -> DecoderParts:
-    """The lists of a module of which `decodes` is true. Weights are shared, not copied."""
+    """The lists of a module of which `decodes` is true, with its own weights."""
     config, layers = module.config, _layers(module)
     parts = DecoderParts([], [config.num_heads, config.num_kv_heads, config.head_dim, int(config.rope_interleaved),
                               len(layers), int(config.qk_norm)],

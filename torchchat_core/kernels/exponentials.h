@@ -12,12 +12,15 @@
 
 namespace torchchat {
 
-// e^x for x <= 0, within 2 units in the last place: 2^n times a polynomial on half an octave around 1.
+constexpr float kLeastExponent = -87.0f;  // of which the power of e is still a normal number
+
+// e^x for x <= 0, within 2 units in the last place: 2^n times a polynomial on half an octave around 1. Of what is not a
+// number, that.
 inline __attribute__((always_inline)) float exp_of_negative(float x) {
-  constexpr float kSmallest = -87.0f;  // e^x is still a normal number
-  const float octaves = std::max(x, kSmallest) * 1.44269504f;
+  const float taken = std::max(kLeastExponent, x);  // the bound, if x is not a number
+  const float octaves = taken * 1.44269504f;
   const float whole = static_cast<float>(static_cast<int32_t>(octaves - 0.5f));
-  const float rest = std::max(x, kSmallest) - whole * 0.693359375f + whole * 2.12194440e-4f;  // |rest| <= ln(2) / 2
+  const float rest = taken - whole * 0.693359375f + whole * 2.12194440e-4f;  // |rest| <= ln(2) / 2
   float power = 1.0f / 5040;
   power = power * rest + 1.0f / 720;
   power = power * rest + 1.0f / 120;
@@ -25,7 +28,8 @@ inline __attribute__((always_inline)) float exp_of_negative(float x) {
   power = power * rest + 1.0f / 6;
   power = power * rest + 0.5f;
   power = power * rest * rest + rest + 1.0f;
-  return power * std::bit_cast<float>((static_cast<int32_t>(whole) + 127) << 23);
+  power *= std::bit_cast<float>((static_cast<int32_t>(whole) + 127) << 23);
+  return x == x ? power : x;
 }
 
 constexpr int64_t kLanes = 16;  // side by side, so that the compiler may take them together
@@ -37,7 +41,7 @@ inline int64_t room_for_scores(int64_t count) { return (count + kLanes - 1) / kL
 // not a number makes all weights that. What is behind the scores, up to `room_for_scores`, is written over.
 inline __attribute__((always_inline)) void scores_to_weights(float* scores, int64_t count) {
   const int64_t room = room_for_scores(count);
-  std::fill(scores + count, scores + room, std::numeric_limits<float>::lowest());  // too small to count in a sum
+  std::fill(scores + count, scores + room, -std::numeric_limits<float>::infinity());  // too small for any sum
   float most[kLanes], sums[kLanes] = {};
   std::fill(most, most + kLanes, scores[0]);
   for (int64_t i = 0; i < room; i += kLanes)
@@ -62,7 +66,8 @@ using ScoresToWeights = void (*)(float* scores, int64_t count);
 inline __attribute__((always_inline)) void silu_times(const float* gates, const float* ups, float* out) {
   for (int64_t i = 0; i < kLanes; ++i) {
     const float power = exp_of_negative(-std::abs(gates[i]));
-    out[i] = (gates[i] < 0 ? gates[i] * power : gates[i]) / (1.0f + power) * ups[i];
+    const float share = gates[i] < 0 ? std::max(gates[i], kLeastExponent) * power : gates[i];
+    out[i] = share / (1.0f + power) * ups[i];
   }
 }
 

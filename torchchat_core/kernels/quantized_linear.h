@@ -40,8 +40,7 @@ inline Instructions best_instructions() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
     return __builtin_cpu_supports("avx512bf16") ? Instructions::kAvx512Bfloat16 : Instructions::kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    return Instructions::kAvx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Instructions::kAvx2;  // f16c is older
 #endif
   return Instructions::kPortable;
 }

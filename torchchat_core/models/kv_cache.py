@@ -28,6 +28,7 @@ class KVCache:
         nothing = torch.empty((config.num_kv_heads, 0, config.head_dim), dtype=dtype, device=device)
         self._keys = [nothing] * config.num_layers
         self._values = [nothing] * config.num_layers
+        self._capacity = 0  # positions that every layer has memory for
         self._wrapped: Any = None  # of `all_rooms_as`, as long as the memory stays the same
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,8 +54,9 @@ class KVCache:
 
     def all_rooms(self, count: int) -> tuple[list[Tensor], list[Tensor]]:
         """`room` of every layer: keys and values, layer by layer."""
-        if self.length + count > self._keys[-1].shape[1]:
+        if self.length + count > self._capacity:
             self._grow(range(len(self._keys)), self.length + count)
+            self._capacity = min(keys.shape[1] for keys in self._keys)
         return self._keys, self._values
 
     def all_rooms_as(self, wrap: Callable[[list[Tensor], list[Tensor]], Any], count: int) -> Any:
@@ -85,7 +87,7 @@ class KVCache:
         copied.length = length
         copied._keys = [keys[:, :length].clone() for keys in self._keys]
         copied._values = [values[:, :length].clone() for values in self._values]
-        copied._wrapped = None
+        copied._capacity, copied._wrapped = length, None
         return copied
 
     def move_to(self, keys: list[Tensor], values: list[Tensor]) -> None:
@@ -99,10 +101,11 @@ class KVCache:
             new[:, : self.length] = old[:, : self.length]
             new[:, self.length :].zero_()
         self._keys, self._values, self._wrapped = list(keys), list(values), None
+        self._capacity = min(room.shape[1] for room in keys)
 
     def release(self) -> None:
         """Gives the memory back and forgets everything."""
-        self.length, self._wrapped = 0, None
+        self.length, self._capacity, self._wrapped = 0, 0, None
         nothing = self._keys[0].new_empty((self._keys[0].shape[0], 0, self._keys[0].shape[2]))
         self._keys = [nothing] * len(self._keys)
         self._values = [nothing] * len(self._values)
@@ -119,8 +122,8 @@ class KVCache:
         capacity = min(max(FIRST_CAPACITY, 1 << (needed - 1).bit_length()), self.limit)
         self._wrapped = None
         for layer in layers:
-            self._keys[layer] = self._grown(self._keys[layer], capacity)
-            self._values[layer] = self._grown(self._values[layer], capacity)
+            keys, values = self._grown(self._keys[layer], capacity), self._grown(self._values[layer], capacity)
+            self._keys[layer], self._values[layer] = keys, values
 
     def _grown(self, old: Tensor, capacity: int) -> Tensor:
         if old.shape[1] >= capacity:
