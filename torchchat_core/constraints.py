@@ -6,6 +6,7 @@ A constraint works on the bytes of tokens, and so holds for every tokenizer and 
 from __future__ import annotations
 
 import json
+import threading
 import weakref
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from torchchat_core.errors import TorchchatError
 from torchchat_core.generation_options import Grammar
+from torchchat_core.json_schemas import enforceable
 from torchchat_core.sampling import numbers
 from torchchat_core.specs import Tokenizer
 from torchchat_core.text_format import TextFormat
@@ -22,7 +24,8 @@ from torchchat_core.text_format import TextFormat
 # Between the parts of a JSON text: a space, or a new line and its indentation. A small model would go on and on where
 # any amount of white space is right.
 WHITE_SPACE = r"(\x20|\x0A[\x20]{0,32})"
-_vocabularies: weakref.WeakKeyDictionary[Tokenizer, dict[frozenset[int], Any]] = weakref.WeakKeyDictionary()
+KEPT = 32  # compiled grammars of a vocabulary
+_vocabularies: weakref.WeakKeyDictionary[Tokenizer, dict[frozenset[int], _Vocabulary]] = weakref.WeakKeyDictionary()
 
 
 class GrammarError(TorchchatError):
@@ -36,7 +39,10 @@ def schema_grammar(schema: object) -> Grammar:
     """
     if not isinstance(schema, dict | bool):
         raise TorchchatError(f"a JSON Schema is an object; this one is {json.dumps(schema)[:60]}")
-    grammar = Grammar("json_schema", json.dumps(schema))
+    try:
+        grammar = Grammar("json_schema", json.dumps(enforceable(schema)))
+    except RecursionError:
+        raise TorchchatError("the JSON Schema is nested too deeply") from None
     check_grammar(grammar)
     return grammar
 
@@ -51,14 +57,10 @@ def check_grammar(grammar: Grammar) -> None:
 
 
 def constraint_for(grammar: Grammar, text_format: TextFormat) -> Constraint:
-    """A new constraint, at the start of an answer. Raises `TorchchatError` as `check_grammar` does."""
-    from llguidance import LLMatcher
-
+    """A new constraint, at the start of an answer. Raises `GrammarError` for a grammar that takes too much work, which
+    may be seen only after some of it: who cannot wait, asks for one before."""
     vocabulary = _vocabulary(text_format.tokenizer, text_format.end_ids)
-    matcher = LLMatcher(vocabulary, _compiled(grammar), log_level=0, limits=_limits())
-    if matcher.is_error():
-        raise _refused(grammar, matcher.get_error())
-    return Constraint(matcher)
+    return Constraint(vocabulary.matcher(grammar).deep_copy())
 
 
 class Constraint:
@@ -128,15 +130,40 @@ def _first_line(message: str) -> str:
     return (message.strip().splitlines() or ["it failed"])[0][:300]
 
 
-def _vocabulary(tokenizer: Tokenizer, end_ids: frozenset[int]) -> Any:
-    """The tokens as llguidance takes them, made once for each tokenizer: of 128 thousand tokens in half a second."""
+def _vocabulary(tokenizer: Tokenizer, end_ids: frozenset[int]) -> _Vocabulary:
+    """Made once for each tokenizer: of 128 thousand tokens in half a second."""
     made = _vocabularies.setdefault(tokenizer, {})
     if end_ids not in made:
+        made[end_ids] = _Vocabulary(tokenizer, end_ids)
+    return made[end_ids]
+
+
+class _Vocabulary:
+    """The tokens as llguidance takes them, and the grammars that were compiled for them."""
+
+    def __init__(self, tokenizer: Tokenizer, end_ids: frozenset[int]) -> None:
         from llguidance import LLTokenizer, TokenizerWrapper
 
-        made[end_ids] = LLTokenizer(TokenizerWrapper(_Tokens(tokenizer, end_ids)),
-                                    eos_token=sorted(end_ids) or [tokenizer.vocab_size])
-    return made[end_ids]
+        self._tokens = LLTokenizer(TokenizerWrapper(_Tokens(tokenizer, end_ids)),
+                                   eos_token=sorted(end_ids) or [tokenizer.vocab_size])
+        self._matchers: dict[Grammar, Any] = {}  # at their start; the one that was used last stands last
+        self._lock = threading.Lock()  # of these
+
+    def matcher(self, grammar: Grammar) -> Any:
+        """Not to be changed: several threads may have it."""
+        from llguidance import LLMatcher
+
+        with self._lock:
+            found = self._matchers.pop(grammar, None)
+        if found is None:
+            found = LLMatcher(self._tokens, _compiled(grammar), log_level=0, limits=_limits())
+            if found.is_error():
+                raise GrammarError(str(_refused(grammar, found.get_error())), "make it simpler")
+        with self._lock:
+            self._matchers[grammar] = found
+            while len(self._matchers) > KEPT:
+                del self._matchers[next(iter(self._matchers))]
+        return found
 
 
 class _Tokens:

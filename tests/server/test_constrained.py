@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator, validate
+from openai import OpenAI
 from starlette.testclient import TestClient
 
 from torchchat_core.constraints import schema_grammar
@@ -52,6 +54,81 @@ def test_every_answer_to_a_schema_is_valid(client: TestClient) -> None:
     assert len(set(texts)) > 100
     for text in texts:
         validate(json.loads(text), SCHEMA)
+
+
+@pytest.mark.parametrize("schema", [
+    {"type": "number", "exclusiveMinimum": 5, "exclusiveMaximum": 5.5},
+    {"type": "object", "required": ["share"], "additionalProperties": False,
+     "properties": {"share": {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}}},
+    {"allOf": [{"type": "number", "exclusiveMaximum": 0}, {"minimum": -0.001}]},
+    {"type": "integer", "exclusiveMinimum": 3, "exclusiveMaximum": 6, "multipleOf": 5},
+], ids=str)
+def test_bounds_that_are_excluded_are_not_reached(schema: dict[str, Any], client: TestClient) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    found = chat(client, response_format=form, n=60, seed=1, temperature=1.5)
+    answered = [choice["message"]["content"] for choice in found["choices"] if choice["finish_reason"] == "stop"]
+    assert answered
+    for text in answered:
+        validate(json.loads(text), schema)
+
+
+@pytest.mark.parametrize(("schema", "words"), [
+    ({"type": "integer", "minimum": -1e300, "maximum": -1e300}, "imum is -1e.300"),
+    ({"anyOf": [{"items": {"type": "integer", "minimum": -(1 << 63), "maximum": -(1 << 63)}}]}, "beyond 2.53"),
+    ({"type": "integer", "multipleOf": 99999989}, "multipleOf is 99999989"),
+    ({"allOf": [{"type": "integer", "multipleOf": each} for each in (997, 991, 983)]}, "multipleOf is .*together"),
+], ids=str)
+def test_a_schema_that_would_take_too_much_is_refused_at_once(schema: dict[str, Any], words: str, client: TestClient
+                                                               ) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
+    found = client.post("/v1/chat/completions", json={**body, "response_format": form})
+    assert (found.status_code, found.json()["error"]["param"]) == (400, "response_format")
+    assert re.search(words, found.json()["error"]["message"])
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "required": ["a"],
+                                                                         "properties": {"a": schema}}}}
+    found = client.post("/v1/chat/completions", json={**body, "tools": [tool], "tool_choice": "required"})
+    assert (found.status_code, found.json()["error"]["param"]) == (400, "tools")
+
+
+def test_a_property_may_have_the_name_of_a_bound() -> None:
+    schema = {"type": "object", "properties": {"minimum": {"const": 1e300}, "exclusiveMinimum": {"type": "string"}},
+              "enum": [{"minimum": 1e300}], "default": {"multipleOf": 99999989}}
+    assert json.loads(schema_grammar(schema).source) == schema
+
+
+def test_multiples_that_the_last_digits_show_are_enforced() -> None:
+    for multiple in (0.01, 1_000_000, 500, 9973):
+        schema_grammar({"type": "number", "multipleOf": multiple})
+
+
+def test_what_an_answer_says_can_be_said_to_the_model_again(client: TestClient) -> None:
+    """As programs do it that call functions."""
+    official = OpenAI(base_url=f"{client.base_url}/v1", api_key="none", http_client=client, max_retries=0)
+    messages: list[Any] = [{"role": "user", "content": "Hi"}]
+    weather: Any = {"type": "function", "function": {"name": "weather"}}
+    said = official.chat.completions.create(model="tiny", messages=messages, tools=TOOLS, tool_choice=weather,
+                                            parallel_tool_calls=False, seed=1).choices[0].message
+    assert said.tool_calls
+    messages += [said, {"role": "tool", "tool_call_id": said.tool_calls[0].id, "content": "sunny"}]
+    again = official.chat.completions.create(model="tiny", messages=messages, tools=TOOLS, max_tokens=3).choices[0]
+    assert again.message.content is not None
+    messages[1] = said.model_dump()
+    official.chat.completions.create(model="tiny", messages=messages, tools=TOOLS, max_tokens=3)
+    first = official.responses.create(model="tiny", input="Hi", max_output_tokens=3)
+    official.responses.create(model="tiny", input=[*(each.model_dump() for each in first.output),
+                                                   {"role": "user", "content": "Go on"}], max_output_tokens=3)
+
+
+@pytest.mark.parametrize(("item", "param"), [
+    ({"type": "function_call", "call_id": "1", "name": "bad name!", "arguments": "{}"}, "input[0].name"),
+    ({"type": "function_call_output", "call_id": "1", "output": 5}, "input[0].output"),
+    ({"type": "reasoning"}, "input[0]"),
+    ({"role": "nobody", "content": "x"}, "input[0].role"),
+], ids=str)
+def test_what_is_wrong_in_an_item_is_named(item: dict[str, Any], param: str, client: TestClient) -> None:
+    found = client.post("/v1/responses", json={"model": "tiny", "input": [item]})
+    assert (found.status_code, found.json()["error"]["param"]) == (400, param)
 
 
 def test_a_json_object_is_one(client: TestClient) -> None:

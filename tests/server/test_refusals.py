@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
+
+from torchchat_core.server.exchange import EventStream
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
@@ -38,6 +42,7 @@ def post(client: TestClient, **fields: Any) -> Any:
     ({"seed": 2**64}, "seed"),
     ({"stop": ""}, "stop"),
     ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+    ({"logit_bias": {str(token): 1 for token in range(2000)}}, "logit_bias"),
     ({"logit_bias": {"99999": 1}}, "logit_bias"),
     ({"logit_bias": {"1": 101}}, "logit_bias.1"),
     ({"top_logprobs": 2}, "top_logprobs"),
@@ -145,10 +150,13 @@ def test_the_key_guards_all_but_health(chat_model: Path, serve: Callable[..., An
             assert found.json()["error"]["code"] == "invalid_api_key"
         assert client.get("/v1/models", headers={"Authorization": "Bearer wrong"}).status_code == 401
         assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert client.get("/v1/models", headers={"Authorization": "bearer  secret"}).status_code == 200
+    with serve({"tiny": chat_model}, api_key="s\u00e9cret") as client:
+        assert client.get("/v1/models", headers={"Authorization": "Bearer s\u00e9cret".encode()}).status_code == 200
 
 
 def test_limits_are_kept(chat_model: Path, serve: Callable[..., Any]) -> None:
-    with serve({"tiny": chat_model}, max_body_bytes=2000, max_prompt_tokens=100, max_output_tokens=5, max_queue=0,
+    with serve({"tiny": chat_model}, max_body_bytes=2000, max_prompt_tokens=100, max_output_tokens=5, max_queue=1,
                parallel=1) as client:
         found = client.post("/v1/completions", json={"model": "tiny", "prompt": "x" * 3000})
         assert found.status_code == 413
@@ -158,8 +166,46 @@ def test_limits_are_kept(chat_model: Path, serve: Callable[..., Any]) -> None:
         assert (found.status_code, found.json()["error"]["param"]) == (400, "max_tokens")
         found = client.post("/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES})
         assert found.json()["usage"]["completion_tokens"] <= 5
-        found = post(client, n=2)
-        assert (found.status_code, found.headers["retry-after"]) == (429, "1")
+        found = post(client, n=3)
+        assert (found.status_code, "at most 2 are possible" in found.text) == (400, True)
+
+
+def test_who_comes_when_too_many_wait_is_told_to_come_again(chat_model: Path, serve: Callable[..., Any]) -> None:
+    body = {"model": "tiny", "input": "x"}
+    with serve({"tiny": chat_model}, max_queue=1, parallel=1) as client, ThreadPoolExecutor(1) as pool:
+        long = pool.submit(post, client, n=2, max_tokens=900, logit_bias={"0": -100, "1": -100})
+        while "torchchat_answers_in_progress 2" not in client.get("/metrics").text and not long.done():
+            time.sleep(0.01)
+        for found in (post(client), client.post("/v1/embeddings", json=body)):
+            assert (found.status_code, found.headers["retry-after"]) == (429, "1")
+        assert long.result().status_code == 200
+        assert client.post("/v1/embeddings", json=body).status_code == 200
+
+
+def test_embeddings_that_take_too_long_are_given_up(chat_model: Path, serve: Callable[..., Any]) -> None:
+    with serve({"tiny": chat_model}, max_time=0.3) as client:
+        found = client.post("/v1/embeddings", json={"model": "tiny", "input": [[5] * 500] * 2048})
+        assert (found.status_code, found.json()["error"]["code"]) == (504, "timeout")
+        assert client.post("/v1/embeddings", json={"model": "tiny", "input": "x"}).status_code == 200
+
+
+def test_a_client_that_reads_no_stream_does_not_keep_it(client: TestClient) -> None:
+    closed: list[bool] = []
+
+    async def events() -> AsyncIterator[str]:
+        while True:
+            yield "data: x\n\n"
+
+    async def stalled(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        stream = EventStream(events(), lambda: closed.append(True), seconds=0.1)
+        await stream({"type": "http"}, asyncio.Event().wait, stalled)
+
+    asyncio.run(asyncio.wait_for(scenario(), 5))
+    assert closed == [True]
 
 
 def test_an_answer_that_takes_too_long_is_given_up(chat_model: Path, serve: Callable[..., Any]) -> None:
@@ -213,4 +259,4 @@ def test_more_answers_than_may_wait_are_refused_before_any_work(chat_model: Path
     with serve({"tiny": chat_model}) as client:
         monkeypatch.setattr("torchchat_core.server.completions.prompts_of", None)
         found = client.post("/v1/completions", json={"model": "tiny", "prompt": ["x"] * 2048, "n": 128})
-        assert found.status_code == 429
+        assert found.status_code == 400

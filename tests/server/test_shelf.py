@@ -38,7 +38,8 @@ class FakeEngine:
         if self.error is not None:
             raise self.error
 
-    async def close(self) -> None:
+    async def close(self, _: float | None = None) -> None:
+        await asyncio.sleep(0.01)
         self.closed = True
 
 
@@ -74,7 +75,7 @@ def test_requests_for_two_models_of_which_one_fits_do_not_block_each_other(limit
         assert sum(not engine.closed for engine in fake.made) == 1
         assert sum(entry.bytes for entry in shelf.entries.values()) == SIZE
         await shelf.close()
-        assert not any(entry.room for entry in shelf.entries.values())
+        assert not any(entry.rooms for entry in shelf.entries.values())
         assert all(engine.closed for engine in fake.made)
 
     asyncio.run(asyncio.wait_for(scenario(), 20))
@@ -135,6 +136,22 @@ def test_a_model_whose_thread_died_is_loaded_anew(fake: type[FakeEngine]) -> Non
         assert [engine.closed for engine in fake.made] == [True, False]
 
     asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_a_broken_model_that_several_find_leaves_the_count_of_models_right(fake: type[FakeEngine]) -> None:
+    async def scenario() -> None:
+        shelf = new_shelf(max_loaded=1)
+        await used(shelf, "a")
+        fake.made[0].broken = True
+        await asyncio.gather(used(shelf, "a", 0.02), used(shelf, "a", 0.02))
+        assert [entry.rooms for entry in shelf.entries.values()] == [1, 0]
+        assert [engine.closed for engine in fake.made] == [True, False]
+        await used(shelf, "b")
+        assert [entry.name for entry in shelf.loaded] == ["b"]
+        await shelf.close()
+        assert not any(entry.rooms or entry.bytes for entry in shelf.entries.values())
+
+    asyncio.run(asyncio.wait_for(scenario(), 5))
 
 
 def test_a_loaded_model_is_had_at_once_unless_another_one_has_waited_too_long(

@@ -154,6 +154,11 @@ class Guard:
                 await json_response(error.body, 401, {"www-authenticate": "Bearer"})(scope, receive, noted)
         except (ClientGone, ClientDisconnect):
             pass
+        except asyncio.CancelledError:  # the server ends
+            if status == 499:
+                error = ApiError(503, "the server ends")
+                await json_response(error.body, 503)(scope, receive, noted)
+            raise
         except Exception:
             log.exception("a request failed")
             if status == 499:
@@ -175,8 +180,9 @@ class Guard:
     def _permits(self, scope: Scope) -> bool:
         if self._api_key is None or scope["path"] in OPEN_PATHS:
             return True
-        given = Request(scope).headers.get("authorization", "")
-        return secrets.compare_digest(given.encode(), f"Bearer {self._api_key}".encode())
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        kind, _, key = given.partition(b" ")
+        return kind.lower() == b"bearer" and secrets.compare_digest(key.strip(), self._api_key.encode())
 
 
 def _answered_by(handle: Handle) -> ASGIApp:

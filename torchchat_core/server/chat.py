@@ -11,14 +11,13 @@ from typing import Any
 from starlette.responses import Response
 
 from torchchat_core.batching import Job
-from torchchat_core.constraints import schema_grammar
+from torchchat_core.constraints import constraint_for, schema_grammar
 from torchchat_core.conversation import TRANSCRIPT_STOP, Message, render, with_stop
 from torchchat_core.errors import TorchchatError
 from torchchat_core.generation import Event, FinishedEvent, TextEvent, TokenEvent
 from torchchat_core.generation_options import GenerationOptions, Grammar
 from torchchat_core.server.errors import ApiError, refused
 from torchchat_core.server.exchange import (
-    EventStream,
     Exchange,
     chunks,
     json_response,
@@ -78,7 +77,7 @@ async def answer(exchange: Exchange, body: ChatRequest) -> Response:
             "system_fingerprint": exchange.service.fingerprint, "service_tier": "default"}
     if body.stream:
         head["object"] = "chat.completion.chunk"
-        return EventStream(chunks(answers, choices, head, len(plan.prompt), body.stream_options), exchange.close)
+        return exchange.stream(chunks(answers, choices, head, len(plan.prompt), body.stream_options))
     await exchange.collect(answers, choices)
     return json_response({**head, "object": "chat.completion", "choices": [choice.whole() for choice in choices],
                           "usage": usage(len(plan.prompt), [choice.end for choice in choices if choice.end], jobs)})
@@ -185,7 +184,7 @@ def make_plan(exchange: Exchange, body: ChatRequest) -> Plan:
     prompt = chat_prompt(text_format, template_messages(body), tools, body.chat_template_kwargs or {})
     exchange.check_prompt(prompt, "messages")
     options = exchange.options(
-        body, body.max_completion_tokens or body.max_tokens, grammar=_grammar(body, tools),
+        body, body.max_completion_tokens or body.max_tokens, grammar=_grammar(body, tools, text_format),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         shown=tools.form.marks(text_format.tokenizer) if tools else frozenset(),
         param="max_tokens" if body.max_tokens else "max_completion_tokens")
@@ -275,20 +274,23 @@ def tool_use(body: ChatRequest, text_format: TextFormat) -> ToolUse | None:
     return ToolUse(form, tools, forced=choice != "auto", several=body.parallel_tool_calls is not False)
 
 
-def _grammar(body: ChatRequest, tools: ToolUse | None) -> Grammar | None:
+def _grammar(body: ChatRequest, tools: ToolUse | None, text_format: TextFormat) -> Grammar | None:
     """What the answer has to be like. Raises `ApiError` 400 for a schema that cannot be enforced."""
     if tools and tools.forced:
         functions = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools.tools}
-        return checked_grammar(forced_schema(tools.form, functions), "tools")
+        return checked_grammar(forced_schema(tools.form, functions), text_format, "tools")
     if isinstance(body.response_format, JsonObjectChoice):
-        return checked_grammar({"type": "object"}, "response_format")
+        return checked_grammar({"type": "object"}, text_format, "response_format")
     if isinstance(body.response_format, JsonSchemaChoice):
-        return checked_grammar(body.response_format.json_schema.schema_, "response_format")
+        return checked_grammar(body.response_format.json_schema.schema_, text_format, "response_format")
     return None
 
 
-def checked_grammar(schema: dict[str, Any], param: str) -> Grammar:
+def checked_grammar(schema: dict[str, Any], text_format: TextFormat, param: str) -> Grammar:
+    """It is compiled here, where the model does not wait for it."""
     try:
-        return schema_grammar(schema)
+        grammar = schema_grammar(schema)
+        constraint_for(grammar, text_format)
+        return grammar
     except TorchchatError as error:
         raise ApiError(400, str(error), param, "invalid_value") from None

@@ -15,7 +15,6 @@ from torchchat_core.generation import Event, FinishedEvent, TextEvent, TokenEven
 from torchchat_core.server.errors import ApiError
 from torchchat_core.server.exchange import (
     LEAST_LOGPROB,
-    EventStream,
     Exchange,
     chunks,
     json_response,
@@ -58,7 +57,7 @@ async def answer(exchange: Exchange, body: CompletionRequest) -> Response:
             "system_fingerprint": exchange.service.fingerprint}
     prompt_tokens = sum(map(len, prompts))
     if body.stream:
-        return EventStream(chunks(answers, choices, head, prompt_tokens, body.stream_options), exchange.close)
+        return exchange.stream(chunks(answers, choices, head, prompt_tokens, body.stream_options))
     await exchange.collect(answers, choices)
     ends = [choice.end for choice in choices if choice.end]
     return json_response({**head, "choices": [choice.whole() for choice in choices],

@@ -88,6 +88,16 @@ class Answers:
             self._engine.cancel(self.jobs)
 
 
+def _first_of(prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+    """So many as a step computes, and one at least."""
+    tokens = 0
+    for count, prompt in enumerate(prompts):
+        tokens += len(prompt)
+        if count and tokens > PREFILL_CHUNK:
+            return prompts[:count]
+    return prompts
+
+
 def _told(failure: Failure) -> ApiError:
     if failure.late:
         return ApiError(504, str(failure.error), code="timeout")
@@ -105,7 +115,8 @@ class Engine:
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._condition = threading.Condition()
         self._new: list[Job] = []
-        self._calls: list[tuple[Callable[[LoadedModel], None], Future[Any]]] = []
+        self._calls: deque[tuple[Callable[[LoadedModel], None], Future[Any]]] = deque()
+        self._others = 0  # requests that `call_for_each` works for
         self._closing = False
         self._error: BaseException | None = None  # what ended the thread
         self._answers: dict[int, Answers] = {}  # id of a job -> where its events go
@@ -124,12 +135,16 @@ class Engine:
 
     @property
     def in_progress(self) -> int:
-        """Answers that are made or wait."""
-        return len(self._answers)
+        """Answers that are made or wait, and requests for other things of the model."""
+        return len(self._answers) + self._others
 
     def check_room(self, count: int) -> None:
-        """Raises `ApiError` 429 where so many answers more would be too many."""
-        if self.in_progress + count > self.width + self._limits.max_queue:
+        """Raises `ApiError` 429 where so many answers more would be too many, 400 where they always are."""
+        most = self.width + self._limits.max_queue
+        if count > most:
+            raise ApiError(400, f"{count} answers are asked for at once; at most {most} are possible",
+                           code="invalid_value")
+        if self.in_progress + count > most:
             raise ApiError(429, f"{self.in_progress} answers are in progress or wait; try again later",
                            code="queue_full")
 
@@ -156,11 +171,8 @@ class Engine:
         with self._condition:
             self._condition.notify()
 
-    async def call(self, function: Callable[[LoadedModel], Result]) -> Result:
-        """Runs a function of the model between two steps, on the model's thread.
-
-        Raises `ApiError` 504 where there is no time for it.
-        """
+    async def _call(self, function: Callable[[LoadedModel], Result]) -> Result:
+        """Runs a function of the model between two steps, on the model's thread."""
         self._check()
         done: Future[Result] = Future()
 
@@ -174,36 +186,41 @@ class Engine:
         with self._condition:
             self._calls.append((run, done))
             self._condition.notify()
-        try:
-            return await asyncio.wait_for(asyncio.wrap_future(done), self._limits.max_time)
-        except TimeoutError:
-            raise ApiError(504, "there was no time left for the model", code="timeout") from None
+        return await asyncio.wrap_future(done)
 
     async def call_for_each(self, function: Callable[[LoadedModel, Sequence[int]], Result],
                             prompts: Sequence[Sequence[int]]) -> list[Result]:
-        """The same with each of the prompts, of which as many are taken between two steps as a step computes."""
+        """What a function of the model makes of each prompt. Between two steps as many are taken as a step computes.
+
+        Raises `ApiError` 429 where too much waits already, 504 where there is no time for all.
+        """
+        self.check_room(1)
         found: list[Result] = []
-        while len(found) < len(prompts):
-            some: list[Sequence[int]] = []
-            tokens = 0
-            for prompt in prompts[len(found) :]:
-                tokens += len(prompt)
-                if some and tokens > PREFILL_CHUNK:
-                    break
-                some.append(prompt)
-            found += await self.call(lambda model, some=some: [function(model, each) for each in some])  # type: ignore[misc]
+        self._others += 1
+        try:
+            async with asyncio.timeout(self._limits.max_time):
+                while len(found) < len(prompts):
+                    some = _first_of(prompts[len(found) :])
+                    found += await self._call(lambda model, some=some: [function(model, each) for each in some])  # type: ignore[misc]
+        except TimeoutError:
+            raise ApiError(504, "there was no time left for the model", code="timeout") from None
+        finally:
+            self._others -= 1
         return found
 
     def _check(self) -> None:
         if self._error is not None:
             raise ApiError(503, f"the model has failed: {self._error or type(self._error).__name__}; try again")
 
-    async def close(self) -> None:
-        """Ends the thread after its step and gives the memory back; answers in progress are lost."""
+    async def close(self, patience: float | None = None) -> None:
+        """Ends the thread after its step and gives the memory back; answers in progress are lost.
+
+        Returns after `patience` seconds at the latest: the process ends, whatever the step is about.
+        """
         with self._condition:
             self._closing = True
             self._condition.notify()
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, patience)
 
     # ---- on the thread ---------------------------------------------------------------------------------------------
 
@@ -227,9 +244,9 @@ class Engine:
         while self._wait(batch):
             with self._condition:
                 jobs, self._new = self._new, []
-                calls, self._calls = self._calls, []
-            for call, _ in calls:
-                call(model)
+                call = self._calls.popleft() if self._calls else None
+            if call is not None:  # one, so that answers in progress go on
+                call[0](model)
             outcomes = [outcome for job in jobs for outcome in self._added(batch, job)]
             try:
                 outcomes += batch.step()
@@ -273,7 +290,7 @@ class Engine:
         if not self._ready.done():
             self._ready.set_exception(error)
         with self._condition:
-            calls, self._calls = self._calls, []
+            calls, self._calls = self._calls, deque()
         for _, done in calls:
             if done.set_running_or_notify_cancel():
                 done.set_exception(error)

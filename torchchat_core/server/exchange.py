@@ -119,6 +119,11 @@ class Exchange:
             raise ApiError(400, f"{param} has token {max(prompt)}; the vocabulary ends at "
                                 f"{opened.model.vocab_size - 1}", param, "invalid_value")
 
+    def stream(self, events: AsyncIterator[str]) -> EventStream:
+        """A response of `events`, with whose end the exchange ends. The client has for it as long again as answers may
+        take."""
+        return EventStream(events, self.close, 2 * self.service.limits.max_time)
+
     async def collect(self, answers: Answers, choices: Sequence[Taker]) -> None:
         """Gives every event to its choice, until all answers are complete.
 
@@ -155,12 +160,14 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events. When the client goes away, `events` is closed; `close` is called in any case."""
+    """Server-sent events. When the client goes away, or does not read them in time, `events` is closed; `close` is
+    called in any case."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[str], close: Callable[[], None]) -> None:
-        self._events, self._close = events, close
+    def __init__(self, events: AsyncIterator[str], close: Callable[[], None], seconds: float) -> None:
+        """`seconds`: that the client has for reading it."""
+        self._events, self._close, self._seconds = events, close, seconds
         super().__init__(None, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
 
@@ -168,7 +175,7 @@ class EventStream(Response):
         writer = asyncio.create_task(self._write(send))
         watcher = asyncio.create_task(_gone(receive))
         try:
-            await asyncio.wait({writer, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({writer, watcher}, timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
             if writer.done():
                 writer.result()
         finally:

@@ -12,7 +12,7 @@ from torchchat_core.batching import Job
 from torchchat_core.server.chat import Choice, make_plan
 from torchchat_core.server.engine import Answers
 from torchchat_core.server.errors import ApiError
-from torchchat_core.server.exchange import EventStream, Exchange, generated_tokens, json_response, json_text, new_id
+from torchchat_core.server.exchange import Exchange, generated_tokens, json_response, json_text, new_id
 from torchchat_core.server.schemas import (
     AssistantMessage,
     ChatRequest,
@@ -20,7 +20,7 @@ from torchchat_core.server.schemas import (
     FunctionCall,
     InputFunctionCall,
     InputFunctionOutput,
-    InputItem,
+    InputMessage,
     InputText,
     JsonSchemaChoice,
     MessageToolCall,
@@ -48,7 +48,7 @@ async def answer(exchange: Exchange, body: ResponsesRequest) -> Response:
     choice = Choice(0, exchange.engine.opened.text_format.tokenizer, plan.tools, with_logprobs=False)
     written = Written(exchange, body, choice, job)
     if body.stream:
-        return EventStream(_events(answers, written), exchange.close)
+        return exchange.stream(_events(answers, written))
     await exchange.collect(answers, [choice])
     return json_response(written.response())
 
@@ -192,7 +192,7 @@ def _messages(body: ResponsesRequest) -> Messages:
     return found
 
 
-def _add(messages: Messages, item: InputItem) -> None:
+def _add(messages: Messages, item: InputMessage | InputFunctionCall | InputFunctionOutput) -> None:
     """Calls that stand side by side belong to one message of the assistant."""
     if isinstance(item, InputFunctionOutput):
         messages.append(ToolMessage(role="tool", tool_call_id=item.call_id, content=_content(item.output)))

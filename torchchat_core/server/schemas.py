@@ -8,11 +8,21 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 LARGEST_COUNT = 1 << 31
 MOST_CHOICES = 128
 
+MOST_BIASES = 1024
 MOST_ITEMS = 16384  # messages, or items of one
 MOST_TOKENS = 1 << 20  # of a prompt
 
@@ -30,6 +40,13 @@ def _sendable(value: dict[str, Any]) -> dict[str, Any]:
             raise ValueError("a number is not finite")
         elif isinstance(each, int) and each.bit_length() > 1024:
             raise ValueError("a number is too large")
+    return value
+
+
+def _small(value: Any) -> Any:
+    """Counted before any entry is looked at."""
+    if isinstance(value, dict) and len(value) > MOST_BIASES:
+        raise ValueError(f"it has {len(value)} entries; at most {MOST_BIASES} are possible")
     return value
 
 
@@ -72,7 +89,7 @@ class Sampling(Body):
     top_p: Probability | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[TokenText, Bias], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[TokenText, Bias], BeforeValidator(_small)] | None = None
     seed: Seed | None = None
     stop: Stop = None
     top_k: Annotated[int, Field(ge=0, le=LARGEST_COUNT)] | None = None
@@ -131,6 +148,7 @@ class AssistantMessage(Body):
     refusal: Text | None = None
     name: str | None = None
     tool_calls: Annotated[list[MessageToolCall], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
+    annotations: Annotated[list[Any], Field(max_length=0, fail_fast=True)] | None = None  # as answers have them
     audio: None = None
     function_call: None = None
 
@@ -297,6 +315,7 @@ class InputMessage(Body):
     content: Text | Annotated[list[InputText], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)]
     id: str | None = None
     status: str | None = None
+    phase: None = None
 
 
 class InputFunctionCall(Body):
@@ -306,6 +325,7 @@ class InputFunctionCall(Body):
     arguments: Text
     id: str | None = None
     status: str | None = None
+    namespace: None = None
 
 
 class InputFunctionOutput(Body):
@@ -316,7 +336,14 @@ class InputFunctionOutput(Body):
     status: str | None = None
 
 
-InputItem = InputMessage | InputFunctionCall | InputFunctionOutput
+def _item_type(value: Any) -> Any:
+    """A message need not say that it is one."""
+    return value.get("type", "message") if isinstance(value, dict) else getattr(value, "type", "message")
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")] | Annotated[InputFunctionCall, Tag("function_call")]
+    | Annotated[InputFunctionOutput, Tag("function_call_output")], Discriminator(_item_type)]
 
 
 class ResponseTool(Body):

@@ -17,6 +17,7 @@ from torchchat_core.server.errors import ApiError
 from torchchat_core.server.limits import Limits
 from torchchat_core.server.metrics import Metrics
 
+LAST_STEP = 5.0  # seconds that a model has for it when the server ends
 PATIENCE = 1.0  # seconds that a model waits for room before nobody new may use those that are in its way
 
 
@@ -32,7 +33,7 @@ class Entry:
     waiting: int = 0  # requests that wait for it to be loaded
     users: int = 0  # requests that are using it now
     used_at: float = 0.0
-    room: bool = False  # whether it has a place in memory: from when room is made for it until it is given back
+    rooms: int = 0  # places in memory: from when room is made for it until it is given back
     asked_at: float = 0.0  # when it began to wait for room
     bytes: int = 0  # of its weights: from when room is made for them until they are given back
 
@@ -100,7 +101,7 @@ class Shelf:
             if entry.loading is not None:
                 entry.loading.cancel()
                 await asyncio.wait({entry.loading})
-            await self._unload(entry)
+            await self._unload(entry, LAST_STEP)
 
     async def _taken(self, entry: Entry) -> Engine:
         """The engine of an entry, whose user the caller is from then on: nothing is awaited between the two."""
@@ -136,7 +137,7 @@ class Shelf:
                     engine = await self._started(entry)
             except BaseException:
                 entry.bytes -= needed
-                entry.room = False
+                entry.rooms -= 1
                 self._changed.set()
                 raise
             entry.bytes += engine.opened.weight_bytes - needed
@@ -181,7 +182,7 @@ class Shelf:
                 else:
                     await self._change()
             entry.bytes += needed
-            entry.room = True
+            entry.rooms += 1
             return needed
         finally:
             self._queue.remove(entry)
@@ -200,7 +201,7 @@ class Shelf:
         limit, most = self._limits.memory_limit << 20, self._limits.max_loaded
         if limit and sum(other.bytes for other in self.entries.values()) + needed > limit:
             return True
-        return bool(most) and sum(other.room for other in self.entries.values()) >= most
+        return bool(most) and sum(other.rooms for other in self.entries.values()) >= most
 
     def _size(self, request: ModelRequest) -> int:
         """Bytes of the weights as they are stored, which is about what they take."""
@@ -209,15 +210,15 @@ class Shelf:
         except (TorchchatError, OSError) as error:
             raise ApiError(503, f"the model cannot be loaded: {error}") from error
 
-    async def _unload(self, entry: Entry) -> None:
+    async def _unload(self, entry: Entry, patience: float | None = None) -> None:
         engine, entry.engine = entry.engine, None
         if engine is not None:
             freed = entry.bytes
             try:
-                await engine.close()
+                await engine.close(patience)
             finally:
                 entry.bytes -= freed
-                entry.room = False
+                entry.rooms -= 1
                 self._changed.set()
 
 
