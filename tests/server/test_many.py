@@ -268,6 +268,27 @@ def test_clients_that_leave_free_their_places_and_sigterm_waits_for_the_rest(cha
     assert started.wait(30) == 0
 
 
+def test_who_waits_when_the_time_of_grace_is_over_is_told_so(chat_model: Path, start: Callable[..., Any]) -> None:
+    started, address = start(chat_model, "--grace", 1)
+    body = {"model": chat_model.name, "prompt": "x", "max_tokens": 900, "n": 64, "logit_bias": {"1": -100, "0": -100}}
+
+    def ask(stream: bool) -> httpx.Response:
+        return httpx.post(f"{address}/v1/completions", json={**body, "stream": stream}, timeout=60)
+
+    with ThreadPoolExecutor(2) as pool:
+        whole, streamed = [pool.submit(ask, stream) for stream in (False, True)]
+        while "torchchat_answers_in_progress 128" not in httpx.get(f"{address}/metrics").text:
+            assert not whole.done()
+            time.sleep(0.02)
+        started.send_signal(signal.SIGTERM)
+        found = whole.result()
+        assert (found.status_code, found.json()["error"]["type"]) == (503, "server_error")
+        *_, error, done, _ = streamed.result().text.split("\n\n")
+        assert "the server ends" in json.loads(error.removeprefix("data: "))["error"]["message"]
+        assert done == "data: [DONE]"
+    assert started.wait(20) == 0
+
+
 def test_headers_without_end_are_not_kept(chat_model: Path, start: Callable[..., Any]) -> None:
     _, address = start(chat_model)
     host, _, port = address.removeprefix("http://").partition(":")

@@ -28,7 +28,7 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.pipeline import ModelRequest
 from torchchat_core.plugins import Registry
 from torchchat_core.server import chat, completions, embeddings, responses, texts
-from torchchat_core.server.errors import ApiError, ClientGone, malformed
+from torchchat_core.server.errors import ApiError, ClientGone, malformed, server_ends
 from torchchat_core.server.exchange import EventStream, Exchange, Service, json_response
 from torchchat_core.server.limits import Limits
 from torchchat_core.server.metrics import CONTENT_TYPE, Metrics
@@ -154,11 +154,9 @@ class Guard:
                 await json_response(error.body, 401, {"www-authenticate": "Bearer"})(scope, receive, noted)
         except (ClientGone, ClientDisconnect):
             pass
-        except asyncio.CancelledError:  # the server ends
+        except asyncio.CancelledError:  # by uvicorn, when the time of grace is over: this task ends here in any case
             if status == 499:
-                error = ApiError(503, "the server ends")
-                await json_response(error.body, 503)(scope, receive, noted)
-            raise
+                await json_response(server_ends().body, 503)(scope, receive, noted)
         except Exception:
             log.exception("a request failed")
             if status == 499:

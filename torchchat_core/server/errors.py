@@ -34,6 +34,11 @@ class ClientGone(Exception):
     """Nobody reads the answer any more."""
 
 
+def server_ends() -> ApiError:
+    """For those who wait when it does."""
+    return ApiError(503, "the server ends; try again later")
+
+
 def refused(error: TorchchatError, param: str | None = None) -> ApiError:
     """A 400 for what core refuses."""
     return ApiError(400, str(error), param)

@@ -20,7 +20,7 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.generation import Event, FinishedEvent, TokenEvent
 from torchchat_core.generation_options import GenerationOptions, Grammar, SamplingOptions
 from torchchat_core.server.engine import Answers, Engine
-from torchchat_core.server.errors import ApiError, ClientGone, refused
+from torchchat_core.server.errors import ApiError, ClientGone, refused, server_ends
 from torchchat_core.server.limits import Limits
 from torchchat_core.server.metrics import Metrics
 from torchchat_core.server.schemas import Sampling, StreamOptions
@@ -168,25 +168,34 @@ class EventStream(Response):
     def __init__(self, events: AsyncIterator[str], close: Callable[[], None], seconds: float) -> None:
         """`seconds`: that the client has for reading it."""
         self._events, self._close, self._seconds = events, close, seconds
+        self._begun = False
         super().__init__(None, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         writer = asyncio.create_task(self._write(send))
         watcher = asyncio.create_task(_gone(receive))
+        broken_off = False
         try:
             await asyncio.wait({writer, watcher}, timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
             if writer.done():
                 writer.result()
+        except asyncio.CancelledError:  # the server ends
+            broken_off = True
         finally:
             for task in (writer, watcher):
                 task.cancel()
                 with suppress(asyncio.CancelledError, Exception):
                     await task
             self._close()
+        if broken_off and not self._begun:
+            raise asyncio.CancelledError
+        if broken_off:
+            await send({"type": "http.response.body", "body": (data_event(server_ends().body) + DONE_EVENT).encode()})
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        self._begun = True
         async for text in self._events:
             await send({"type": "http.response.body", "body": text.encode("utf-8", "replace"), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
