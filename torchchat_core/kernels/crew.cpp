@@ -84,7 +84,7 @@ class Crew {
 
   void serve(Member& member, int64_t thread, uint32_t seen) {
     for (;;) {
-      wait_while(round_, seen, kPatienceForJobs);
+      wait_while(round_, seen, kPatienceForJobs, true);
       std::shared_ptr<Job> job;
       {
         const std::lock_guard lock(mutex_);
