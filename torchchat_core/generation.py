@@ -142,12 +142,16 @@ class TokenSequence:
         """Says that the session was given tokens together with others."""
         self._tokens.extend(tokens)
 
+    def appended_one(self, token: int) -> None:
+        """The same of one token."""
+        self._tokens.append(token)
+
 
 def decode_together(model: BatchedModel, sequences: Sequence[TokenSequence], tokens: Sequence[int]) -> Tensor:
     """Appends one token to each of the sequences in one step; logits [sequences, vocab]."""
     logits = model.decode_batch([sequence.session for sequence in sequences], tokens)
     for sequence, token in zip(sequences, tokens, strict=True):
-        sequence.appended((token,))
+        sequence.appended_one(token)
     return logits
 
 

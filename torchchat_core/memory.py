@@ -9,9 +9,9 @@ from pathlib import Path
 def peak_rss_bytes() -> int:
     """The most memory that this process has held, in bytes; 0 where the system does not say."""
     if sys.platform == "linux":  # getrusage would count what the parent held when it started this process
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+        _, _, rest = Path("/proc/self/status").read_bytes().partition(b"VmHWM:")
+        if rest:
+            return int(rest.split(maxsplit=1)[0]) * 1024
     try:
         import resource
     except ImportError:  # Windows

@@ -21,15 +21,15 @@ def check_append(count: int, length: int, limit: int, closed: bool, fix: str) ->
 
 def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
     """Raises `TorchchatError` for a token that the model does not have."""
-    outside = next((token for token in tokens if not 0 <= token < vocab_size), None)
-    if outside is not None:
+    if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
+        outside = next(token for token in tokens if not 0 <= token < vocab_size)
         raise TorchchatError(f"token {outside} is outside the model's vocabulary of {vocab_size}",
                              "the tokenizer belongs to another model")
 
 
 def check_batch(sessions: Sequence[object], tokens: Sequence[object]) -> None:
     """Raises `TorchchatError` for what is not one token, or one prompt, for each of several different sessions."""
-    different = len({id(session) for session in sessions}) == len(sessions)
+    different = len(set(map(id, sessions))) == len(sessions)
     if not sessions or not different or len(sessions) != len(tokens):
         raise TorchchatError(f"a batch of {len(sessions)} sessions and {len(tokens)} tokens or prompts: it takes "
                              "one for each of several different sessions")

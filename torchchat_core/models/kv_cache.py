@@ -61,8 +61,8 @@ class KVCache:
 
     def all_rooms_as(self, wrap: Callable[[list[Tensor], list[Tensor]], Any], count: int) -> Any:
         """`wrap` of `all_rooms`, which is called again when there is other memory, and not for every token."""
-        keys, values = self.all_rooms(count)
-        if self._wrapped is None:
+        if self._wrapped is None or self.length + count > self._capacity:
+            keys, values = self.all_rooms(count)
             self._wrapped = wrap(keys, values)
         return self._wrapped
 
