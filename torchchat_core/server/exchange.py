@@ -30,6 +30,7 @@ from torchchat_core.tokenizers.base import text_bytes
 
 Result = TypeVar("Result")
 SMALLEST_TOP_P = 1e-9  # what top_p 0 means: the likeliest token alone
+LAST_WORD = 1.0  # seconds that it may take when the server ends
 LEAST_LOGPROB = -9999.0  # in place of minus infinity, which JSON cannot say
 
 
@@ -188,10 +189,17 @@ class EventStream(Response):
                 with suppress(asyncio.CancelledError, Exception):
                     await task
             self._close()
-        if broken_off and not self._begun:
-            raise asyncio.CancelledError
         if broken_off:
-            await send({"type": "http.response.body", "body": (data_event(server_ends().body) + DONE_EVENT).encode()})
+            await self._break_off(send)
+
+    async def _break_off(self, send: Send) -> None:
+        """The last event, unless the client does not read it."""
+        if not self._begun:
+            raise asyncio.CancelledError
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORD):
+                await send({"type": "http.response.body",
+                            "body": (data_event(server_ends().body) + DONE_EVENT).encode()})
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
