@@ -269,7 +269,7 @@ def test_clients_that_leave_free_their_places_and_sigterm_waits_for_the_rest(cha
 
 
 def test_who_waits_when_the_time_of_grace_is_over_is_told_so(chat_model: Path, start: Callable[..., Any]) -> None:
-    started, address = start(chat_model, "--grace", 1)
+    started, address = start(chat_model, "--grace", 0)
     body = {"model": chat_model.name, "prompt": "x", "max_tokens": 900, "n": 64, "logit_bias": {"1": -100, "0": -100}}
 
     def ask(stream: bool) -> httpx.Response:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from torchchat_core.batching import Batch
 from torchchat_core.server.exchange import EventStream
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -170,10 +171,18 @@ def test_limits_are_kept(chat_model: Path, serve: Callable[..., Any]) -> None:
         assert (found.status_code, "at most 2 are possible" in found.text) == (400, True)
 
 
-def test_who_comes_when_too_many_wait_is_told_to_come_again(chat_model: Path, serve: Callable[..., Any]) -> None:
+def test_who_comes_when_too_many_wait_is_told_to_come_again(
+        chat_model: Path, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Batch.step
+
+    def slow(self: Batch) -> Any:
+        time.sleep(0.005)
+        return step(self)
+
+    monkeypatch.setattr(Batch, "step", slow)
     body = {"model": "tiny", "input": "x"}
     with serve({"tiny": chat_model}, max_queue=1, parallel=1) as client, ThreadPoolExecutor(1) as pool:
-        long = pool.submit(post, client, n=2, max_tokens=900, logit_bias={"0": -100, "1": -100})
+        long = pool.submit(post, client, n=2, max_tokens=200, logit_bias={"0": -100, "1": -100})
         while "torchchat_answers_in_progress 2" not in client.get("/metrics").text and not long.done():
             time.sleep(0.01)
         for found in (post(client), client.post("/v1/embeddings", json=body)):
