@@ -1,23 +1,25 @@
 """JSON Schemas of strangers, as llguidance can be given them: without bounds that it gets wrong, or spends its life on.
 
-A schema is walked as what it is: `{"properties": {"minimum": ...}}` has a property of that name, and no bound.
+A schema is walked as what it is: `{"properties": {"minimum": ...}}` has a property of that name, and no bound. What
+stands under keys that are not known is looked at too: a reference may lead there.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
+from urllib.parse import unquote
 
 from torchchat_core.errors import TorchchatError
 
-BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
-OF_SCHEMAS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}  # name -> schema
-SCHEMAS = {"allOf", "anyOf", "oneOf", "prefixItems", "items"}  # lists of schemas; the last one may also be
-SCHEMA = {"items", "additionalProperties", "additionalItems", "contains", "not", "if", "then", "else", "propertyNames",
-          "unevaluatedItems", "unevaluatedProperties"}  # a schema
-LARGEST = 2.0**53  # of a bound: beyond it, JSON's numbers are not told from their neighbours
+LITERAL_KEYS = ("const", "enum", "default", "examples")  # of schemas: what they hold is data
+NAMED_KEYS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # name -> schema
+REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
+NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+LARGEST = 2.0**53  # of these: beyond it, JSON's numbers are not told from their neighbours
 LARGEST_MULTIPLE = 10_000  # of all `multipleOf` together: the work grows with it, some seconds for a million
 NEXT_TO = 1e-12  # how near a number may come to a bound that is excluded
 
@@ -25,16 +27,17 @@ NEXT_TO = 1e-12  # how near a number may come to a bound that is excluded
 def enforceable(schema: Any) -> Any:
     """The schema in a form that is enforced as it says, but for numbers within 1e-12 of a bound that is excluded.
 
-    Raises `TorchchatError` for bounds that cannot be.
+    Raises `TorchchatError` for bounds that cannot be, and for a reference to what is not looked at here.
     """
-    made, multiples = _copied(schema), list[Decimal]()
+    made, multiples = copy.deepcopy(schema), list[Decimal]()
     for node in _schemas(made):
-        for name in BOUNDS | {"multipleOf"}:
-            value = node.get(name)
-            if isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) <= LARGEST:
-                raise TorchchatError(f"{name} is {value!r:.40}; numbers beyond 2^53 are not enforced")
-        multiple = node.get("multipleOf")
-        if isinstance(multiple, int | float) and not isinstance(multiple, bool) and multiple > 0:
+        for name in NUMBERS:
+            if not abs(_number(node, name) or 0) <= LARGEST:
+                raise TorchchatError(f"{name} is {node[name]!r:.40}; numbers beyond 2^53 are not enforced")
+        for name in REFERENCES:
+            _check_reference(node.get(name))
+        multiple = _number(node, "multipleOf")
+        if multiple is not None and multiple > 0:
             multiples.append(Decimal(repr(multiple)))
         if node.get("type") != "integer":
             _exclude(node, "exclusiveMinimum", "minimum", 1)
@@ -43,15 +46,29 @@ def enforceable(schema: Any) -> Any:
     return made
 
 
+def _number(node: dict[str, Any], name: str) -> int | float | None:
+    value = node.get(name)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _check_reference(target: Any) -> None:
+    """Raises `TorchchatError` for one that makes a schema of what is data elsewhere."""
+    steps = iter(unquote(target.partition("#")[2]).split("/") if isinstance(target, str) else ())
+    for step in steps:
+        if step in NAMED_KEYS:
+            next(steps, None)  # a name, which may be any
+        elif step in LITERAL_KEYS:
+            raise TorchchatError(f"the reference {target!r:.60} leads into {step!r}, which holds data and no schema")
+
+
 def _exclude(node: dict[str, Any], exclusive: str, inclusive: str, direction: int) -> None:
     """Says a bound that is a whole number, and excluded, by the number next to it: llguidance takes 5 to be above 5
     where the other bound is 5.5."""
-    bound = node.get(exclusive)
-    if isinstance(bound, bool) or not isinstance(bound, int | float) or bound != int(bound):
+    bound, other = _number(node, exclusive), _number(node, inclusive)
+    if bound is None or bound != int(bound):
         return
     next_to = float(bound) + direction * max(NEXT_TO, abs(bound) * 1e-15)
-    other = node.get(inclusive)
-    if isinstance(other, int | float) and not isinstance(other, bool):
+    if other is not None:
         next_to = max(next_to, other) if direction > 0 else min(next_to, other)
     del node[exclusive]
     node[inclusive] = next_to
@@ -67,24 +84,17 @@ def _check_multiples(multiples: list[Decimal]) -> None:
                              f"of more than {LARGEST_MULTIPLE}, all in the schema taken together")
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copied(each) for key, each in value.items()}
-    return [_copied(each) for each in value] if isinstance(value, list) else value
-
-
 def _schemas(schema: Any) -> Iterator[dict[str, Any]]:
-    """All schemas in a schema, itself included."""
+    """All that may be a schema in a schema, itself included."""
     rest = [schema]
     while rest:
         node = rest.pop()
-        if not isinstance(node, dict):
-            continue
-        yield node
-        for key, value in node.items():
-            if key in OF_SCHEMAS and isinstance(value, dict):
-                rest += value.values()
-            elif key in SCHEMAS and isinstance(value, list):
-                rest += value
-            elif key in SCHEMA:
-                rest.append(value)
+        if isinstance(node, list):
+            rest += node
+        elif isinstance(node, dict):
+            yield node
+            for key, value in node.items():
+                if key in NAMED_KEYS and isinstance(value, dict):
+                    rest += value.values()
+                elif key not in LITERAL_KEYS:
+                    rest.append(value)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
+from torchchat_core.json_schemas import LITERAL_KEYS, NAMED_KEYS
 from torchchat_core.specs import Tokenizer
 
 XML_CALL = re.compile(r"<function=([^>\s]+)>(.*?)</function>", re.DOTALL)
@@ -161,10 +162,6 @@ def forced_schema(form: ToolForm, functions: Mapping[str, Mapping[str, Any] | No
                                                form.arguments: {"$ref": f"#/$defs/{names[name]}"}},
               "required": ["name", form.arguments], "additionalProperties": False} for name in functions]
     return {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), "$defs": arguments}
-
-
-LITERAL_KEYS = ("const", "enum", "default", "examples")  # of schemas: what they hold is data
-NAMED_KEYS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # name -> schema
 
 
 def _moved(schema: Mapping[str, Any], root: str) -> Any:

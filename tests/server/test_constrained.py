@@ -13,6 +13,7 @@ from openai import OpenAI
 from starlette.testclient import TestClient
 
 from torchchat_core.constraints import schema_grammar
+from torchchat_core.errors import TorchchatError
 from torchchat_core.tool_calls import (
     GRANITE,
     HERMES,
@@ -77,6 +78,9 @@ def test_bounds_that_are_excluded_are_not_reached(schema: dict[str, Any], client
     ({"anyOf": [{"items": {"type": "integer", "minimum": -(1 << 63), "maximum": -(1 << 63)}}]}, "beyond 2.53"),
     ({"type": "integer", "multipleOf": 99999989}, "multipleOf is 99999989"),
     ({"allOf": [{"type": "integer", "multipleOf": each} for each in (997, 991, 983)]}, "multipleOf is .*together"),
+    ({"$ref": "#/x/y/0", "x": {"y": [{"type": "integer", "multipleOf": 99999989}]}}, "multipleOf is 99999989"),
+    ({"anyOf": [{"$ref": "#/properties/x/%64efault"}],
+      "properties": {"x": {"default": {"type": "integer", "minimum": -1e300, "maximum": -1e300}}}}, "leads into"),
 ], ids=str)
 def test_a_schema_that_would_take_too_much_is_refused_at_once(schema: dict[str, Any], words: str, client: TestClient
                                                                ) -> None:
@@ -95,6 +99,14 @@ def test_a_property_may_have_the_name_of_a_bound() -> None:
     schema = {"type": "object", "properties": {"minimum": {"const": 1e300}, "exclusiveMinimum": {"type": "string"}},
               "enum": [{"minimum": 1e300}], "default": {"multipleOf": 99999989}}
     assert json.loads(schema_grammar(schema).source) == schema
+
+
+def test_references_lead_to_schemas_of_any_name_and_not_to_data() -> None:
+    schema = {"$ref": "#/$defs/default", "$defs": {"default": {"type": "integer"}}, "examples": [{"$ref": "#/default"}]}
+    assert json.loads(schema_grammar(schema).source) == schema
+    for literal in ("const", "enum", "default", "examples"):
+        with pytest.raises(TorchchatError, match=f"leads into '{literal}', which holds data"):
+            schema_grammar({"$ref": f"#/{literal}/0", literal: [{"type": "integer"}]})
 
 
 def test_multiples_that_the_last_digits_show_are_enforced() -> None:
