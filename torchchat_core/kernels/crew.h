@@ -10,8 +10,8 @@ namespace torchchat {
 struct Job {
   virtual ~Job() = default;
 
-  // What thread `thread` does, from 0, once. The call for thread 0, which is made in any case, returns when all work is done;
-  // the others may come late or never, and then find nothing to do.
+  // What thread `thread` does, from 0, once. The call for thread 0, which is made in any case, returns when all work is
+  // done; the others may come late or never, and then find nothing to do.
   virtual void run(int64_t thread) = 0;
 };
 

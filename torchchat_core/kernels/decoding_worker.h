@@ -62,9 +62,8 @@ struct Worker {
   Worker(const DecoderModel& model, Shared& shared, const TokenRows& given, const int64_t* held,
          const CacheMemory* const* caches, const Rows& taken, int64_t thread, int64_t threads)
       : model(model), shared(shared), cosine(given.cosine.const_data_ptr<float>()),
-        sine(given.sine.const_data_ptr<float>()), first_position(given.first_position), held(held), caches(caches), taken(taken),
-        rows(taken.count),
-        place{thread, threads},
+        sine(given.sine.const_data_ptr<float>()), first_position(given.first_position), held(held), caches(caches),
+        taken(taken), rows(taken.count), place{thread, threads},
         instructions(instructions_in_use), round(choose_round_block(instructions)),
         score(choose_score_keys<Scalar>(instructions)), to_weights(choose_scores_to_weights(instructions)),
         blend(choose_blend_values<Scalar>(instructions)), silu(choose_silu_times(instructions)),

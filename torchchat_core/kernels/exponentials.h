@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "lanes.h"
 #include "quantized_linear.h"
 
 namespace torchchat {
@@ -32,8 +33,6 @@ inline __attribute__((always_inline)) float exp_of_negative(float x) {
   return x == x ? power : x;
 }
 
-constexpr int64_t kLanes = 16;  // side by side, so that the compiler may take them together
-
 // Numbers that memory for `count` scores has to have: with those behind them no loop has a rest, which would take longest.
 inline int64_t room_for_scores(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
@@ -46,16 +45,13 @@ inline __attribute__((always_inline)) void scores_to_weights(float* scores, int6
   std::fill(most, most + kLanes, scores[0]);
   for (int64_t i = 0; i < room; i += kLanes)
     for (int64_t lane = 0; lane < kLanes; ++lane) most[lane] = std::max(most[lane], scores[i + lane]);
-  for (int64_t some = kLanes / 2; some > 0; some /= 2)
-    for (int64_t lane = 0; lane < some; ++lane) most[lane] = std::max(most[lane], most[lane + some]);
+  const float largest = largest_of(most);
   for (int64_t i = 0; i < room; i += kLanes)
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      scores[i + lane] = exp_of_negative(scores[i + lane] - most[0]);
+      scores[i + lane] = exp_of_negative(scores[i + lane] - largest);
       sums[lane] += scores[i + lane];
     }
-  for (int64_t some = kLanes / 2; some > 0; some /= 2)
-    for (int64_t lane = 0; lane < some; ++lane) sums[lane] += sums[lane + some];
-  const float factor = 1.0f / sums[0];
+  const float factor = 1.0f / sum_of(sums);
   for (int64_t i = 0; i < room; i += kLanes)
     for (int64_t lane = 0; lane < kLanes; ++lane) scores[i + lane] *= factor;
 }

@@ -4,7 +4,6 @@
 
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -21,8 +20,7 @@ using MultiplyFloatPanel = void (*)(const float* panel, int64_t columns, const f
 
 // A matrix [outputs, columns] in panels: [panels, columns, 16]. Outputs beyond the matrix weigh nothing.
 inline std::vector<float> float_panels_of(const float* weights, int64_t outputs, int64_t columns) {
-  const int64_t panels = (outputs + kPanelRows - 1) / kPanelRows;
-  std::vector<float> packed(panels * columns * kPanelRows);
+  std::vector<float> packed(panels_of(outputs) * columns * kPanelRows);
   for (int64_t output = 0; output < outputs; ++output) {
     float* panel = packed.data() + output / kPanelRows * columns * kPanelRows + output % kPanelRows;
     for (int64_t column = 0; column < columns; ++column) panel[column * kPanelRows] = weights[output * columns + column];

@@ -5,12 +5,13 @@
 #include <cmath>
 #include <cstdint>
 
+#include "lanes.h"
+
 namespace torchchat {
 
 // x / sqrt(mean(x^2) + eps) * weight, computed in float32 and rounded once; `out` may be `x`.
 template <typename Scalar, typename Weight>
 void normalise_row(const Scalar* x, const Weight* weight, int64_t size, float eps, Scalar* out) {
-  constexpr int64_t kLanes = 16;  // sums side by side, so that the compiler may take them together
   float sums[kLanes] = {}, sum = 0;
   const int64_t whole = size / kLanes * kLanes;
   for (int64_t i = 0; i < whole; i += kLanes)
@@ -19,9 +20,7 @@ void normalise_row(const Scalar* x, const Weight* weight, int64_t size, float ep
       sums[lane] += value * value;
     }
   for (int64_t i = whole; i < size; ++i) sum += static_cast<float>(x[i]) * static_cast<float>(x[i]);
-  for (int64_t some = kLanes / 2; some > 0; some /= 2)
-    for (int64_t lane = 0; lane < some; ++lane) sums[lane] += sums[lane + some];
-  sum += sums[0];
+  sum += sum_of(sums);
   const float factor = 1.0f / std::sqrt(sum / static_cast<float>(size) + eps);
   for (int64_t i = 0; i < size; ++i)
     out[i] = static_cast<Scalar>(static_cast<float>(x[i]) * factor * static_cast<float>(weight[i]));

@@ -22,14 +22,16 @@ class KVCache:
     `limit`. One layer's keys are [kv_heads, capacity, head_dim].
     """
 
+    _keys: list[Tensor]
+    _values: list[Tensor]
+    _capacity: int  # positions that every layer has memory for
+    _wrapped: Any  # of `all_rooms_as`, as long as the memory stays the same
+
     def __init__(self, config: ModelConfig, limit: int, dtype: torch.dtype, device: torch.device) -> None:
         self.limit = limit
         self.length = 0
         nothing = torch.empty((config.num_kv_heads, 0, config.head_dim), dtype=dtype, device=device)
-        self._keys = [nothing] * config.num_layers
-        self._values = [nothing] * config.num_layers
-        self._capacity = 0  # positions that every layer has memory for
-        self._wrapped: Any = None  # of `all_rooms_as`, as long as the memory stays the same
+        self._put([nothing] * config.num_layers, [nothing] * config.num_layers)
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Puts key and value [n, kv_heads, head_dim] behind what is held, and returns views of all that is used.
@@ -56,7 +58,6 @@ class KVCache:
         """`room` of every layer: keys and values, layer by layer."""
         if self.length + count > self._capacity:
             self._grow(range(len(self._keys)), self.length + count)
-            self._capacity = min(keys.shape[1] for keys in self._keys)
         return self._keys, self._values
 
     def all_rooms_as(self, wrap: Callable[[list[Tensor], list[Tensor]], Any], count: int) -> Any:
@@ -85,9 +86,7 @@ class KVCache:
             raise TorchchatError(f"cannot copy {length} tokens of a sequence of {self.length}")
         copied = copy.copy(self)
         copied.length = length
-        copied._keys = [keys[:, :length].clone() for keys in self._keys]
-        copied._values = [values[:, :length].clone() for values in self._values]
-        copied._capacity, copied._wrapped = length, None
+        copied._put(*([each[:, :length].clone() for each in memory] for memory in (self._keys, self._values)))
         return copied
 
     def move_to(self, keys: list[Tensor], values: list[Tensor]) -> None:
@@ -100,19 +99,23 @@ class KVCache:
         for old, new in zip((*self._keys, *self._values), (*keys, *values), strict=True):
             new[:, : self.length] = old[:, : self.length]
             new[:, self.length :].zero_()
-        self._keys, self._values, self._wrapped = list(keys), list(values), None
-        self._capacity = min(room.shape[1] for room in keys)
+        self._put(list(keys), list(values))
 
     def release(self) -> None:
         """Gives the memory back and forgets everything."""
-        self.length, self._capacity, self._wrapped = 0, 0, None
-        nothing = self._keys[0].new_empty((self._keys[0].shape[0], 0, self._keys[0].shape[2]))
-        self._keys = [nothing] * len(self._keys)
-        self._values = [nothing] * len(self._values)
+        self.length = 0
+        nothing = self._keys[0][:, :0].clone()
+        self._put([nothing] * len(self._keys), [nothing] * len(self._values))
 
     def bytes_held(self) -> int:
         """Memory that the cache has taken, in bytes."""
         return sum(x.numel() * x.element_size() for x in (*self._keys, *self._values))
+
+    def _put(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        """Makes this its memory."""
+        self._keys, self._values = keys, values
+        self._capacity = min(each.shape[1] for each in (*keys, *values))
+        self._wrapped = None
 
     def _grow(self, layers: Sequence[int], needed: int) -> None:
         """Gives each of the layers room for `needed` positions."""
@@ -120,10 +123,12 @@ class KVCache:
             raise TorchchatError(f"the sequence would have {needed} tokens; the limit is {self.limit}",
                                  "start a new conversation, or ask for a larger --max-seq-length")
         capacity = min(max(FIRST_CAPACITY, 1 << (needed - 1).bit_length()), self.limit)
-        self._wrapped = None
-        for layer in layers:
-            keys, values = self._grown(self._keys[layer], capacity), self._grown(self._values[layer], capacity)
-            self._keys[layer], self._values[layer] = keys, values
+        try:
+            for layer in layers:  # one after the other: the old memory of each is free before the next one grows
+                keys, values = self._grown(self._keys[layer], capacity), self._grown(self._values[layer], capacity)
+                self._keys[layer], self._values[layer] = keys, values
+        finally:
+            self._put(self._keys, self._values)
 
     def _grown(self, old: Tensor, capacity: int) -> Tensor:
         if old.shape[1] >= capacity:

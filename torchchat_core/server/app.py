@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 from starlette.applications import Starlette
@@ -122,7 +122,8 @@ class Guard:
     def __init__(self, app: ASGIApp, api_key: str | None, endpoints: Mapping[str, Handle], paths: Sequence[str],
                  origins: Sequence[str]) -> None:
         """`origins`: of pages that are welcome beside those of this machine; "*": of all."""
-        self._app, self._api_key, self._endpoints = app, api_key, endpoints
+        self._app, self._api_key = app, api_key
+        self._endpoints = {path: _answered_by(handle) for path, handle in endpoints.items()}
         self._paths = frozenset(paths)
         self._origins = frozenset(origins)
         self._hosts = frozenset(LOCAL_HOSTS) | {_host(origin.partition("://")[2]) for origin in origins}
@@ -146,8 +147,8 @@ class Guard:
                                  code="origin_refused")
                 await json_response(error.body, 403)(scope, receive, noted)
             elif self._permits(scope):
-                handle = self._endpoints.get(scope["path"]) if scope["method"] == "POST" else None
-                await (self._app if handle is None else _answered_by(handle))(scope, receive, noted)
+                posted_to = self._endpoints.get(scope["path"]) if scope["method"] == "POST" else None
+                await (posted_to or self._app)(scope, receive, noted)
             else:
                 error = ApiError(401, "the API key is missing or wrong: Authorization: Bearer KEY",
                                  code="invalid_api_key")
@@ -266,7 +267,7 @@ def _told(error: ApiError) -> Response:
 
 
 async def _api_error(_request: Request, error: Exception) -> Response:
-    return _told(error if isinstance(error, ApiError) else ApiError(500, "the server failed; its log says more"))
+    return _told(cast(ApiError, error))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
