@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+QUOTED_LENGTH = 60  # characters of a value that a message shows
 
 
 class TorchchatError(Exception):
@@ -20,6 +23,34 @@ class TorchchatError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} ({self.fix})" if self.fix else self.message
+
+
+def quoted(value: object) -> str:
+    """Return `repr(value)` for a message, cut to 60 characters; a cut value ends in "...".
+
+    Long strings and large containers are cut before they are formatted, so the cost does not depend on their size.
+    """
+    text = _SHORT_REPR.repr(value)
+    return text if len(text) <= QUOTED_LENGTH else text[:QUOTED_LENGTH - 3] + "..."
+
+
+class _ShortRepr(reprlib.Repr):
+    """`repr` whose cut strings keep their beginning, not their middle."""
+
+    def repr_str(self, x: str, _level: int) -> str:
+        return repr(x) if len(x) < QUOTED_LENGTH else repr(x[:QUOTED_LENGTH])
+
+    def repr_int(self, x: int, _level: int) -> str:
+        bits = x.bit_length()  # Python refuses to format an integer of more than 4300 digits
+        return repr(x) if bits < 10_000 else f"<an integer of {bits} bits>"
+
+    def repr_bytes(self, x: bytes, _level: int) -> str:
+        return repr(x) if len(x) < QUOTED_LENGTH else repr(x[:QUOTED_LENGTH])
+
+
+_SHORT_REPR = _ShortRepr()
+_SHORT_REPR.maxlist = _SHORT_REPR.maxtuple = _SHORT_REPR.maxdict = _SHORT_REPR.maxset = 20
+_SHORT_REPR.maxother = QUOTED_LENGTH
 
 
 def near_matches(name: str, known: Iterable[str], count: int = 3) -> list[str]:
