@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
+import itertools
 import tracemalloc
 
 import pytest
 
+from torchchat_core import template_limits
 from torchchat_core.chat_template import ChatTemplate
 from torchchat_core.errors import TorchchatError
 
@@ -22,12 +23,12 @@ def tower(use: str, bottom: str = "['x']", storey: str = "[ns.a, ns.a]") -> str:
 
 ENDLESS = {
     "rounding to the left": "{{ 5 | round(-99999999) }}",
-    "nested loops": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}" * 9,
-    "nested loops of long bodies": "{% for i in range(20000) %}" + "{% set x = i %}" * 4000 + "{% endfor %}",
+    "nested loops": "{% for i in range(9999) %}" * 6 + "{% endfor %}" * 6,
+    "long bodies": "{% for i in range(9999) %}" * 4 + "{% set x = i %}" * 4000 + "{% endfor %}" * 4,
     "macro": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "branching macro": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(100) }}",
     "recursive loop": "{% for a in [[1]] recursive %}{{ loop([[1], [2]]) }}{% endfor %}",
-    "tests": "{% for i in range(20000) %}{% for j in range(20000) %}{{ i is divisibleby 3 }}{% endfor %}{% endfor %}",
+    "tests": "{% for i in range(9999) %}" * 5 + "{% if i is divisibleby 3 %}{% endif %}" + "{% endfor %}" * 5,
     "generators": "{% set ns = namespace(g=[1]) %}{% for i in range(20000) %}{% set ns.g = ns.g | map('string') %}"
                   "{% endfor %}{{ ns.g | list }}",
 }
@@ -109,17 +110,29 @@ def outcome(source: str) -> str:
     return ChatTemplate(source, bos_token="<s>", eos_token="</s>").render(MESSAGES)
 
 
+@pytest.fixture
+def counted_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a millisecond pass with each look at the clock, so that the time limit is a number of steps."""
+    looks = itertools.count()
+    monkeypatch.setattr(template_limits, "processor_time", lambda: next(looks) / 1000)
+
+
 @pytest.mark.parametrize("name", ENDLESS)
-def test_templates_that_run_for_ever_are_stopped(name: str) -> None:
-    started = time.thread_time()
+def test_templates_that_run_for_ever_are_stopped(name: str, counted_time: None, monkeypatch: pytest.MonkeyPatch
+                                                 ) -> None:
+    monkeypatch.setattr(template_limits, "SECONDS", 0.05)
     with pytest.raises(TorchchatError, match="the chat template was stopped"):
         outcome(ENDLESS[name])
-    assert time.thread_time() - started < 4
+
+
+def test_the_time_limit_is_one_of_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_limits, "SECONDS", 0.05)
+    with pytest.raises(TorchchatError, match=r"stopped: it ran for more than 0\.05 s of processor time"):
+        outcome(ENDLESS["nested loops"])
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_templates_that_make_large_values_are_stopped(name: str) -> None:
-    started = time.thread_time()
+def test_templates_that_make_large_values_are_stopped(name: str, counted_time: None) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(TorchchatError, match="the chat template"):
@@ -128,7 +141,6 @@ def test_templates_that_make_large_values_are_stopped(name: str) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 150e6
-    assert time.thread_time() - started < 15  # tracing is slow; without it the limit is a second
 
 
 @pytest.mark.parametrize("name", PRYING)
@@ -143,7 +155,7 @@ def test_templates_that_cannot_be_compiled_are_refused(name: str) -> None:
         outcome(UNCOMPILABLE[name])
 
 
-def test_a_long_conversation_is_within_the_limits() -> None:
+def test_a_long_conversation_is_within_the_limits(counted_time: None) -> None:
     source = ("{% set ns = namespace(all='') %}{% for m in messages %}{% set ns.all = ns.all ~ m.role %}"
               "{{ m.content | trim | replace('\n', ' ') ~ m.content.split('a')[0] }}{% endfor %}"
               "{{ messages | tojson }}")
