@@ -11,6 +11,8 @@ import torch
 
 from tc_eager.executor import EagerExecutor
 from torchchat_core.models.attention import RowAttention
+from torchchat_core.models.config import config_from_hugging_face
+from torchchat_core.models.hugging_face_config import config_to_hugging_face
 from torchchat_core.models.weights import build_model
 from torchchat_core.sources.checkpoints import open_checkpoint
 from torchchat_core.sources.local import files_of_folder
@@ -80,6 +82,24 @@ def test_logits_equal_those_of_transformers(case: str, reference: Any, tmp_path:
                             *in_steps.score(tokens[20:])])
     torch.testing.assert_close(at_once, expected, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(stepwise, expected[8:], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("scaling", "context"), [
+    ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+    ({"type": "yarn", "factor": 4.0}, 256),
+    ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+    ({"rope_type": "linear", "factor": 2.5}, 160),
+    ({"rope_type": "linear", "factor": 0.5}, 64),
+    ({"rope_type": "yarn", "factor": 1e9}, 1 << 22),
+    (ROPE["llama3"], 64),
+    (ROPE["longrope"], 64),
+])
+def test_yarn_and_linear_scaling_lengthen_the_context(scaling: dict[str, Any], context: int) -> None:
+    sizes = {"model_type": "llama", **SIZES, "rope_scaling": scaling}
+    config = config_from_hugging_face(sizes)
+    assert config.max_context == context
+    if context < 1 << 22:
+        assert config_from_hugging_face(config_to_hugging_face(config)) == config
 
 
 def test_longrope_keeps_its_short_factors_within_the_original_context(reference: Any, tmp_path: Path) -> None:

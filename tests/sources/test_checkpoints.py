@@ -93,7 +93,8 @@ def write_layout(kind: str, folder: Path, state: dict[str, torch.Tensor]) -> Pat
     config, meta = folder / "config.json", meta_layout(state)
     names = sorted(state)
     halves = [{name: state[name] for name in part} for part in (names[::2], names[1::2])]
-    if kind in ("hf shards", "hf bin", "hf bin shards", "torchtune hf"):
+    folder.mkdir(exist_ok=True)
+    if kind in ("hf", "hf shards", "hf bin", "hf bin shards", "torchtune hf"):
         config.write_text(json.dumps(SIZES))
     elif kind != "llama2.c":
         (folder / "params.json").write_text(json.dumps(PARAMS))
@@ -104,6 +105,8 @@ def write_layout(kind: str, folder: Path, state: dict[str, torch.Tensor]) -> Pat
             (save_file if suffix == "safetensors" else torch.save)(half, folder / file)
         places = {name: file for file, half in zip(files, halves, strict=True) for name in half}
         (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": places}))
+    elif kind == "hf":
+        save_file(state, folder / "model.safetensors")
     elif kind == "hf bin":
         torch.save(state, folder / "pytorch_model.bin")
     elif kind == "torchtune hf":
@@ -136,7 +139,6 @@ def write_layout(kind: str, folder: Path, state: dict[str, torch.Tensor]) -> Pat
 ])
 def test_every_layout_gives_the_same_logits(kind: str, state: dict[str, torch.Tensor], expected: torch.Tensor,
                                             tmp_path: Path) -> None:
-    (tmp_path / "other").mkdir()
     path = write_layout(kind, tmp_path / "other", state)
     torch.testing.assert_close(logits(path), expected, atol=1e-5, rtol=1e-5)
 
@@ -151,6 +153,25 @@ def test_a_stored_rotary_table_is_not_a_weight(folder: Path, expected: torch.Ten
                                                state: dict[str, torch.Tensor]) -> None:
     save_file({**state, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, folder / "model.safetensors")
     assert torch.equal(logits(folder), expected)
+
+
+@pytest.mark.parametrize("kind", ["hf", "hf bin", "hf shards"])
+def test_two_different_matrices_are_not_tied_whatever_the_config_says(
+        kind: str, state: dict[str, torch.Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = logits(write_layout(kind, tmp_path / "untied", state))
+    path = write_layout(kind, tmp_path / "tied", state)
+    (path / "config.json").write_text(json.dumps({**SIZES, "tie_word_embeddings": True}))
+    torch.testing.assert_close(logits(path), expected)
+    assert "two different matrices" in caplog.text
+
+
+def test_two_equal_matrices_are_tied(state: dict[str, torch.Tensor], tmp_path: Path,
+                                     caplog: pytest.LogCaptureFixture) -> None:
+    embedding = state["model.embed_tokens.weight"]
+    path = write_layout("hf bin", tmp_path, {**state, "lm_head.weight": embedding.clone()})
+    (path / "config.json").write_text(json.dumps({**SIZES, "tie_word_embeddings": True}))
+    assert open_checkpoint(files_at(path)).config.tied_embeddings
+    assert not caplog.text
 
 
 def test_reading_in_windows_gives_the_same_tensors(folder: Path, expected: torch.Tensor,

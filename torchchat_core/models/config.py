@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.errors import TorchchatError, did_you_mean, quoted
 
 MAXIMUM_LAYERS = 1024
 MAXIMUM_SIZE = 1 << 22  # of any dimension: larger ones are a damaged or hostile file
+STRETCHING = ("linear", "yarn")  # kinds of rope scaling whose factor multiplies the context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +146,7 @@ def config_from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
     if not raw.get("head_dim") and heads and hidden % heads:
         raise TorchchatError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and no head_dim "
                              "is given")
+    scaling = _rope_scaling(raw)
     common: dict[str, Any] = {
         "architecture": model_type,
         "vocab_size": _required(raw, "vocab_size"),
@@ -154,13 +156,24 @@ def config_from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
         "num_heads": heads,
         "num_kv_heads": raw.get("num_key_value_heads") or heads,
         "head_dim": raw.get("head_dim") or hidden // max(heads, 1),
-        "max_context": _required(raw, "max_position_embeddings"),
+        "max_context": stretched_context(_required(raw, "max_position_embeddings"), scaling),
         "norm_eps": _number(raw, "rms_norm_eps", 1e-6),
         "rope_theta": _number(_rope_fields(raw), "rope_theta", 10000.0),
-        "rope_scaling": _rope_scaling(raw),
+        "rope_scaling": scaling,
         "tied_embeddings": _boolean(raw, "tie_word_embeddings"),
     }
     return ModelConfig(**{**common, **adapt(raw)})
+
+
+def stretched_context(positions: int, scaling: RopeScaling | None) -> int:
+    """Return how many positions a model takes whose config states `positions`, as vLLM computes it.
+
+    YaRN and linear scaling take the model to `factor` times the context that it was trained with, even if the
+    config was not changed beyond adding the scaling. A larger stated number of positions is kept.
+    """
+    if scaling is None or scaling.kind not in STRETCHING:
+        return positions
+    return max(positions, int(min(scaling.factor * (scaling.original_context or positions), MAXIMUM_SIZE)))
 
 
 def _llama(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,18 +232,19 @@ def _rope_fields(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _rope_scaling(raw: Mapping[str, Any]) -> RopeScaling | None:
-    fields = raw.get("rope_parameters") or raw.get("rope_scaling")
+    name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    fields = raw.get(name)
     if not fields:
         return None
     if not isinstance(fields, Mapping):
-        raise TorchchatError(f"rope_scaling is {fields!r}; it has to be an object")
+        raise TorchchatError(f"{name} is {quoted(fields)}; it has to be an object")
     kind = fields.get("rope_type") or fields.get("type") or "default"
     if kind == "default":
         return None
     context = raw.get("max_position_embeddings")
     original = fields.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
     if kind == "linear":
-        return RopeScaling(kind=kind, factor=_number(fields, "factor"))
+        return RopeScaling(kind=kind, factor=_number(fields, "factor"), original_context=original or context)
     if kind == "llama3":
         return RopeScaling(
             kind=kind, factor=_number(fields, "factor"),

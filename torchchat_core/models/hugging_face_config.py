@@ -49,9 +49,11 @@ def _comparable(config: ModelConfig) -> ModelConfig:
 
 
 def _with_context(scaling: RopeScaling | None, config: ModelConfig) -> RopeScaling | None:
-    if scaling is None or scaling.original_context is not None or scaling.kind == "linear":
+    if scaling is None or scaling.original_context is not None:
         return scaling
     context = DEFAULT_LLAMA3_CONTEXT if scaling.kind == "llama3" else config.max_context
+    if scaling.kind == "linear":
+        context = max(2, int(context / max(scaling.factor, 1.0)))
     return dataclasses.replace(scaling, original_context=context)
 
 
@@ -79,10 +81,10 @@ def _written(config: ModelConfig, architecture: str) -> dict[str, Any]:
 def _rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
-    fields: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    fields: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor,
+                              "original_max_position_embeddings": scaling.original_context}
     if scaling.kind == "linear":
         return fields
-    fields["original_max_position_embeddings"] = scaling.original_context
     if scaling.kind == "llama3":
         return {**fields, "low_freq_factor": scaling.low_frequency_factor,
                 "high_freq_factor": scaling.high_frequency_factor}

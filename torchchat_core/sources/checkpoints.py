@@ -7,6 +7,7 @@ A container is how tensors lie in a file (`containers`). A naming scheme is what
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,9 @@ from torchchat_core.sources import torchtune
 from torchchat_core.sources.containers import DAMAGED, Container, StoredTensor, read_container
 from torchchat_core.specs import ModelFiles
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+COMPARED_NUMBERS = 1 << 20  # at a time
+log = logging.getLogger(__name__)
 SCHEMES = {"hf": "Hugging Face", "meta": "Meta", "torchtune": "torchtune"}
 Tensors = Mapping[str, StoredTensor]
 
@@ -73,9 +77,23 @@ def open_checkpoint(files: ModelFiles, scheme: str | None = None, named: ModelCo
     else:
         tensors = _hugging_face_names(shards, files)
     config = _config(files, containers, found, tensors, named)
-    if config.tied_embeddings and "lm_head.weight" in tensors:  # some files keep the one under the other's name
-        tensors = {"model.embed_tokens.weight": tensors["lm_head.weight"], **tensors}
+    if config.tied_embeddings and HEAD in tensors:  # some files keep the one under the other's name
+        if EMBEDDING in tensors and not _equal(tensors[EMBEDDING], tensors[HEAD]):
+            log.warning("config.json says \"tie_word_embeddings\": true, but %s holds two different matrices, %s and "
+                        "%s; both are used", files.weights[0].name, EMBEDDING, HEAD)
+            config = dataclasses.replace(config, tied_embeddings=False)
+        tensors = {EMBEDDING: tensors[HEAD], **tensors}
     return StoredCheckpoint(config, tensors)
+
+
+def _equal(first: StoredTensor, second: StoredTensor) -> bool:
+    """Return True if two matrices hold the same numbers. Stops at the first block of rows that differs."""
+    if first.shape != second.shape or len(first.shape) != 2:
+        return False
+    one, other = first.read(), second.read()
+    rows = max(1, COMPARED_NUMBERS // max(1, one[:1].numel()))
+    return all(torch.equal(*(part[start : start + rows].float() for part in (one, other)))
+               for start in range(0, len(one), rows))
 
 
 def _naming_scheme(names: set[str]) -> str:

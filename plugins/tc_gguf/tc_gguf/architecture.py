@@ -93,8 +93,9 @@ def _scaling(scaling: RopeScaling, context: int) -> dict[str, int | float | str]
     if scaling.kind == "llama3":
         return {}
     keys: dict[str, int | float | str] = {"rope.scaling.type": scaling.kind}
-    if scaling.kind == "linear":
-        return keys | {"rope.scaling.factor": scaling.factor}
+    if scaling.kind == "linear":  # without its original context, the factor would multiply `context` when it is read
+        original = scaling.original_context or max(2, int(context / max(scaling.factor, 1.0)))
+        return keys | {"rope.scaling.factor": scaling.factor, "rope.scaling.original_context_length": original}
     keys["rope.scaling.original_context_length"] = scaling.original_context or context
     amplitude = rotary_amplitude(scaling)
     if scaling.kind == "yarn":

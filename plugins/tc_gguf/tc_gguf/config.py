@@ -18,7 +18,7 @@ from tc_gguf.file import DAMAGED, GgufFile
 from tc_gguf.tensors import Unpacker
 from tc_gguf.values import shown
 from torchchat_core.errors import TorchchatError, did_you_mean
-from torchchat_core.models.config import ModelConfig, RopeScaling
+from torchchat_core.models.config import ModelConfig, RopeScaling, stretched_context
 
 Fields = TypeVar("Fields", ModelConfig, RopeScaling)
 OTHER_MODEL = "fetch a model of an architecture that torchchat knows, or run this one with llama.cpp"
@@ -74,6 +74,7 @@ def config_of(file: GgufFile) -> ModelConfig:
         raise TorchchatError(f"{key}.embedding_length is {hidden} in {file.path.name}, whose token_embd.weight has "
                              f"{embedding.shape[1]} columns", DAMAGED)
     head_dim = _head_dim(file, key, hidden, heads)
+    scaling = _rope_scaling(file, key, head_dim)
     return _checked(
         file, key, ModelConfig,
         architecture=ARCHITECTURES[key].name,
@@ -84,10 +85,10 @@ def config_of(file: GgufFile) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=_for_all_layers(file, f"{key}.attention.head_count_kv", layers, heads),
         head_dim=head_dim,
-        max_context=file.integer(f"{key}.context_length"),
+        max_context=stretched_context(file.integer(f"{key}.context_length"), scaling),
         norm_eps=file.number(f"{key}.attention.layer_norm_rms_epsilon"),
         rope_theta=_rope_theta(file, key),
-        rope_scaling=_rope_scaling(file, key, head_dim),
+        rope_scaling=scaling,
         rope_interleaved=ARCHITECTURES[key].interleaved,
         tied_embeddings="output.weight" not in file.tensors,
         attention_bias="blk.0.attn_q.bias" in file.tensors,
@@ -197,7 +198,10 @@ def _rope_scaling(file: GgufFile, key: str, head_dim: int) -> RopeScaling | None
                                  OTHER_MODEL)
         return _yarn(file, key, factor, amplitude)
     if not tables and amplitude == 1.0:
-        return _checked(file, key, RopeScaling, kind="linear", factor=factor) if factor != 1.0 else None
+        if factor == 1.0:
+            return None
+        return _checked(file, key, RopeScaling, kind="linear", factor=factor,
+                        original_context=_original_context(file, key))
     short, long = tables or ((1.0,) * (head_dim // 2),) * 2
     if short == long and factor == amplitude == 1.0 and _is_llama3(short, _rope_theta(file, key)):
         return RopeScaling(kind="llama3", factor=max(short), original_context=LLAMA3_CONTEXT)

@@ -379,9 +379,11 @@ YARN = {".rope.scaling.type": "yarn", ".rope.scaling.factor": 4.0, ".rope.scalin
 
 
 @pytest.mark.parametrize(("changes", "wanted"), [
-    ({".rope.scaling.factor": 4.0}, RopeScaling(kind="linear", factor=4.0)),  # llama.cpp takes it for linear
-    ({".rope.scaling.type": "linear", ".rope.scaling.factor": 2.0}, RopeScaling(kind="linear", factor=2.0)),
-    ({".rope.scale_linear": 2.0}, RopeScaling(kind="linear", factor=2.0)),
+    ({".rope.scaling.factor": 4.0}, RopeScaling(kind="linear", factor=4.0, original_context=32)),  # llama.cpp takes it for linear
+    ({".rope.scaling.type": "linear", ".rope.scaling.factor": 2.0},
+     RopeScaling(kind="linear", factor=2.0, original_context=32)),
+    ({".rope.scale_linear": 2.0},
+     RopeScaling(kind="linear", factor=2.0, original_context=32)),
     ({".rope.scaling.type": "none", ".rope.scaling.factor": 2.0}, None),
     ({".rope.scaling.factor": 0.0}, None),
     (YARN, RopeScaling(kind="yarn", factor=4.0, original_context=8, attention_factor=1 + 0.1 * math.log(4))),
@@ -394,6 +396,15 @@ YARN = {".rope.scaling.type": "yarn", ".rope.scaling.factor": 4.0, ".rope.scalin
 def test_rotary_scaling_is_that_of_the_keys(config: Callable[..., ModelConfig], changes: Mapping[str, Any],
                                             wanted: RopeScaling | None) -> None:
     assert config(changes).rope_scaling == wanted
+
+
+@pytest.mark.parametrize(("changes", "context"), [
+    ({".rope.scaling.factor": 4.0}, 128), ({**YARN, ".rope.scaling.original_context_length": 32}, 128), (YARN, 32),
+    ({".rope.scaling.type": "none", ".rope.scaling.factor": 2.0}, 32),
+])
+def test_yarn_and_linear_scaling_lengthen_the_context(config: Callable[..., ModelConfig], changes: Mapping[str, Any],
+                                                      context: int) -> None:
+    assert config(changes).max_context == context
 
 
 @pytest.mark.parametrize(("factor", "theta"), [(8.0, 500000.0), (32.0, 500000.0), (16.0, 10000.0)])

@@ -158,6 +158,7 @@ SCALINGS = {
 def test_rotary_scaling_comes_back(name: str, tmp_path: Path) -> None:
     module = seeded(tiny_config(rope_scaling=SCALINGS[name], rope_theta=500000.0))
     again = build_model(opened(export(module, tmp_path / "model.gguf")), torch.float32)
+    assert again.config.max_context == module.config.max_context
     for limit in (16, 128):  # on which longrope depends
         given, expected = (reference_logits(each, range(60), limit) for each in (again, module))
         torch.testing.assert_close(given, expected, rtol=0, atol=1e-4)
