@@ -60,7 +60,7 @@ def test_settings_name_control_tokens_and_bos(testdata: Path) -> None:
 
 def test_a_small_file_merges_by_rank() -> None:
     ranks = {token: rank for rank, token in enumerate([*BYTES, b"ab", b"bc", b"abc"])}
-    tokenizer = TiktokenTokenizer(ranks, {"<|begin_of_text|>": 259}, {})
+    tokenizer = TiktokenTokenizer(ranks, {"<|begin_of_text|>": 259}, {}, "tokenizer.model")
     assert tokenizer.encode("abc") == [258]
     assert tokenizer.encode("bc") == [257]
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (260, 259, None)

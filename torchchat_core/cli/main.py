@@ -105,7 +105,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if debug:
             raise
         _report(f"{error.filename or 'reading or writing'}: {error.strerror or error}", None)
-    except Exception as error:
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # panics of Rust libraries are no `Exception`
         if debug:
             raise
         _report(f"{type(error).__name__}: {error}", "this is a fault of torchchat or of a plugin; --debug shows where")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from torchchat_core.errors import TorchchatError
 from torchchat_core.small_files import read_json
 from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, token_name, well_formed
+from torchchat_core.tokenizers.faults import captured_panics
+from torchchat_core.tokenizers.library import Library
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 # Decoders that give a token the same text whatever follows it, so that text can be streamed.
@@ -49,42 +48,35 @@ def hugging_face_tokenizer(content: Mapping[str, Any], place: str, settings: Map
     if not isinstance(content.get("model"), dict):
         raise TorchchatError(f"{place} has no \"model\"", "it is not a tokenizer.json of the tokenizers library")
     unknown = _unknown_token(content["model"])
-    try:
-        library = tokenizers.Tokenizer.from_str(json.dumps(content))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library's panics are no `Exception`
-        raise TorchchatError(f"{place} cannot be read: {error}",
-                             "the file is damaged, or made by a later version of tokenizers") from error
-    library.no_truncation()
-    library.no_padding()
     names = {key: token_name(settings, key) for key in TOKEN_NAMES}
-    to_bytes = _piece_reader(place, library, content.get("decoder"))
-    return HuggingFaceTokenizer(library, to_bytes, names, unknown, settings.get("add_bos_token"))
+    with captured_panics():
+        library = Library(content, place)
+        to_bytes = _piece_reader(place, library, content.get("decoder"))
+        return HuggingFaceTokenizer(library, to_bytes, names, unknown, settings.get("add_bos_token"))
 
 
 class HuggingFaceTokenizer(ByteTokenizer):
     """A tokenizer.json. Its post-processor, truncation and padding are left out of `encode`."""
 
-    def __init__(self, library: tokenizers.Tokenizer, to_bytes: Callable[[str], bytes],
+    def __init__(self, library: Library, to_bytes: Callable[[str], bytes],
                  names: Mapping[str, str | None], unknown: str | None, adds_bos: bool | None) -> None:
         self._library = library
         self._to_bytes = to_bytes
         self._known_bytes: dict[int, bytes] = {}
         self._lock = threading.Lock()  # guards the library's switch for control tokens
-        added = library.get_added_tokens_decoder()
+        added = library.added_tokens()
         # The unknown token stands for text, so it is shown; a vocabulary may name a control token as its unknown one.
         named = {name for name in names.values() if name is not None}
         special_tokens = {token.content: number for number, token in added.items()
                           if token.special and (token.content != unknown or token.content in named)}
         self._texts = {number: token.content.encode() for number, token in added.items()
                        if token.content in special_tokens}
-        in_front = library.encode("", add_special_tokens=True).ids
+        in_front = library.added_around()
         bos = library.token_to_id(names["bos_token"]) if names["bos_token"] else None
         if bos is None and in_front and in_front[0] in special_tokens.values():
             bos = in_front[0]
         super().__init__(
-            vocab_size=max(library.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
+            vocab_size=max(library.vocabulary().values(), default=-1) + 1,
             special_tokens=special_tokens,
             bos_id=bos,
             eos_id=library.token_to_id(names["eos_token"]) if names["eos_token"] else None,
@@ -92,12 +84,11 @@ class HuggingFaceTokenizer(ByteTokenizer):
         )
         ids = self.encode("a")
         encoded_with_space = b"".join(map(self.token_bytes, ids)).startswith(b" ")
-        self.adds_prefix_space = encoded_with_space and not library.decode(ids, False).startswith(" ")
+        self.adds_prefix_space = encoded_with_space and not library.decode(ids).startswith(" ")
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         with self._lock:
-            self._library.encode_special_tokens = not special
-            return list(self._library.encode(well_formed(text), add_special_tokens=False).ids)
+            return self._library.encode(well_formed(text), special=special)
 
     def token_bytes(self, token: int) -> bytes:
         self._check(token)
@@ -122,7 +113,7 @@ def byte_level_alphabet() -> dict[str, int]:
     return alphabet
 
 
-def _piece_reader(place: str, library: tokenizers.Tokenizer, decoder: object) -> Callable[[str], bytes]:
+def _piece_reader(place: str, library: Library, decoder: object) -> Callable[[str], bytes]:
     """What gives a piece's bytes in the middle of a text. Raises `TorchchatError` where a piece has no such bytes."""
     steps = list(_decoder_steps(decoder))
     types = {str(step.get("type")) for step in steps}
@@ -133,7 +124,7 @@ def _piece_reader(place: str, library: tokenizers.Tokenizer, decoder: object) ->
         name = min(unfit, default="Strip at the end")
         raise TorchchatError(f"the decoder {name!r} in {place} does not work token by token; known are ByteLevel "
                              f"alone, and {', '.join(sorted(STEADY_DECODERS))}")
-    decode = (lambda pieces: " ".join(pieces)) if library.decoder is None else library.decoder.decode
+    decode = library.decode_pieces
     before = decode([ANCHOR])
     with_byte_pieces = "ByteFallback" in types
 
@@ -141,14 +132,14 @@ def _piece_reader(place: str, library: tokenizers.Tokenizer, decoder: object) ->
         byte = BYTE_PIECE.fullmatch(piece) if with_byte_pieces else None
         if byte:
             return bytes([int(byte[1], 16)])
-        return str(decode([ANCHOR, piece])).removeprefix(before).encode()
+        return decode([ANCHOR, piece]).removeprefix(before).encode()
 
     return to_bytes
 
 
-def _byte_level_reader(library: tokenizers.Tokenizer) -> Callable[[str], bytes]:
+def _byte_level_reader(library: Library) -> Callable[[str], bytes]:
     alphabet = byte_level_alphabet()
-    literal = {token.content for token in library.get_added_tokens_decoder().values()}
+    literal = {token.content for token in library.added_tokens().values()}
 
     def to_bytes(piece: str) -> bytes:
         if piece in literal or any(character not in alphabet for character in piece):

@@ -14,6 +14,7 @@ import tiktoken
 from torchchat_core.errors import TorchchatError
 from torchchat_core.small_files import read_file
 from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, Splitter, added_tokens, token_name, well_formed
+from torchchat_core.tokenizers.faults import named_faults
 
 LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]{1,9}\r?\n")
 LLAMA3_RANKS = 128_000
@@ -52,14 +53,15 @@ class TiktokenReader:
         names = {LLAMA3_RANKS + index: name for index, name in enumerate(llama3_special_tokens())}
         names.update((token, text) for token, (text, _) in added_tokens(settings).items() if token in names)
         special_tokens = {text: token for token, text in names.items()}
-        return TiktokenTokenizer(ranks, special_tokens, settings)
+        return TiktokenTokenizer(ranks, special_tokens, settings, str(path))
 
 
 class TiktokenTokenizer(ByteTokenizer):
     """Byte-level merges by rank; the control tokens follow the ranks."""
 
     def __init__(self, ranks: Mapping[bytes, int], special_tokens: Mapping[str, int],
-                 settings: Mapping[str, Any]) -> None:
+                 settings: Mapping[str, Any], place: str) -> None:
+        self._problem = f"the tokenizer in {place} fails"
         bos = token_name(settings, "bos_token") or "<|begin_of_text|>"
         eos = token_name(settings, "eos_token") or "<|end_of_text|>"
         adds_bos = settings.get("add_bos_token")
@@ -82,7 +84,8 @@ class TiktokenTokenizer(ByteTokenizer):
                 ids.append(self.special_tokens[part])
             else:
                 for piece in _bounded_pieces(part):
-                    ids += self._library.encode_ordinary(piece)
+                    with named_faults(self._problem):
+                        ids += self._library.encode_ordinary(piece)
         return ids
 
     def token_bytes(self, token: int) -> bytes:

@@ -1,0 +1,90 @@
+"""Faults of the tokenizers library, panics of its Rust code among them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
+
+from torchchat_core.errors import TorchchatError
+from torchchat_core.tokenizers.faults import captured_panics
+from torchchat_core.tokenizers.hugging_face import HuggingFaceReader
+from torchchat_core.tokenizers.library import takes_exponential_time
+
+BACKTRACKS = "a" * 40 + "!"  # by (a+)+$ in more ways than the library tries
+UNKNOWN_ID = {"type": "TemplateProcessing", "special_tokens": {}, "pair": [
+    {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+    "single": [{"SpecialToken": {"id": "[NO]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}
+
+
+def backtracking() -> tokenizers.Tokenizer:
+    """A tokenizer of bytes that first splits a text by `(a+)+$`."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex("(a+)+$"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.decoder = decoders.ByteLevel()
+    return made
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    def written(**changes: Any) -> Path:
+        path = tmp_path / "tokenizer.json"
+        path.write_text(json.dumps({**json.loads(backtracking().to_str()), **changes}), "utf-8")
+        return path
+    return written
+
+
+def test_a_panic_while_encoding_names_the_file(write: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
+    path = write()
+    tokenizer = HuggingFaceReader().read(path, {})
+    assert tokenizer.decode(tokenizer.encode("a cat")) == "a cat"
+    with pytest.raises(TorchchatError) as caught:
+        tokenizer.encode(BACKTRACKS)
+    assert str(path) in caught.value.message
+    assert "retry-limit" in caught.value.message
+    assert caught.value.fix
+    assert tokenizer.decode(tokenizer.encode("a dog")) == "a dog"
+    assert capfd.readouterr().err == ""  # the library wrote "thread ... panicked" there
+
+
+@pytest.mark.parametrize("changes", [
+    {"post_processor": UNKNOWN_ID},
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAAAAAAAAAA=="}},
+    {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    {"model": {"type": "BPE", "continuing_subword_prefix": "\u00e9", "merges": ["a a"], "vocab": {"a": 0, "aa": 1}}},
+    {"model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+               "max_input_chars_per_word": 100, "vocab": {"b": 0}}},
+], ids=["template", "charsmap", "empty charsmap", "fixed length", "merges", "no unknown token"])
+def test_a_file_that_the_library_fails_at_is_named_when_it_is_read(
+        write: Callable[..., Path], capfd: pytest.CaptureFixture[str], changes: dict[str, Any]) -> None:
+    path = write(**changes)
+    with pytest.raises(TorchchatError) as caught:
+        HuggingFaceReader().read(path, {})
+    assert str(path) in caught.value.message
+    assert "panicked" not in capfd.readouterr().err
+
+
+def test_what_else_is_written_while_panics_are_captured_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    with captured_panics():
+        os.write(2, b"warning: of another thread\n")
+        os.write(2, b"\nthread '<unnamed>' (12) panicked at x.rs:1:2:\nwords\nstack backtrace:\n   0: f\n")
+    assert capfd.readouterr().err == "warning: of another thread\n"
+
+
+@pytest.mark.parametrize(("pattern", "exponential"), [
+    ("(a+)+$", True), ("(?:a|b*)+", True), ("(a+){2,}", True), (r"((?:\s+|x)y*)*", True),
+    (r"'s| ?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+", False), (r"[(+)]+", False), (r"\(a+\)+", False),
+    ("(?i:'s|'t)?a+", False), ("(a+)?b+", False), ("(ab)+", False), ("(a+", False),
+])
+def test_patterns_that_may_take_exponential_time_are_known(pattern: str, exponential: bool) -> None:
+    assert takes_exponential_time(pattern) is exponential

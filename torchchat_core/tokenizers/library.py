@@ -1,0 +1,112 @@
+"""The tokenizers library behind one class, whose every fault is a `TokenizerError` that names the file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import tokenizers
+
+from torchchat_core.tokenizers.faults import captured_panics, named_faults
+
+# A part of a regular expression: escaped, a class, an unbounded repetition, or one character.
+PATTERN_PART = re.compile(r"\\.|\[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\]|(?P<repeat>[*+]|\{\d*,\})[?+]?|.", re.DOTALL)
+
+
+class Library:
+    """A `tokenizers.Tokenizer` made of the content of a tokenizer.json.
+
+    The library reports faults by plain `Exception` and, where its Rust code panics, by an exception that is no
+    `Exception` at all. Every method raises `TokenizerError` in both cases.
+    """
+
+    def __init__(self, content: Mapping[str, Any], place: str) -> None:
+        """`place` is the name of the file in messages."""
+        self._problem = f"the tokenizer in {place} fails"
+        self._may_panic = any(map(takes_exponential_time, _regular_expressions(content)))
+        with named_faults(f"{place} cannot be read", "the file is damaged, or made by a later version of tokenizers"):
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            decoder = self._tokenizer.decoder
+        self._decode_pieces: Callable[[list[str]], str] = " ".join if decoder is None else decoder.decode
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Return the ids of `text`, without what the file adds around it. Not for several threads at once."""
+        with captured_panics() if self._may_panic else nullcontext(), self._named():
+            self._tokenizer.encode_special_tokens = not special
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def added_around(self) -> list[int]:
+        """Return the ids that the file adds around an empty text."""
+        with self._named("its post_processor may name a token that it does not have"):
+            return list(self._tokenizer.encode("", add_special_tokens=True).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`, control tokens included."""
+        with self._named():
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def decode_pieces(self, pieces: list[str]) -> str:
+        """Return the text that the file's decoder makes of `pieces`."""
+        with self._named():
+            return str(self._decode_pieces(pieces))
+
+    def token_to_id(self, text: str) -> int | None:
+        with self._named():
+            return self._tokenizer.token_to_id(text)
+
+    def id_to_token(self, token: int) -> str | None:
+        with self._named():
+            return self._tokenizer.id_to_token(token)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of every piece, added tokens included."""
+        with self._named():
+            return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    def added_tokens(self) -> dict[int, tokenizers.AddedToken]:
+        with self._named():
+            return self._tokenizer.get_added_tokens_decoder()
+
+    def _named(self, fix: str | None = None) -> AbstractContextManager[None]:
+        return named_faults(self._problem, fix)
+
+
+def _regular_expressions(content: Any) -> Iterator[str]:
+    """Yield every pattern in the JSON of a tokenizer, except where its model (a large vocabulary) is."""
+    parts = [content]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, Mapping):
+            if isinstance(part.get("Regex"), str):
+                yield part["Regex"]
+            parts += [value for key, value in part.items() if key not in ("model", "added_tokens")]
+        elif isinstance(part, list):
+            parts += part
+
+
+def takes_exponential_time(pattern: str) -> bool:
+    """Return True if the regular expression repeats without bound what is itself repeated without bound.
+
+    Such patterns, `(a+)+` among them, may try a number of ways that doubles with each character.
+    """
+    groups = [False]  # of each open group: whether it holds an unbounded repetition
+    closed = False  # the same of the group that ended just before
+    for part in PATTERN_PART.finditer(pattern):
+        text = part[0]
+        if text == "(":
+            groups.append(False)
+        elif text == ")" and len(groups) > 1:
+            closed = groups.pop()
+            groups[-1] = groups[-1] or closed
+            continue
+        elif part["repeat"]:
+            if closed:
+                return True
+            groups[-1] = True
+        closed = False
+    return False
