@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Template, TemplateSyntaxError
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted, shortened
 from torchchat_core.small_files import read_json, read_text
 from torchchat_core.specs import ModelFiles, Tokenizer
 from torchchat_core.template_limits import limited, measure
@@ -69,7 +69,8 @@ class ChatTemplate:
         except RecursionError as error:
             raise TorchchatError("the chat template was stopped: it calls itself without end") from error
         except Exception as error:
-            raise TorchchatError(f"the chat template failed{_place(error)}: {error or type(error).__name__}",
+            raise TorchchatError(f"the chat template failed{_place(error)}: "
+                                 f"{shortened(str(error)) or type(error).__name__}",
                                  "it does not suit these messages, or is wrong") from error
 
 
@@ -120,9 +121,11 @@ def _compiled(source: str) -> Template:
         with limited():
             return chat_environment().template(source)
     except TemplateSyntaxError as error:
-        raise TorchchatError(f"the chat template is wrong in line {error.lineno}: {error.message}") from error
+        raise TorchchatError(f"the chat template is wrong in line {error.lineno}: "
+                             f"{shortened(error.message or '')}") from error
     except Exception as error:  # Python's own limits: nesting of brackets and of blocks
-        raise TorchchatError(f"the chat template cannot be compiled: {type(error).__name__}: {error}") from error
+        raise TorchchatError(f"the chat template cannot be compiled: {type(error).__name__}: "
+                             f"{shortened(str(error))}") from error
 
 
 def _place(error: BaseException) -> str:
@@ -143,7 +146,7 @@ def _sources(declared: object) -> tuple[str, str | None]:
     named = {entry.get("name"): entry.get("template") for entry in entries if isinstance(entry, dict)}
     default, tool_use = named.get("default"), named.get("tool_use")
     if not isinstance(default, str):
-        raise TorchchatError(f"chat_template is {declared!r:.60}; it has to be a text, or a list of objects with "
+        raise TorchchatError(f"chat_template is {quoted(declared)}; it has to be a text, or a list of objects with "
                              "\"name\" and \"template\" of which one is called \"default\"")
     return default, tool_use if isinstance(tool_use, str) else None
 

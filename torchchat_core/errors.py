@@ -34,6 +34,11 @@ def quoted(value: object) -> str:
     return text if len(text) <= QUOTED_LENGTH else text[:QUOTED_LENGTH - 3] + "..."
 
 
+def shortened(text: str, length: int = 300) -> str:
+    """Return the text of another program or library for a message, cut to `length` characters; a cut ends in "..."."""
+    return text if len(text) <= length else text[:length - 3] + "..."
+
+
 class _ShortRepr(reprlib.Repr):
     """`repr` whose cut strings keep their beginning, not their middle."""
 

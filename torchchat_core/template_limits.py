@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from jinja2.runtime import LoopContext
 from jinja2.utils import Namespace
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 
 SECONDS = 1.0  # of processor time for one rendering
 LONGEST_TEXT = 1_000_000
@@ -26,7 +27,9 @@ DEEPEST = 200  # lists in lists
 STEPS_BETWEEN_LOOKS = 16  # at the clock
 processor_time = time.thread_time  # in seconds; tests count looks instead
 
-WIDE_PERCENT_FORMAT = re.compile(r"%[^a-zA-Z%]*(?:\d{4}|\*)")
+LARGEST_SEARCH = 100_000_000  # characters compared by one search, about 0.1 s
+WIDE_PERCENT_PLACE = re.compile(r"[-+ #0]*(?:\d{4}|\*|\d*\.(?:\d{4}|\*))")  # flags, width and precision of a place
+PARENTHESES = re.compile(r"[()]")
 WIDE_BRACE_FORMAT = re.compile(r"\{[^{}]*(?:\d{4}|\{)")
 ELEMENT_LENGTH = 4  # what an element of a list takes at the least when written out, with what parts it from others
 CONTAINERS = (list, tuple, Mapping, Set, MappingView)
@@ -41,6 +44,7 @@ class Budget:
     def __init__(self, given: int = 0) -> None:
         self.longest_text = LONGEST_TEXT + 8 * given
         self.longest_list = LONGEST_LIST + given
+        self._largest_search = LARGEST_SEARCH + 64 * given
         self._left = LARGEST_TOTAL + 64 * given
         self._deadline = processor_time() + SECONDS
         self._steps = 0
@@ -63,8 +67,14 @@ class Budget:
         if length > self.longest_list:
             raise stopped(f"it makes a list of more than {self.longest_list} elements")
 
+    def need_search(self, length: int, sought: int) -> None:
+        """Ask for a search for `sought` characters in a text of `length`, whose time is the product of both."""
+        if length * sought > self._largest_search:
+            raise stopped(f"it searches for {sought} characters in a text of {length}")
+        self.step(length * sought // 4096)
+
     def charge(self, value: Any) -> Any:
-        """Counts a value that was made, and returns it."""
+        """Counts a value that was made, and returns it; one that is made lazily counts while it is used."""
         if isinstance(value, str):
             self.need_text(len(value))
             self._left -= len(value)
@@ -73,6 +83,10 @@ class Budget:
             self._left -= 8 * len(value)
             if isinstance(value, tuple):  # may be hashed, which looks into tuples without end
                 self.bounded(value)
+        elif isinstance(value, int):
+            self.check_bits(value.bit_length())
+        elif _is_lazy(value):
+            return self.counted(value)
         if self._left < 0:
             raise stopped("it makes too many large values")
         return value
@@ -95,12 +109,19 @@ class Budget:
             kept.append(part)
         return str(self.charge("".join(kept)))
 
-    def joinable(self, values: Iterable[Any], separator: str) -> list[Any]:
-        """`values` as a list whose elements may be written out with separators between them."""
-        kept = []
+    def counted(self, values: Iterable[Any]) -> Iterator[Any]:
+        """Yield the values; each is a step."""
         for value in values:
             self.step()
-            kept.append(value)
+            yield value
+
+    def collected(self, values: Any) -> Any:
+        """Return what is made lazily as a list, so that it can be measured; anything else as it is."""
+        return list(self.counted(values)) if _is_lazy(values) else values
+
+    def joinable(self, values: Iterable[Any], separator: str) -> list[Any]:
+        """`values` as a list whose elements may be written out with separators between them."""
+        kept = list(self.counted(values))
         self.need_text(self.bounded(kept) + len(kept) * len(separator))
         return kept
 
@@ -126,12 +147,29 @@ class Budget:
         if isinstance(old, str) and isinstance(new, str):
             self.need_text(len(text) + (text.count(old) if old else len(text) + 1) * len(new))
 
-    def check_format(self, text: str, values: Iterable[Any], wide: re.Pattern[str]) -> None:
+    def check_format(self, text: str, values: Iterable[Any], is_wide: bool) -> None:
         """Asks for a formatted text, in which any place may hold all values or be padded."""
-        if wide.search(text):
-            raise stopped(f"the format {text!r:.60} is too wide")
+        if is_wide:
+            raise stopped(f"the format {quoted(text)} is too wide")
         places = text.count("{") + text.count("%")
         self.need_text(len(text) + places * (LARGEST_WIDTH + self.bounded(*values)))
+
+    def check_percent_format(self, text: str, values: Iterable[Any]) -> None:
+        """Ask for `text % values`."""
+        self.check_format(text, values, self._pads_widely(text))
+
+    def _pads_widely(self, text: str) -> bool:
+        """Return True if a place of a `%` format has a width or precision of four digits or from an argument."""
+        at = text.find("%")
+        while at >= 0:
+            self.step()
+            at += 1
+            if text.startswith("(", at):
+                at = _end_of_key(text, at)
+            if WIDE_PERCENT_PLACE.match(text, at):
+                return True
+            at = text.find("%", at + text.startswith("%", at))
+        return False
 
     def check_width(self, what: str, values: Iterable[Any]) -> None:
         """Asks for padding, indentation or digits by each of the values that is a whole number."""
@@ -158,6 +196,21 @@ def stopped(reason: str) -> TorchchatError:
     """The error of a template that went too far."""
     return TorchchatError(f"the chat template was stopped: {reason}",
                           "a template of the model's own makers does not; get the model from them")
+
+
+def _end_of_key(text: str, start: int) -> int:
+    """The index after the parenthesis that closes the one at `start`; the end of the text where nothing closes it."""
+    depth = 0
+    for found in PARENTHESES.finditer(text, start):
+        depth += 1 if found[0] == "(" else -1
+        if depth == 0:
+            return found.end()
+    return len(text)
+
+
+def _is_lazy(value: object) -> bool:
+    """Return True for an iterator; the variable `loop` is more than that."""
+    return isinstance(value, Iterator) and not isinstance(value, LoopContext)
 
 
 def measure(value: Any, limit: int) -> int:

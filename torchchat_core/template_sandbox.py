@@ -3,12 +3,14 @@
 Attributes are guarded by Jinja's own immutable sandbox. What it leaves open is a template that never ends or fills
 the memory; here that is a `TorchchatError`:
 
-- every pass of a loop, call, filter, test and guarded operator is a step, and the processor time of all steps is
+- every pass of a loop, attribute, call, filter, test and operator is a step, and the processor time of all steps is
   limited (which also ends branching recursion; plain recursion ends in a RecursionError);
 - `*`, `**`, `+`, `%`, `~`, slices, `replace`, `join`, `indent`, `format` and JSON are refused before they make a
   value that is too large, and a list that holds another one a thousand times counts it a thousand times;
+- what is compared, hashed or written out is measured before, also in error messages;
 - all texts and lists that steps make add up to a limited total, and so does the output;
-- methods of the built-in types are those of a short list, and filters that only make long texts are left out.
+- attributes and methods are those listed in `template_methods`, each with its guard, and filters that only make long
+  texts are left out.
 
 The limits grow with what the caller gives, so that a long conversation always fits.
 """
@@ -23,27 +25,27 @@ from datetime import datetime
 from typing import Any
 
 from jinja2 import Template, nodes, pass_context
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context, Undefined
+from jinja2.runtime import Context, LoopContext, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from torchchat_core.errors import TorchchatError
-from torchchat_core.template_limits import WIDE_BRACE_FORMAT, WIDE_PERCENT_FORMAT, budget, stopped
+from torchchat_core.errors import TorchchatError, quoted, shortened
+from torchchat_core.template_limits import budget, stopped
+from torchchat_core.template_methods import can_read, guarded_arguments
 
-ALLOWED_METHODS = frozenset([
-    "capitalize", "casefold", "count", "endswith", "find", "format", "format_map", "index", "isalnum", "isalpha",
-    "isascii", "isdecimal", "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper", "join", "lower",
-    "lstrip", "partition", "removeprefix", "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit",
-    "rstrip", "split", "splitlines", "startswith", "strip", "swapcase", "title", "upper",
-    "copy", "get", "items", "keys", "values",
-    "bit_length", "is_integer",
-])
 LEFT_OUT_FILTERS = ("center", "filesizeformat", "pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 # These pass elements on without looking into them; the others are given no more than fits into one text.
 PASSING_FILTERS = frozenset(["attr", "batch", "count", "d", "default", "first", "items", "last", "length", "list",
                              "map", "random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice"])
+# These go through all elements of a sequence at once, and compare or add them.
+COLLECTING_FILTERS = frozenset(["groupby", "max", "min", "sort", "sum", "unique"])
+# These look at the kind of a value alone.
+PASSING_TESTS = frozenset(["boolean", "callable", "defined", "escaped", "false", "float", "integer", "iterable",
+                           "mapping", "none", "number", "sameas", "sequence", "string", "true", "undefined"])
+ARITHMETIC_TESTS = frozenset(["divisibleby", "even", "odd"])
 WIDE_DATE = re.compile(r"%[-_0^#+]*\d|.{101}", re.DOTALL)  # the system's strftime can pad
 WIDEST_JSON_INDENT = 16
 
@@ -51,7 +53,7 @@ WIDEST_JSON_INDENT = 16
 class ChatEnvironment(ImmutableSandboxedEnvironment):
     """Jinja with the settings, names and filters that chat templates rely on, and the limits above."""
 
-    intercepted_binops = frozenset({"*", "**", "+", "%"})
+    intercepted_binops = frozenset({"*", "**", "+", "%", "-", "/", "//"})
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols],
@@ -62,7 +64,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = to_json
         self.filters = {name: _guarded_filter(name, function) for name, function in self.filters.items()}
         self.filters.update(GUARDS)
-        self.tests = {name: _guarded_test(function) for name, function in self.tests.items()}
+        self.tests = {name: _guarded_test(name, function) for name, function in self.tests.items()}
         self.globals.update(raise_exception=raise_exception, strftime_now=strftime_now, range=_small_range,
                             dict=lambda *values, **names: dict(*values, **names))
 
@@ -77,16 +79,25 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return budget().concatenated(parts)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        if not super().is_safe_attribute(obj, attr, value):
-            return False
-        built_in = isinstance(obj, str | bytes | int | float | list | tuple | dict | type)
-        return not (built_in and callable(value)) or attr in ALLOWED_METHODS
+        return super().is_safe_attribute(obj, attr, value) and can_read(obj, attr)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
         # Jinja would print nothing where the attribute is not used any further.
         if attribute.startswith("_"):
-            raise stopped(f"it reaches for the attribute {attribute!r} of a {type(obj).__name__}")
-        return super().unsafe_undefined(obj, attribute)
+            raise stopped(f"it reaches for the attribute {quoted(attribute)} of a {type(obj).__name__}")
+        return self.undefined(f"chat templates may not use {quoted(attribute)} of a {type(obj).__name__}",
+                              name=attribute, obj=obj, exc=SecurityError)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        budget().step()
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        limits = budget()
+        limits.step()
+        if not isinstance(argument, str | int | slice):  # it is hashed, and written out where there is no such item
+            limits.bounded(argument)
+        return super().getitem(obj, argument)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         limits = budget()
@@ -96,25 +107,20 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
             limits.check_bits(left.bit_length() * right)
         elif operator == "%" and isinstance(left, str):
-            limits.check_format(left, [right], WIDE_PERCENT_FORMAT)
+            limits.check_percent_format(left, [right])
         elif operator == "+" and isinstance(left, str) and isinstance(right, str):
             limits.need_text(len(left) + len(right))
+        elif operator == "-":  # of the items of dictionaries, compares
+            limits.bounded(left, right)
         return limits.charge(super().call_binop(context, operator, left, right))
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         limits = budget()
         limits.step()
+        if isinstance(obj, LoopContext) and args:
+            args = (limits.counted(args[0]), *args[1:])
         method = getattr(obj, "__wrapped__", obj)  # the sandbox wraps `format`
-        text, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-        if isinstance(text, str):
-            if name == "replace" and len(args) >= 2:
-                limits.check_replacement(text, args[0], args[1])
-            elif name == "join" and args:
-                args = (limits.joinable(args[0], text), *args[1:])
-            elif name in ("format", "format_map"):
-                limits.check_format(text, [*args, *kwargs.values()], WIDE_BRACE_FORMAT)
-        elif name == "changed":  # of a loop, compares
-            limits.bounded(*args)
+        args = guarded_arguments(limits, method, args, kwargs)
         return limits.charge(super().call(context, obj, *args, **kwargs))
 
 
@@ -130,7 +136,8 @@ class GenerationTag(Extension):
 
 
 class _Guarding(NodeTransformer):
-    """Puts guards around what the environment is not asked about: loops, `~`, comparisons, slices and tuples."""
+    """Puts guards around what the environment is not asked about: loops, `~`, comparisons, slices, tuples, the keys of
+    dictionaries, and the arguments that a macro collects."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
@@ -145,7 +152,17 @@ class _Guarding(NodeTransformer):
         self.generic_visit(node)
         node.expr = _guard(node.expr, "bounded value")
         for operand in node.ops:
-            operand.expr = _guard(operand.expr, "bounded value")
+            guard = "searched values" if operand.op in ("in", "notin") else "bounded value"
+            operand.expr = _guard(operand.expr, guard)
+        return node
+
+    def visit_Name(self, node: nodes.Name) -> nodes.Node:  # noqa: N802
+        collected = node.ctx == "load" and node.name in ("varargs", "kwargs")
+        return _guard(node, "charged value") if collected else node
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        node.key = _guard(node.key, "bounded value")
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
@@ -159,13 +176,14 @@ class _Guarding(NodeTransformer):
 
 def raise_exception(message: object) -> None:
     """What a template calls to refuse a conversation. Raises `TorchchatError` with its message."""
-    raise TorchchatError(f"the chat template refuses this conversation: {message}")
+    budget().bounded(message)
+    raise TorchchatError(f"the chat template refuses this conversation: {shortened(str(message))}")
 
 
 def strftime_now(pattern: str) -> str:
     """The local date and time. Raises `TorchchatError` for a pattern that is long or asks for padding."""
     if WIDE_DATE.search(pattern):
-        raise stopped(f"its date pattern {pattern!r:.60} is too wide")
+        raise stopped(f"its date pattern {quoted(pattern)} is too wide")
     return datetime.now().strftime(pattern)
 
 
@@ -173,7 +191,7 @@ def to_json(value: Any, ensure_ascii: bool = False, indent: int | str | None = N
             separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
     """The filter `tojson` as chat templates use it: plain JSON, where Jinja's own escapes it for HTML."""
     if indent is not None and (len(indent) if isinstance(indent, str) else indent) > WIDEST_JSON_INDENT:
-        raise stopped(f"tojson is to indent by {indent!r:.20}; {WIDEST_JSON_INDENT} is the most")
+        raise stopped(f"tojson is to indent by {quoted(indent)}; {WIDEST_JSON_INDENT} is the most")
     encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     return budget().concatenated(encoder.iterencode(value))
 
@@ -198,6 +216,11 @@ def _bounded_value(_: Context, value: Any) -> Any:
 
 
 @pass_context
+def _searched_values(_: Context, values: Any) -> Any:
+    return _bounded(budget().collected(values))
+
+
+@pass_context
 def _charged_value(_: Context, value: Any) -> Any:
     return budget().charge(value)
 
@@ -210,15 +233,13 @@ def _joined_text(_: Context, parts: list[Any]) -> str:
 
 @pass_context
 def _counted_steps(_: Context, values: Iterable[Any]) -> Iterator[Any]:
-    limits = budget()
-    for value in values:
-        limits.step()
-        yield value
+    return budget().counted(values)
 
 
 # A name with a space cannot be written in a template, except as an argument of `map`, where it does no harm.
 GUARDS: Mapping[str, Callable[..., Any]] = {
     "bounded value": _bounded_value,
+    "searched values": _searched_values,
     "charged value": _charged_value,
     "joined text": _joined_text,
     "counted steps": _counted_steps,
@@ -233,7 +254,11 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
         if name == "join" and args:
             separator = args[1] if len(args) > 1 else kwargs.get("d", "")
             args = (limits.joinable(args[0], str(separator)), *args[1:])
-        elif name not in PASSING_FILTERS:
+        elif name in PASSING_FILTERS:
+            limits.bounded(*args[1:], *kwargs.values())
+        else:
+            if name in COLLECTING_FILTERS and args:
+                args = (limits.collected(args[0]), *args[1:])
             limits.bounded(*args, *kwargs.values())
         _check_filter(name, args, kwargs)
         return limits.charge(function(*_leading_argument(function, context), *args, **kwargs))
@@ -241,16 +266,27 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
     return guarded
 
 
-def _guarded_test(function: Any) -> Callable[..., Any]:
+def _guarded_test(name: str, function: Any) -> Callable[..., Any]:
     @pass_context
     def guarded(context: Context, *args: Any) -> Any:
         limits = budget()
         limits.step()
-        if len(args) > 1:  # a comparison
+        if name == "in" and len(args) > 1:
+            args = (args[0], limits.collected(args[1]), *args[2:])
+        if name not in PASSING_TESTS:  # it compares, hashes or writes out
             limits.bounded(*args)
+        if name in ARITHMETIC_TESTS:
+            _need_numbers(name, args)
         return function(*_leading_argument(function, context), *args)
 
     return guarded
+
+
+def _need_numbers(what: str, values: Iterable[Any]) -> None:
+    """Raise `TorchchatError` for a value that is no number: `%` and `*` of texts and lists fill the memory."""
+    for value in values:
+        if not isinstance(value, int | float | Undefined):
+            raise stopped(f"{what} is given a {type(value).__name__}; it takes numbers")
 
 
 def _leading_argument(function: Callable[..., Any], context: Context) -> tuple[Any, ...]:
@@ -265,9 +301,17 @@ def _check_filter(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     if name == "replace" and len(args) >= 3:
         limits.check_replacement(str(args[0]), str(args[1]), str(args[2]))
     elif name == "format" and args:
-        limits.check_format(str(args[0]), [*args[1:], *kwargs.values()], WIDE_PERCENT_FORMAT)
+        limits.check_percent_format(str(args[0]), [*args[1:], *kwargs.values()])
+    elif name == "trim" and args:
+        characters = args[1] if len(args) > 1 else kwargs.get("chars")
+        if isinstance(characters, str):
+            limits.need_search(len(str(args[0])), len(characters))
+    elif name == "sum":
+        _need_numbers("sum", [*args[2:3], kwargs.get("start", 0)])
     elif name in ("batch", "indent", "round", "slice"):
         limits.check_width(name, (*args[1:], *kwargs.values()))
+        if name == "round":
+            _need_numbers("round", args[:1])
         if name == "indent":
             width = args[1] if len(args) > 1 else kwargs.get("width", 4)
             by = len(width) if isinstance(width, str) else int(width)

@@ -1,0 +1,108 @@
+"""The attributes that chat templates may read, by the kind of the value, and the guard that each method runs first.
+
+A method or an attribute that is not listed here is refused, whatever Jinja's sandbox would allow. A guard looks at the
+arguments before Python's method runs: it raises `TorchchatError` where the call could take long or fill the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jinja2.runtime import LoopContext, Macro
+from jinja2.utils import Cycler, Namespace
+
+from torchchat_core.template_limits import WIDE_BRACE_FORMAT, Budget
+
+Arguments = tuple[Any, ...]
+# Takes the value, positional and named arguments; returns the positional ones to call with.
+Guard = Callable[[Budget, Any, Arguments, Mapping[str, Any]], Arguments]
+
+
+def _free(_: Budget, __: Any, arguments: Arguments, ___: Mapping[str, Any]) -> Arguments:
+    """Let a method pass whose time and result grow with the value alone."""
+    return arguments
+
+
+def _comparing(limits: Budget, value: Any, arguments: Arguments, named: Mapping[str, Any]) -> Arguments:
+    """Measure a value and arguments that are compared with each other, or written out in an error."""
+    limits.bounded(value, *arguments, *named.values())
+    return arguments
+
+
+def _hashing(limits: Budget, _: Any, arguments: Arguments, named: Mapping[str, Any]) -> Arguments:
+    limits.bounded(*arguments, *named.values())
+    return arguments
+
+
+def _searching(limits: Budget, text: str, arguments: Arguments, named: Mapping[str, Any]) -> Arguments:
+    """Limit searches whose time can be the product of both lengths: from the right, and of sets of characters."""
+    for sought in (*arguments, *named.values()):
+        if isinstance(sought, str):
+            limits.need_search(len(text), len(sought))
+    return arguments
+
+
+def _replacing(limits: Budget, text: str, arguments: Arguments, _: Mapping[str, Any]) -> Arguments:
+    if len(arguments) >= 2:
+        limits.check_replacement(text, arguments[0], arguments[1])
+    return arguments
+
+
+def _joining(limits: Budget, separator: str, arguments: Arguments, _: Mapping[str, Any]) -> Arguments:
+    return (limits.joinable(arguments[0], separator), *arguments[1:]) if arguments else arguments
+
+
+def _formatting(limits: Budget, text: str, arguments: Arguments, named: Mapping[str, Any]) -> Arguments:
+    limits.check_format(text, [*arguments, *named.values()], WIDE_BRACE_FORMAT.search(text) is not None)
+    return arguments
+
+
+def _guarded(names: str, guard: Guard) -> dict[str, Guard]:
+    return dict.fromkeys(names.split(), guard)
+
+
+TEXT_METHODS: Mapping[str, Guard] = {
+    **_guarded("capitalize casefold isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace istitle "
+               "isupper lower splitlines swapcase title upper", _free),
+    # Forward searches of CPython take time in proportion to the sum of both lengths.
+    **_guarded("count endswith find index partition removeprefix removesuffix split startswith", _free),
+    **_guarded("lstrip rfind rindex rpartition rsplit rstrip strip", _searching),
+    **_guarded("format format_map", _formatting),
+    "join": _joining, "replace": _replacing,
+}
+LIST_METHODS: Mapping[str, Guard] = {**_guarded("count index", _comparing), "copy": _free}
+MAPPING_METHODS: Mapping[str, Guard] = {**_guarded("copy items keys values", _free), "get": _hashing}
+LOOP_METHODS: Mapping[str, Guard] = {"changed": _comparing, "cycle": _free}
+CYCLER_METHODS: Mapping[str, Guard] = {"next": _free, "reset": _free}
+
+# By kind, the first that fits: methods with their guards, and what can be read without a call.
+ATTRIBUTES: tuple[tuple[type | tuple[type, ...], Mapping[str, Guard], frozenset[str]], ...] = (
+    (str, TEXT_METHODS, frozenset()),
+    ((list, tuple), LIST_METHODS, frozenset()),
+    (Mapping, MAPPING_METHODS, frozenset()),
+    (int, {"bit_length": _free, "is_integer": _free}, frozenset()),
+    (float, {"is_integer": _free}, frozenset()),
+    (LoopContext, LOOP_METHODS, frozenset(["depth", "depth0", "first", "index", "index0", "last", "length", "nextitem",
+                                           "previtem", "revindex", "revindex0"])),
+    (Cycler, CYCLER_METHODS, frozenset(["current"])),
+    (Macro, {}, frozenset(["arguments", "caller", "catch_kwargs", "catch_varargs", "name"])),
+)
+
+
+def can_read(value: object, attribute: str) -> bool:
+    """Return True if a template may read the attribute of a value."""
+    if isinstance(value, Namespace):
+        return True  # its attributes are what the template put there
+    return next((attribute in methods or attribute in plain
+                 for kind, methods, plain in ATTRIBUTES if isinstance(value, kind)), False)
+
+
+def guarded_arguments(limits: Budget, method: Any, arguments: Arguments, named: Mapping[str, Any]) -> Arguments:
+    """Run the guard of a bound method; return the arguments to call it with. Other callables have none."""
+    owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+    for kind, methods, _ in ATTRIBUTES:
+        if isinstance(owner, kind):
+            guard = methods.get(name)
+            return arguments if guard is None else guard(limits, owner, arguments, named)
+    return arguments
