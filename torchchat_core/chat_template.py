@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template, TemplateSyntaxError
+from jinja2 import Template, TemplateSyntaxError, nodes
 
 from torchchat_core.errors import TorchchatError, quoted, shortened
 from torchchat_core.small_files import read_json, read_text
@@ -46,6 +47,17 @@ class ChatTemplate:
         self.eos_token = eos_token
         self._template = _compiled(source)
         self._tool_template = self._template if tool_source is None else _compiled(tool_source)
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """All names that the sources mention: fields that the template can read, and texts of its expressions."""
+        found: set[str] = set()
+        for source in {self.source, self.tool_source or self.source}:
+            with limited():
+                tree = chat_environment().parse(source)
+                found.update(node.attr for node in tree.find_all(nodes.Getattr))
+                found.update(node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
+        return frozenset(found)
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None,
                add_generation_prompt: bool = True, variables: Mapping[str, Any] | None = None) -> str:

@@ -117,6 +117,9 @@ def _limits() -> Any:
 
 
 def _refused(grammar: Grammar, reason: str) -> TorchchatError:
+    if "coerce_one_of" in reason:
+        reason = 'alternatives of "oneOf" that can both hold are not enforced; use "anyOf", or give each one a ' \
+                 'required property with a "const" of its own'
     name = "JSON Schema" if grammar.kind == "json_schema" else "grammar"
     return TorchchatError(f"the {name} cannot be used: {_first_line(reason)}")
 

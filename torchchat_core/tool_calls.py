@@ -1,30 +1,38 @@
-"""Calls of functions in a model's answer: how the families of models write them.
+"""Find the calls of functions in a model's answer, in the forms that the families of models write.
 
-    Hermes, Qwen 2.5, Qwen 3    <tool_call>{"name": "f", "arguments": {...}}</tool_call>, again and again
-    Qwen 3 Coder                <tool_call><function=f><parameter=a>1</parameter></function></tool_call>
-    Mistral                     [TOOL_CALLS][{"name": "f", "arguments": {...}}, ...] or [TOOL_CALLS]f[ARGS]{...}
-    Llama 3                     the answer is {"name": "f", "parameters": {...}}; ...
-    Granite 3                   <|tool_call|>[{"name": "f", "arguments": {...}}, ...]
+    hermes         <tool_call>{"name": "f", "arguments": {...}}</tool_call>, repeated       Hermes, Qwen 2.5, Qwen 3
+    qwen-xml       <tool_call><function=f><parameter=a>1</parameter></function></tool_call>  Qwen 3 Coder
+    function-json  <function=f>{...}</function>                                              functionary, Llama
+    mistral        [TOOL_CALLS][{"name": "f", "arguments": {...}}] or [TOOL_CALLS]f[ARGS]{...}
+    llama3         the answer is {"name": "f", "parameters": {...}}; ...
+    granite        <|tool_call|>[{"name": "f", "arguments": {...}}, ...]
 
-Which of them it is, the chat template says that was made for the model.
+`torchchat_core.tool_profiles` decides which of them a chat template writes.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
-from urllib.parse import quote
+from typing import Any, Literal, NoReturn
 
-from torchchat_core.json_schemas import LITERAL_KEYS, NAMED_KEYS
 from torchchat_core.specs import Tokenizer
+from torchchat_core.tool_schemas import typed_value
 
-XML_CALL = re.compile(r"<function=([^>\s]+)>(.*?)</function>", re.DOTALL)
-XML_VALUE = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
-MISTRAL_CALL = re.compile(r"\s*([\w.-]{1,64})(?:\[CALL_ID\][^\[]{0,64})?\[ARGS\]")
-_decoder = json.JSONDecoder()
+NAMED_CALL = re.compile(r"([\w.-]{1,64})(?:\[CALL_ID\][^\[]{0,64})?\[ARGS\]\s*")
+NAMED_CALL_BEGINNING = re.compile(r"[\w.-]{0,64}(\[[A-Z_]{0,7}(\][^\[]{0,64}(\[[A-Z_]{0,4})?)?)?\]?\s*")
+FUNCTION_NAME = re.compile(r"([\w.-]{1,64})>\s*")
+FUNCTION_NAME_BEGINNING = re.compile(r"[\w.-]{0,64}>?\s*")
+PARAMETER = re.compile(r"<parameter=([^>\n]{1,200})>\n?")
+PARAMETER_BEGINNING = re.compile(r"<parameter=[^>\n]{0,200}>?")
+WHITE_SPACE = re.compile(r"\s*")
+BRACKETS = re.compile(r'["{}\[\]]')
+STRING_END = re.compile(r'"|\\.?', re.DOTALL)
+MOST_WASTED = 1 << 22  # characters that are read for what turns out to be no call; beyond them, openers are text
+THINKING = {"<think>": "</think>", "<thinking>": "</thinking>", "<seed:think>": "</seed:think>",
+            "[THINK]": "[/THINK]"}
 
 
 @dataclass(frozen=True)
@@ -40,224 +48,330 @@ class ToolForm:
     """How one family writes calls."""
 
     name: str
-    openers: tuple[str, ...]  # texts that begin a call; none: a call is all of an answer that begins with "{"
-    arguments: str  # the key of the arguments
-    closers: tuple[str, ...]  # texts between and behind calls
+    openers: tuple[str, ...]  # texts that begin a call
+    closers: tuple[str, ...] = ()  # texts between calls and after them
+    arguments: str = "arguments"  # the key of the arguments
+    style: Literal["json", "named", "xml", "function"] = "json"
+    bare: bool = False  # a call can also be an answer that begins with "{"
     opening: str = ""  # of an answer that has to be a call
 
     def marks(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """Control tokens that an answer has to show for its calls to be found."""
-        texts = (*self.openers, *self.closers, "[ARGS]", "[CALL_ID]")
+        """Return the control tokens whose text has to be part of an answer for its calls to be found."""
+        texts = (*self.openers, *self.closers, "[ARGS]", "[CALL_ID]", *THINKING, *THINKING.values())
         return frozenset(tokenizer.special_tokens[text] for text in texts if text in tokenizer.special_tokens)
 
 
-HERMES = ToolForm("hermes", ("<tool_call>",), "arguments", ("</tool_call>",), "<tool_call>\n")
-QWEN_XML = ToolForm("qwen-xml", ("<tool_call>",), "arguments", ("</tool_call>",))
-MISTRAL = ToolForm("mistral", ("[TOOL_CALLS]",), "arguments", ())
-LLAMA3 = ToolForm("llama3", ("<|python_tag|>",), "parameters", (";",))
-GRANITE = ToolForm("granite", ("<|tool_call|>", "<tool_call>"), "arguments", ())
+HERMES = ToolForm("hermes", ("<tool_call>",), ("</tool_call>",), opening="<tool_call>\n")
+QWEN_XML = ToolForm("qwen-xml", ("<tool_call>", "<function="), ("</tool_call>",), style="xml")
+FUNCTION_JSON = ToolForm("function-json", ("<function=",), ("</function>",), style="function")
+MISTRAL = ToolForm("mistral", ("[TOOL_CALLS]",), style="named")
+LLAMA3 = ToolForm("llama3", ("<|python_tag|>",), (";",), arguments="parameters", bare=True)
+GRANITE = ToolForm("granite", ("<|tool_call|>", "<tool_call>"), ("<|/tool_call|>",))
+FORMS = (HERMES, QWEN_XML, FUNCTION_JSON, MISTRAL, GRANITE, LLAMA3)
 
 
-def tool_form(template: str) -> ToolForm | None:
-    """The form that a chat template's source teaches its model, or None where it knows no tools."""
-    if "tools" not in template:
-        return None
-    if "<function=" in template:
-        return QWEN_XML
-    if "<|tool_call|>" in template:
-        return GRANITE
-    if "<tool_call>" in template:
-        return HERMES
-    if "[TOOL_CALLS]" in template or "[AVAILABLE_TOOLS]" in template:
-        return MISTRAL
-    if "<|start_header_id|>" in template and '"parameters"' in template:
-        return LLAMA3
-    return None
+def opened_thinking(prompt: str) -> str | None:
+    """Return the mark with which a rendered prompt opens the model's thinking, or None."""
+    end = prompt[-200:].rstrip()
+    return next((mark for mark in THINKING if end.endswith(mark)), None)
+
+
+@dataclass
+class _Candidate:
+    """A place where a call may begin: the span of its opener, and how far its JSON was scanned."""
+
+    start: int
+    body: int  # after the opener
+    scan: _JsonSpan | None = None
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What a candidate turned out to be: calls up to `end`; none for a text that is no call."""
+
+    calls: tuple[ToolCall, ...] = ()
+    end: int = 0
+
+
+NO_CALL = _Reading()
 
 
 class ToolCallReader:
-    """Takes the text of an answer as it comes; gives what is no call at once, and the calls at the end."""
+    """Split an answer, as it comes, into text and calls.
 
-    def __init__(self, form: ToolForm, names: Collection[str]) -> None:
-        """`names`: of the functions; what looks like a call of another one is text."""
+    What stands between the marks of thinking is text, and so are openers that no call of a known function follows.
+    Thinking is recognized at the beginning of an answer, after a call and after other thinking; there, white space
+    before a call is dropped.
+    """
+
+    def __init__(self, form: ToolForm, functions: Mapping[str, Mapping[str, Any] | None],
+                 thinking: str | None = None) -> None:
+        """`functions` maps names to JSON Schemas of arguments; `thinking` is the mark that the prompt ends with."""
+        self.calls: list[ToolCall] = []
+        self.candidates = 0  # places so far where a call could have begun
         self._form = form
-        self._names = names
+        self._functions = functions
         self._held = ""
-        self._in_call = False
-        self._at_start = True
+        self._at = 0  # of the held text, what comes next
+        self._thinking_end = THINKING[thinking] if thinking else None
+        self._candidate: _Candidate | None = None
+        self._fresh = True  # nothing but white space since the beginning, thinking or a call
+        self._keeps_space = False  # white space is text even if a call follows
+        self._in_block = False  # a call was read whose opener may hold for another one
+        self._wasted = 0
+        self._opener = re.compile("|".join(map(re.escape, form.openers)))
+
+    @property
+    def opened(self) -> str | None:
+        """The text after the opener where a call may be under way, else None."""
+        return None if self._candidate is None else self._held[self._candidate.body:]
 
     def push(self, text: str) -> str:
-        """What is certain to be no part of a call."""
-        self._held += text
-        if self._in_call:
-            return ""
-        if self._at_start and self._form is LLAMA3:
-            beginning = self._held.lstrip()
-            if not beginning:
-                return ""
-            self._at_start = False
-            self._in_call = beginning.startswith("{")
-            if self._in_call:
-                return ""
-        found = [at for opener in self._form.openers if (at := self._held.find(opener)) >= 0]
-        if found:
-            self._in_call = True
-            return self._cut(min(found))
-        return self._cut(len(self._held) - max((_overlap(self._held, opener) for opener in self._form.openers),
-                                               default=0))
+        """Take a piece of the answer; return the text that is certain to be no part of a call."""
+        return self._advance(text, final=False)
 
     def finish(self) -> tuple[str, list[ToolCall]]:
-        """The rest of the text, and the calls; where what looked like calls cannot be read, it is text."""
-        calls = list(self._calls(self._held)) if self._in_call else []
-        if calls and all(call.name in self._names for call in calls):
-            return "", calls
-        return self._held, []
+        """Return the rest of the text, and all calls."""
+        return self._advance("", final=True), self.calls
 
-    def _cut(self, size: int) -> str:
-        certain, self._held = self._held[:size], self._held[size:]
-        return certain
+    def _advance(self, text: str, final: bool) -> str:
+        self._held += text
+        found: list[str] = []
+        while self._at < len(self._held):
+            if self._thinking_end is not None:
+                piece = self._think(self._thinking_end, final)
+            elif self._candidate is not None:
+                piece = self._try_call(self._candidate, final)
+            else:
+                piece = self._read_fresh(final) if self._fresh else self._read_text(final)
+            if piece is None:  # it takes more text to decide
+                break
+            found.append(piece)
+        self._held, self._at, cut = self._held[self._at:], 0, self._at
+        if self._candidate is not None and cut:
+            self._candidate.start -= cut
+            self._candidate.body -= cut
+            if self._candidate.scan is not None:
+                self._candidate.scan.at -= cut
+        return "".join(found)
 
-    def _calls(self, text: str) -> Iterator[ToolCall]:
-        read: Callable[[str], Iterator[ToolCall]] = _read_xml if self._form is QWEN_XML else self._read_json
-        yield from read(text)
+    def _until(self, end: int) -> str:
+        text = self._held[self._at:end]
+        self._at = end
+        return text
 
-    def _read_json(self, text: str) -> Iterator[ToolCall]:
-        """JSON objects and lists of them, with openers and closers between them."""
-        marks = (*self._form.openers, *self._form.closers)
-        while text := _without(text, marks):
-            named = MISTRAL_CALL.match(text) if self._form is MISTRAL else None
-            try:
-                value, end = _decoder.raw_decode(text, named.end() if named else 0)
-            except (ValueError, RecursionError):
-                return
-            for each in value if isinstance(value, list) else [value]:
-                call = ToolCall(named[1], json.dumps(each)) if named and isinstance(each, dict) else self._call(each)
-                if call is None:
-                    return
-                yield call
-            text = text[end:]
+    def _think(self, closer: str, final: bool) -> str | None:
+        end = self._held.find(closer, self._at)
+        if end >= 0:
+            self._thinking_end, self._fresh, self._keeps_space = None, True, True
+            return self._until(end + len(closer))
+        return self._until(len(self._held) - (0 if final else _overlap(self._held, [closer]))) or None
 
-    def _call(self, value: object) -> ToolCall | None:
-        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+    def _read_fresh(self, final: bool) -> str | None:
+        """Decide what stands after the beginning, thinking or a call."""
+        start = WHITE_SPACE.match(self._held, self._at).end()  # type: ignore[union-attr]
+        if self._keeps_space and start > self._at:
+            return self._until(start)
+        closers = self._form.closers if self._in_block else ()
+        for closer in closers:
+            if self._held.startswith(closer, start):
+                self._at = start + len(closer)
+                self._in_block = closer == ";"
+                return ""
+        if start == len(self._held):
+            if not final:
+                return None
+            return self._drop_until(start) if self.calls else self._until(start)
+        for mark, end in THINKING.items():
+            if self._held.startswith(mark, start):
+                self._thinking_end = end
+                return self._until(start + len(mark))
+        opener = self._opener.match(self._held, start)
+        if opener is not None or self._begins_bare(start):
+            self._open(start, start if opener is None else opener.end())
+            return ""
+        rest = self._held[start:start + 64]
+        if not final and any(mark.startswith(rest) for mark in (*THINKING, *closers, *self._form.openers)):
             return None
-        other = "parameters" if self._form.arguments == "arguments" else "arguments"
-        arguments = value.get(self._form.arguments, value.get(other, {}))
-        if isinstance(arguments, str):
-            arguments = _parsed(arguments)
-        if not isinstance(arguments, dict):
+        self._fresh = self._in_block = False
+        return self._until(start)
+
+    def _begins_bare(self, start: int) -> bool:
+        return self._held.startswith("{", start) and (self._form.bare or (
+            self._in_block and self._form.style == "json"))
+
+    def _drop_until(self, end: int) -> str:
+        self._at = end
+        return ""
+
+    def _read_text(self, final: bool) -> str | None:
+        opener = self._opener.search(self._held, self._at) if self._wasted < MOST_WASTED else None
+        if opener is not None:
+            text = self._until(opener.start())
+            self._open(opener.start(), opener.end())
+            return text
+        return self._until(len(self._held) - (0 if final else _overlap(self._held, self._form.openers))) or None
+
+    def _open(self, start: int, body: int) -> None:
+        self._candidate = _Candidate(start, body)
+        self.candidates += 1
+
+    def _try_call(self, candidate: _Candidate, final: bool) -> str | None:
+        reading = self._read(candidate)
+        if reading is None and not final:
             return None
-        return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
+        self._candidate = None
+        if reading is not None and reading.calls and all(call.name in self._functions for call in reading.calls):
+            self.calls += reading.calls
+            self._at = reading.end
+            self._fresh, self._keeps_space, self._in_block = True, False, True
+            return ""
+        self._fresh = self._in_block = False
+        if reading is None:
+            self._wasted += len(self._held) - self._at
+        else:
+            self._wasted += max(reading.end - self._at, 0)
+        known_end = reading.end if reading is not None and reading.calls else 0
+        return self._until(max(known_end, candidate.body, candidate.start + 1))
+
+    # ---- what stands after an opener: None where it takes more text to decide --------------------------------------
+
+    def _read(self, candidate: _Candidate) -> _Reading | None:
+        at = WHITE_SPACE.match(self._held, candidate.body).end()  # type: ignore[union-attr]
+        if at == len(self._held):
+            return None
+        if self._form.style == "xml":
+            return self._read_xml(candidate, at)
+        if self._form.style == "function":
+            return self._read_named(candidate, at, FUNCTION_NAME, FUNCTION_NAME_BEGINNING)
+        if self._form.style == "named" and self._held[at] not in "[{":
+            return self._read_named(candidate, at, NAMED_CALL, NAMED_CALL_BEGINNING)
+        value, end = self._json(candidate, at)
+        if end is None:
+            return None
+        entries = value if isinstance(value, list) else [value]
+        calls = [called(self._form, entry) for entry in entries]
+        return _Reading(tuple(call for call in calls if call is not None), end) if None not in calls else _Reading(
+            (), end)
+
+    def _read_named(self, candidate: _Candidate, at: int, name: re.Pattern[str], beginning: re.Pattern[str]
+                    ) -> _Reading | None:
+        """Read a name and the object of its arguments."""
+        found = name.match(self._held, at)
+        if found is None or found.end() == len(self._held):
+            return None if found or beginning.fullmatch(self._held, at) else NO_CALL
+        value, end = self._json(candidate, found.end())
+        if end is None:
+            return None
+        if not isinstance(value, dict):
+            return _Reading((), end)
+        return _Reading((ToolCall(found[1], json_text(value)),), end)
+
+    def _json(self, candidate: _Candidate, at: int) -> tuple[Any, int | None]:
+        """Return the object or list at `at` and where it ends, or no end where it is not complete.
+
+        The value is None where it is neither, or is malformed.
+        """
+        if self._held[at] not in "[{":
+            return None, at
+        if candidate.scan is None:
+            candidate.scan = _JsonSpan(at)
+        end = candidate.scan.end(self._held)
+        return (None, None) if end is None else (parsed(self._held[at:end]), end)
+
+    def _read_xml(self, candidate: _Candidate, at: int) -> _Reading | None:
+        if self._held.startswith("<function=", candidate.start):
+            at = candidate.body
+        elif self._held.startswith("<function=", at):
+            at += len("<function=")
+        else:
+            return None if "<function=".startswith(self._held[at:at + 16]) else NO_CALL
+        name = FUNCTION_NAME.match(self._held, at)
+        if name is None:
+            return None if FUNCTION_NAME_BEGINNING.fullmatch(self._held, at) else NO_CALL
+        at = name.end()
+        schema = self._functions.get(name[1]) or {}
+        values: dict[str, Any] = {}
+        while not self._held.startswith("</function>", at):
+            parameter = PARAMETER.match(self._held, at)
+            if parameter is None:
+                rest = self._held[at:at + 300]
+                more = PARAMETER_BEGINNING.fullmatch(rest) or any(
+                    mark.startswith(rest) for mark in ("<parameter=", "</function>"))
+                return None if more else _Reading((), at)
+            end = self._held.find("</parameter>", parameter.end())
+            if end < 0:
+                return None
+            values[parameter[1]] = typed_value(self._held[parameter.end():end].removesuffix("\n"), parameter[1], schema)
+            at = WHITE_SPACE.match(self._held, end + len("</parameter>")).end()  # type: ignore[union-attr]
+        return _Reading((ToolCall(name[1], json_text(values)),), at + len("</function>"))
 
 
-def forced_schema(form: ToolForm, functions: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
-    """The JSON Schema of one call of one of the functions, which are name -> schema of the arguments.
+class _JsonSpan:
+    """Find the end of a JSON object or list in a text that grows, without reading any of it twice."""
 
-    Each schema of arguments is a definition of the whole, to which its own references lead: "#/$defs/a" becomes
-    "#/$defs/call0/$defs/a".
-    """
-    names = {name: f"call{index}" for index, name in enumerate(functions)}  # pointers need no escapes then
-    arguments = {names[name]: _moved(schema, f"#/$defs/{names[name]}") if schema else {"type": "object"}
-                 for name, schema in functions.items()}
-    calls = [{"type": "object", "properties": {"name": {"const": name},
-                                               form.arguments: {"$ref": f"#/$defs/{names[name]}"}},
-              "required": ["name", form.arguments], "additionalProperties": False} for name in functions]
-    return {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), "$defs": arguments}
+    def __init__(self, start: int) -> None:
+        self.at = start
+        self._depth = 0
+        self._in_string = False
 
-
-def _moved(schema: Mapping[str, Any], root: str) -> Any:
-    """A schema whose references to itself lead to another root: pointers, anchors, and those that begin with its $id.
-
-    It has neither $id nor anchors then, which two schemas could have in common. What lies within another $id is a
-    document of its own, and stays as it is.
-    """
-    own = schema.get("$id")
-    targets = {f"#{name}": place for name, place in _anchors(schema, root)}
-
-    def reference(target: str) -> str:
-        if isinstance(own, str) and own.partition("#")[0] and target.partition("#")[0] == own.partition("#")[0]:
-            target = "#" + target.partition("#")[2]
-        if target == "#" or target.startswith("#/"):
-            return root + target[1:]
-        return targets.get(target, target)
-
-    def moved(part: Any, outermost: bool = False) -> Any:
-        if isinstance(part, list):
-            return [moved(each) for each in part]
-        if not isinstance(part, Mapping) or (_is_document(part) and not outermost):
-            return part
-        found: dict[str, Any] = {}
-        for key, value in part.items():
-            if key == "$ref" and isinstance(value, str):
-                found[key] = reference(value)
-            elif key in NAMED_KEYS and isinstance(value, Mapping):
-                found[key] = {name: moved(inner) for name, inner in value.items()}
-            elif key not in ("$id", "$anchor"):
-                found[key] = value if key in LITERAL_KEYS else moved(value)
-        return found
-
-    return moved(schema, outermost=True)
+    def end(self, text: str) -> int | None:
+        """Return where the outermost bracket is closed, or None where it is not yet."""
+        while found := (STRING_END if self._in_string else BRACKETS).search(text, self.at):
+            if found[0] == "\\":  # what it escapes is still to come
+                self.at = found.start()
+                return None
+            self.at = found.end()
+            if found[0] == '"':
+                self._in_string = not self._in_string
+            elif found[0] in "{[":
+                self._depth += 1
+            elif found[0] in "}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    return self.at
+        self.at = len(text)
+        return None
 
 
-def _is_document(schema: Mapping[str, Any]) -> bool:
-    """Whether it has a name of its own; "#name", as older drafts have it, is an anchor."""
-    name = schema.get("$id")
-    return isinstance(name, str) and not name.startswith("#")
-
-
-def _anchors(schema: Any, place: str, outermost: bool = True) -> Iterator[tuple[str, str]]:
-    """The anchors of a document, each with the pointer to where it stands."""
-    if isinstance(schema, list):
-        for index, each in enumerate(schema):
-            yield from _anchors(each, f"{place}/{index}", outermost=False)
-    elif isinstance(schema, Mapping) and (outermost or not _is_document(schema)):
-        anchor, old_anchor = schema.get("$anchor"), schema.get("$id")
-        if isinstance(anchor, str):
-            yield anchor, place
-        if isinstance(old_anchor, str) and old_anchor.startswith("#"):
-            yield old_anchor[1:], place
-        for key, value in schema.items():
-            if key in NAMED_KEYS and isinstance(value, Mapping):
-                for name, inner in value.items():
-                    step = quote(name.replace("~", "~0").replace("/", "~1"))
-                    yield from _anchors(inner, f"{place}/{key}/{step}", outermost=False)
-            elif key not in LITERAL_KEYS:
-                yield from _anchors(value, f"{place}/{quote(key)}", outermost=False)
+def called(form: ToolForm, value: object) -> ToolCall | None:
+    """Return the call that a JSON value describes, or None where it describes none."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        return None
+    other = "parameters" if form.arguments == "arguments" else "arguments"
+    arguments = value.get(form.arguments, value.get(other, {}))
+    if isinstance(arguments, str):
+        arguments = parsed(arguments)
+    return ToolCall(value["name"], json_text(arguments)) if isinstance(arguments, dict) else None
 
 
 def read_forced(form: ToolForm, text: str) -> list[ToolCall]:
-    """The call that an answer of `forced_schema` is; none where it was cut off."""
-    reader = ToolCallReader(form, ())
-    call = reader._call(_parsed(text))
+    """Return the call that an answer of `forced_schema` is; none where it was cut off."""
+    call = called(form, parsed(text))
     return [call] if call is not None else []
 
 
-def _read_xml(text: str) -> Iterator[ToolCall]:
-    for found in XML_CALL.finditer(text):
-        values = {key: _value(value) for key, value in XML_VALUE.findall(found[2])}
-        yield ToolCall(found[1], json.dumps(values, ensure_ascii=False))
+def json_text(value: object) -> str:
+    """Return `value` as JSON, with the characters of all scripts as they are."""
+    return json.dumps(value, ensure_ascii=False)
 
 
-def _value(text: str) -> Any:
-    """A value of the XML form: JSON where it is such, else the text itself."""
-    value = _parsed(text)
-    return text if value is None and text.strip() != "null" else value
-
-
-def _parsed(text: str) -> Any:
+def parsed(text: str) -> Any:
+    """Return the value of a JSON text, or None where it is not JSON. NaN and infinities are not."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_not_json)
     except (ValueError, RecursionError):
         return None
 
 
-def _without(text: str, marks: tuple[str, ...]) -> str:
-    """The text without white space and marks before it."""
-    text = text.lstrip()
-    while (mark := next((mark for mark in marks if text.startswith(mark)), None)) is not None:
-        text = text[len(mark) :].lstrip()
-    return text
+def _not_json(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
 
 
-def _overlap(text: str, mark: str) -> int:
-    """The length of the longest end of `text` that is a beginning of `mark`."""
-    return next((size for size in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:size])), 0)
+def _overlap(text: str, marks: Iterable[str]) -> int:
+    """Return the length of the longest end of `text` with which one of `marks` begins."""
+    longest = 0
+    for mark in marks:
+        sizes = range(min(len(text), len(mark) - 1), longest, -1)
+        longest = next((size for size in sizes if text.endswith(mark[:size])), longest)
+    return longest

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,54 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}))
     return folder
+
+
+def saying_model(folder: Path, added: Sequence[tuple[str, bool]], chain: Sequence[Sequence[str]], template: str,
+                 end: str) -> Path:
+    """Write a model whose next token depends on the last one alone.
+
+    `added`: texts of tokens, and whether they are control tokens; `chain`: each token is followed by the next one of
+    its row. All bytes are tokens too.
+    """
+    folder.mkdir(parents=True)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={text: index for index, text in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    for text, special in added:
+        token = AddedToken(text, special=special, normalized=False)
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([token])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    size, hidden = tokenizer.get_vocab_size(), 128
+    table = torch.randn(size, hidden, generator=torch.Generator().manual_seed(0))
+    head = torch.zeros(size, hidden)
+    for row in chain:
+        ids = [tokenizer.token_to_id(text) for text in row]
+        assert None not in ids, row
+        for before, after in itertools.pairwise(ids):
+            head[after] += table[before] / table[before].norm() * 10
+    prefix, zeros = "model.layers.0.", torch.zeros
+    weights = {"model.embed_tokens.weight": table, "lm_head.weight": head, "model.norm.weight": torch.ones(hidden)}
+    weights |= {f"{prefix}self_attn.{name}_proj.weight": zeros(hidden, hidden) for name in "qkvo"}
+    weights |= {f"{prefix}mlp.{name}_proj.weight": zeros(32, hidden) for name in ("gate", "up")}
+    weights[f"{prefix}mlp.down_proj.weight"] = zeros(hidden, 32)
+    weights |= {f"{prefix}{name}_layernorm.weight": torch.ones(hidden) for name in ("input", "post_attention")}
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({
+        "model_type": "llama", "vocab_size": size, "hidden_size": hidden, "intermediate_size": 32,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "torch_dtype": "float32",
+        "eos_token_id": tokenizer.token_to_id(end)}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "bos_token": added[0][0], "eos_token": end, "add_bos_token": False, "chat_template": template}))
+    return folder
+
+
+@pytest.fixture
+def saying(tmp_path: Path) -> Iterator[Callable[..., TestClient]]:
+    """`saying(added, chain, template, end)`: a client of a server whose model, "m", says what it is made to say."""
+    with ExitStack() as stack:
+        yield lambda *arguments: stack.enter_context(served({"m": saying_model(tmp_path / "m", *arguments)}))
 
 
 @contextmanager

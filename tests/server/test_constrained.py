@@ -14,17 +14,7 @@ from starlette.testclient import TestClient
 
 from torchchat_core.constraints import schema_grammar
 from torchchat_core.errors import TorchchatError
-from torchchat_core.tool_calls import (
-    GRANITE,
-    HERMES,
-    LLAMA3,
-    MISTRAL,
-    QWEN_XML,
-    ToolCall,
-    ToolCallReader,
-    forced_schema,
-    tool_form,
-)
+from torchchat_core.tool_schemas import forced_schema
 
 SCHEMA = {
     "type": "object", "required": ["name", "age", "tags"], "additionalProperties": False,
@@ -195,7 +185,7 @@ def test_schemas_with_names_and_anchors_of_their_own_are_kept_apart() -> None:
     inner = {"type": "object", "required": ["x"], "properties": {"x": {"$ref": "https://example.org/b"}}, "$defs": {
         "b": {"$id": "https://example.org/b", "$ref": "#/$defs/c", "$defs": {"c": {"type": "null"}}}}}
     functions = {"named": named, "again": named, "first": first, "second": second, "old": old, "inner": inner}
-    whole = forced_schema(HERMES, functions)
+    whole = forced_schema("arguments", functions)
     schema_grammar(whole)
     values = {"named": "s", "again": "s", "first": "s", "second": 1, "old": True, "inner": None}
     for name, right in values.items():
@@ -248,45 +238,6 @@ def test_a_model_without_tools_refuses_them(stories: TestClient) -> None:
     found = stories.post("/v1/chat/completions", json={
         "model": "stories", "messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS})
     assert (found.status_code, found.json()["error"]["param"]) == (400, "tools")
-
-
-CALLS = [ToolCall("weather", '{"city": "Rome"}'), ToolCall("time", "{}")]
-
-
-@pytest.mark.parametrize(("form", "text", "content", "calls"), [
-    (HERMES, 'Wait.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>\n<tool_call>'
-             '{"name": "time", "arguments": {}}</tool_call>', "Wait.\n", CALLS),
-    (MISTRAL, '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Rome"}}, {"name": "time"}]', "", CALLS),
-    (MISTRAL, '[TOOL_CALLS]weather[ARGS]{"city": "Rome"}[TOOL_CALLS]time[ARGS]{}', "", CALLS),
-    (LLAMA3, '{"name": "weather", "parameters": {"city": "Rome"}}; {"name": "time", "parameters": {}}', "", CALLS),
-    (LLAMA3, '<|python_tag|>{"name": "weather", "parameters": {"city": "Rome"}}', "", CALLS[:1]),
-    (GRANITE, '<|tool_call|>[{"name": "weather", "arguments": {"city": "Rome"}}]', "", CALLS[:1]),
-    (QWEN_XML, "<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n</function>\n</tool_call>", "",
-     CALLS[:1]),
-    (HERMES, "a < b, and <tool is no call", "a < b, and <tool is no call", []),
-    (HERMES, '<tool_call>{"name": "weather", "argum', '<tool_call>{"name": "weather", "argum', []),
-    (HERMES, '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>',
-     '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>', []),
-    (LLAMA3, 'It is {"name": "weather"}', 'It is {"name": "weather"}', []),
-    (LLAMA3, '{"just": "JSON"}', '{"just": "JSON"}', []),
-], ids=lambda value: getattr(value, "name", None) or str(value)[:20])
-@pytest.mark.parametrize("size", [1, 7, 1000])
-def test_calls_are_found_however_the_text_is_cut(form: Any, text: str, content: str, calls: list[ToolCall], size: int
-                                                 ) -> None:
-    reader = ToolCallReader(form, ["weather", "time"])
-    said = "".join(reader.push(text[start : start + size]) for start in range(0, len(text), size))
-    rest, found = reader.finish()
-    assert found == calls
-    assert said + rest == content
-
-
-@pytest.mark.parametrize(("file", "form"), [
-    ("Qwen-Qwen2.5-7B-Instruct", HERMES), ("meta-llama-Llama-3.1-8B-Instruct", LLAMA3),
-    ("meta-llama-Llama-3.2-3B-Instruct", LLAMA3), ("mistralai-Mistral-Nemo-Instruct-2407", MISTRAL),
-    ("google-gemma-2-2b-it", None), ("microsoft-Phi-3.5-mini-instruct", None),
-])
-def test_the_template_tells_the_form(testdata: Any, file: str, form: Any) -> None:
-    assert tool_form((testdata / "templates" / f"{file}.jinja").read_text()) is form
 
 
 def test_generate_takes_a_schema(torchchat: Callable[..., Any], chat_model: Any, tmp_path: Any) -> None:

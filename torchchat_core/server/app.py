@@ -28,13 +28,13 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.pipeline import ModelRequest
 from torchchat_core.plugins import Registry
 from torchchat_core.server import chat, completions, embeddings, responses, texts
+from torchchat_core.server.body import Body
 from torchchat_core.server.errors import ApiError, ClientGone, malformed, server_ends
 from torchchat_core.server.exchange import EventStream, Exchange, Service, json_response
 from torchchat_core.server.limits import Limits
 from torchchat_core.server.metrics import CONTENT_TYPE, Metrics
 from torchchat_core.server.openapi import document
 from torchchat_core.server.schemas import (
-    Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,

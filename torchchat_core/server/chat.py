@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.responses import Response
@@ -26,21 +25,19 @@ from torchchat_core.server.exchange import (
     new_id,
     usage,
 )
+from torchchat_core.server.messages import template_messages
 from torchchat_core.server.schemas import (
-    AssistantMessage,
     ChatRequest,
     JsonObjectChoice,
     JsonSchemaChoice,
     NamedTool,
-    SystemMessage,
     TextFormatChoice,
-    TextPart,
-    ToolMessage,
-    UserMessage,
 )
 from torchchat_core.specs import Tokenizer
 from torchchat_core.text_format import TextFormat
-from torchchat_core.tool_calls import ToolCall, ToolCallReader, ToolForm, forced_schema, read_forced, tool_form
+from torchchat_core.tool_calls import THINKING, ToolCall, ToolCallReader, ToolForm, opened_thinking, read_forced
+from torchchat_core.tool_profiles import ToolProfile, tool_profile
+from torchchat_core.tool_schemas import forced_schema
 
 
 @dataclass(frozen=True)
@@ -48,13 +45,16 @@ class ToolUse:
     """The functions that an answer may call, and how."""
 
     form: ToolForm
+    profile: ToolProfile
     tools: tuple[dict[str, Any], ...]  # as the template gets them
     forced: bool  # the answer has to be a call
     several: bool  # more than one call is welcome
+    thinking: str | None = None  # the mark with which the prompt opens the model's thinking
 
     @property
-    def names(self) -> list[str]:
-        return [tool["function"]["name"] for tool in self.tools]
+    def functions(self) -> dict[str, dict[str, Any] | None]:
+        """Names and schemas of arguments."""
+        return {tool["function"]["name"]: tool["function"].get("parameters") for tool in self.tools}
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Choice:
     logprobs: list[dict[str, Any]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self._reader = ToolCallReader(self.tools.form, self.tools.names) if self.tools and not self.tools.forced \
-            else None
+        self._reader = ToolCallReader(self.tools.form, self.tools.functions, self.tools.thinking) \
+            if self.tools and not self.tools.forced else None
         self._sent = 0  # characters of the text that `parts` gave
         self._logprobs_sent = 0
         self._told = False  # that it has ended
@@ -122,8 +122,9 @@ class Choice:
             self.text += rest
         if calls and self.tools and not self.tools.several:
             calls = calls[:1]
-        self.calls = [{"id": new_id("call_"), "type": "function",
-                       "function": {"name": call.name, "arguments": call.arguments}} for call in calls]
+        if self.tools:
+            self.calls = [{"id": self.tools.profile.new_id(), "type": "function",
+                           "function": {"name": call.name, "arguments": call.arguments}} for call in calls]
 
     @property
     def reason(self) -> str | None:
@@ -181,7 +182,9 @@ def make_plan(exchange: Exchange, body: ChatRequest) -> Plan:
     if tools and not tools.forced and not isinstance(body.response_format, TextFormatChoice | None):
         raise ApiError(400, "an answer that has to be JSON cannot call tools: leave out response_format or tools, or "
                             "set tool_choice to \"none\"", "response_format", "invalid_value")
-    prompt = chat_prompt(text_format, template_messages(body), tools, body.chat_template_kwargs or {})
+    prompt, thinking = chat_prompt(text_format, template_messages(body.messages, text_format.template), tools,
+                                   body.chat_template_kwargs or {})
+    tools = replace(tools, thinking=thinking) if tools else None
     exchange.check_prompt(prompt, "messages")
     options = exchange.options(
         body, body.max_completion_tokens or body.max_tokens, grammar=_grammar(body, tools, text_format),
@@ -192,8 +195,11 @@ def make_plan(exchange: Exchange, body: ChatRequest) -> Plan:
 
 
 def chat_prompt(text_format: TextFormat, messages: Sequence[Message], tools: ToolUse | None,
-                variables: Mapping[str, Any]) -> list[int]:
-    """Token ids. Raises `ApiError` 400 for messages that the model's template does not take."""
+                variables: Mapping[str, Any]) -> tuple[list[int], str | None]:
+    """Return token ids, and the mark with which they open the model's thinking, where they do.
+
+    Raises `ApiError` 400 for messages that the model's template does not take.
+    """
     if text_format.template is None and variables:
         raise ApiError(400, "the model has no chat template that could read them", "chat_template_kwargs",
                        "unsupported_parameter")
@@ -204,47 +210,12 @@ def chat_prompt(text_format: TextFormat, messages: Sequence[Message], tools: Too
         raise ApiError(400, "the model has no chat template, and so knows no tools", "messages")
     try:
         text, encode = render(text_format, messages, list(tools.tools) if tools else None, variables)
-        return encode(text + tools.form.opening if tools and tools.forced else text)
+        thinking = opened_thinking(text)
+        if tools and tools.forced:  # the call is the answer itself
+            text += (f"\n{THINKING[thinking]}\n\n" if thinking else "") + tools.form.opening
+        return encode(text), thinking
     except TorchchatError as error:
         raise refused(error, "messages") from None
-
-
-def template_messages(body: ChatRequest) -> list[Message]:
-    """The messages as chat templates take them: content as text, arguments of calls as objects."""
-    return [_template_message(message) for message in body.messages]
-
-
-def _template_message(message: SystemMessage | UserMessage | AssistantMessage | ToolMessage) -> Message:
-    found: Message = {"role": "system" if message.role == "developer" else message.role,
-                      "content": _text(message.content)}
-    if isinstance(message, ToolMessage):
-        return {**found, "tool_call_id": message.tool_call_id}
-    if message.name is not None:
-        found["name"] = message.name
-    if isinstance(message, AssistantMessage):
-        found["content"] = found["content"] or message.refusal or ""
-        if message.tool_calls:
-            found["tool_calls"] = [{"id": call.id, "type": "function", "function": {
-                "name": call.function.name, "arguments": _arguments(call.function.arguments)}}
-                for call in message.tool_calls]
-        elif message.content is None and message.refusal is None:
-            raise ApiError(400, "a message of the assistant has neither content nor tool_calls", "messages")
-    return found
-
-
-def _text(content: object) -> str:
-    if isinstance(content, list):
-        return "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
-    return str(content) if content is not None else ""
-
-
-def _arguments(text: str) -> object:
-    """An object where the text is one, which templates write in their own way; else the text."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return found if isinstance(found, dict) else text
 
 
 def tool_use(body: ChatRequest, text_format: TextFormat) -> ToolUse | None:
@@ -256,8 +227,8 @@ def tool_use(body: ChatRequest, text_format: TextFormat) -> ToolUse | None:
         return None
     if choice == "none":
         return None
-    template = text_format.template
-    form = tool_form(template.source + (template.tool_source or "")) if template is not None else None
+    profile = tool_profile(text_format.template)
+    form = profile.form
     if form is None:
         raise ApiError(400, "the model's chat template knows no tools in a form that is known here", "tools",
                        "unsupported_parameter")
@@ -271,14 +242,13 @@ def tool_use(body: ChatRequest, text_format: TextFormat) -> ToolUse | None:
             raise ApiError(400, f"tool_choice names {choice.function.name!r}, which is none of the tools",
                            "tool_choice", "invalid_value")
         tools = named
-    return ToolUse(form, tools, forced=choice != "auto", several=body.parallel_tool_calls is not False)
+    return ToolUse(form, profile, tools, forced=choice != "auto", several=body.parallel_tool_calls is not False)
 
 
 def _grammar(body: ChatRequest, tools: ToolUse | None, text_format: TextFormat) -> Grammar | None:
     """What the answer has to be like. Raises `ApiError` 400 for a schema that cannot be enforced."""
     if tools and tools.forced:
-        functions = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools.tools}
-        return checked_grammar(forced_schema(tools.form, functions), text_format, "tools")
+        return checked_grammar(forced_schema(tools.form.arguments, tools.functions), text_format, "tools")
     if isinstance(body.response_format, JsonObjectChoice):
         return checked_grammar({"type": "object"}, text_format, "response_format")
     if isinstance(body.response_format, JsonSchemaChoice):

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from torchchat_core import __version__
-from torchchat_core.server.schemas import Body
+from torchchat_core.server.body import Body
 
 REFERENCE = "#/components/schemas/{model}"
 ERROR = {"type": "object", "required": ["error"], "properties": {"error": {

@@ -13,28 +13,30 @@ from torchchat_core.server.chat import Choice, make_plan
 from torchchat_core.server.engine import Answers
 from torchchat_core.server.errors import ApiError
 from torchchat_core.server.exchange import Exchange, generated_tokens, json_response, json_text, new_id
-from torchchat_core.server.schemas import (
+from torchchat_core.server.history import (
     AssistantMessage,
-    ChatRequest,
-    Function,
     FunctionCall,
     InputFunctionCall,
     InputFunctionOutput,
     InputMessage,
     InputText,
-    JsonSchemaChoice,
     MessageToolCall,
+    SystemMessage,
+    TextPart,
+    ToolMessage,
+    UserMessage,
+)
+from torchchat_core.server.schemas import (
+    ChatRequest,
+    Function,
+    JsonSchemaChoice,
     NamedFunction,
     NamedTool,
     ResponseJsonSchema,
     ResponseNamedTool,
     ResponsesRequest,
     SchemaDescription,
-    SystemMessage,
-    TextPart,
     Tool,
-    ToolMessage,
-    UserMessage,
 )
 
 Messages = list[SystemMessage | UserMessage | AssistantMessage | ToolMessage]

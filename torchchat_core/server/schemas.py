@@ -1,46 +1,23 @@
 """The bodies of requests. What stands here is honoured; fields of type `None` alone are known and refused.
 
-Everything else is refused as unknown. Types and ranges are those of OpenAI's published interface.
+Other fields of a request are refused as unknown; those of messages are accepted (`history`). Types and ranges are those
+of OpenAI's published interface.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field
+
+from torchchat_core.server.body import MOST_ITEMS, Body, FunctionName, JsonObject, Text
+from torchchat_core.server.history import InputItem, Message
 
 LARGEST_COUNT = 1 << 31
 MOST_CHOICES = 128
 
 MOST_BIASES = 1024
-MOST_ITEMS = 16384  # messages, or items of one
 MOST_TOKENS = 1 << 20  # of a prompt
-
-
-def _sendable(value: dict[str, Any]) -> dict[str, Any]:
-    """JSON can say 1e999, and no answer can: such a number is refused, as are integers beyond any float."""
-    rest: list[Any] = [value]
-    while rest:
-        each = rest.pop()
-        if isinstance(each, dict):
-            rest += each.values()
-        elif isinstance(each, list):
-            rest += each
-        elif isinstance(each, float) and not math.isfinite(each):
-            raise ValueError("a number is not finite")
-        elif isinstance(each, int) and each.bit_length() > 1024:
-            raise ValueError("a number is too large")
-    return value
 
 
 def _small(value: Any) -> Any:
@@ -50,8 +27,6 @@ def _small(value: Any) -> Any:
     return value
 
 
-JsonObject = Annotated[dict[str, Any], AfterValidator(_sendable)]
-Text = Annotated[str, Field(max_length=1 << 23)]
 Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 TokenId = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 TokenText = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
@@ -62,24 +37,6 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 Stop = StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None
-FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-
-
-class Body(BaseModel):
-    """Strict: nothing is converted, and no field is ignored."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(),
-                              hide_input_in_errors=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_unknown_field(cls, value: Any) -> Any:
-        """One is refused as well as any number of them, each of which would cost an error of its own."""
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        if not isinstance(value, dict) or len(value) <= len(known):
-            return value
-        unknown = next(key for key in value if key not in known)
-        return {key: value[key] for key in value if key in known or key == unknown}
 
 
 class Sampling(Body):
@@ -100,66 +57,6 @@ class Sampling(Body):
 class StreamOptions(Body):
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
-
-
-# ---- messages -----------------------------------------------------------------------------------------------------
-
-
-class TextPart(Body):
-    type: Literal["text"]
-    text: Text
-
-
-class RefusalPart(Body):
-    type: Literal["refusal"]
-    refusal: Text
-
-
-class FunctionCall(Body):
-    name: FunctionName
-    arguments: Text
-
-
-class MessageToolCall(Body):
-    id: Annotated[str, Field(max_length=200)]
-    type: Literal["function"]
-    function: FunctionCall
-
-
-Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)]
-
-
-class SystemMessage(Body):
-    role: Literal["system", "developer"]
-    content: Content
-    name: str | None = None
-
-
-class UserMessage(Body):
-    role: Literal["user"]
-    content: Content
-    name: str | None = None
-
-
-class AssistantMessage(Body):
-    role: Literal["assistant"]
-    content: Text | Annotated[list[TextPart | RefusalPart],
-                              Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)] | None = None
-    refusal: Text | None = None
-    name: str | None = None
-    tool_calls: Annotated[list[MessageToolCall], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
-    annotations: Annotated[list[Any], Field(max_length=0, fail_fast=True)] | None = None  # as answers have them
-    audio: None = None
-    function_call: None = None
-
-
-class ToolMessage(Body):
-    role: Literal["tool"]
-    content: Content
-    tool_call_id: Annotated[str, Field(max_length=200)]
-
-
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
 # ---- tools and formats --------------------------------------------------------------------------------------------
@@ -300,50 +197,6 @@ class DetokenizeRequest(Body):
 
 
 # ---- responses ----------------------------------------------------------------------------------------------------
-
-
-class InputText(Body):
-    type: Literal["input_text", "output_text", "text"]
-    text: Text
-    annotations: Annotated[list[Any], Field(max_length=0, fail_fast=True)] | None = None
-    logprobs: Annotated[list[Any], Field(max_length=0, fail_fast=True)] | None = None
-
-
-class InputMessage(Body):
-    type: Literal["message"] = "message"
-    role: Literal["user", "assistant", "system", "developer"]
-    content: Text | Annotated[list[InputText], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)]
-    id: str | None = None
-    status: str | None = None
-    phase: None = None
-
-
-class InputFunctionCall(Body):
-    type: Literal["function_call"]
-    call_id: Annotated[str, Field(max_length=200)]
-    name: FunctionName
-    arguments: Text
-    id: str | None = None
-    status: str | None = None
-    namespace: None = None
-
-
-class InputFunctionOutput(Body):
-    type: Literal["function_call_output"]
-    call_id: Annotated[str, Field(max_length=200)]
-    output: Text | Annotated[list[InputText], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)]
-    id: str | None = None
-    status: str | None = None
-
-
-def _item_type(value: Any) -> Any:
-    """A message need not say that it is one."""
-    return value.get("type", "message") if isinstance(value, dict) else getattr(value, "type", "message")
-
-
-InputItem = Annotated[
-    Annotated[InputMessage, Tag("message")] | Annotated[InputFunctionCall, Tag("function_call")]
-    | Annotated[InputFunctionOutput, Tag("function_call_output")], Discriminator(_item_type)]
 
 
 class ResponseTool(Body):

@@ -7,9 +7,10 @@ import asyncio
 from starlette.responses import Response
 
 from torchchat_core.conversation import encode_plain
-from torchchat_core.server.chat import chat_prompt, template_messages, tool_use
+from torchchat_core.server.chat import chat_prompt, tool_use
 from torchchat_core.server.errors import ApiError
 from torchchat_core.server.exchange import Exchange, json_response
+from torchchat_core.server.messages import template_messages
 from torchchat_core.server.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
 
 
@@ -25,7 +26,8 @@ def _tokens(exchange: Exchange, body: TokenizeRequest) -> list[int]:
         raise ApiError(400, "give either prompt or messages", "prompt", "invalid_value")
     if body.messages is not None:
         chat = ChatRequest(model=exchange.model, messages=body.messages, tools=body.tools)
-        return chat_prompt(text_format, template_messages(chat), tool_use(chat, text_format), {})
+        messages = template_messages(chat.messages, text_format.template)
+        return chat_prompt(text_format, messages, tool_use(chat, text_format), {})[0]
     if body.tools is not None:
         raise ApiError(400, "tools need messages", "tools", "invalid_value")
     text = body.prompt or ""

@@ -1,0 +1,139 @@
+"""JSON Schemas of the arguments of functions: of a whole call, and of the values that are written without JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import quote
+
+from torchchat_core.json_schemas import LITERAL_KEYS, NAMED_KEYS
+
+KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object",
+         type(None): "null"}
+SPELLINGS = {"True": True, "False": False, "None": None}  # Python's, which templates and models mix in
+DEEPEST = 8  # references that are followed
+
+
+def forced_schema(key: str, functions: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
+    """Return the JSON Schema of one call of one of the functions.
+
+    `key` is that of the arguments; `functions` maps names to schemas of arguments. Each of them is a definition of
+    the whole, to which its own references lead: "#/$defs/a" becomes "#/$defs/call0/$defs/a".
+    """
+    names = {name: f"call{index}" for index, name in enumerate(functions)}  # pointers need no escapes then
+    arguments = {names[name]: _moved(schema, f"#/$defs/{names[name]}") if schema else {"type": "object"}
+                 for name, schema in functions.items()}
+    calls = [{"type": "object", "properties": {"name": {"const": name},
+                                               key: {"$ref": f"#/$defs/{names[name]}"}},
+              "required": ["name", key], "additionalProperties": False} for name in functions]
+    return {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), "$defs": arguments}
+
+
+def _moved(schema: Mapping[str, Any], root: str) -> Any:
+    """A schema whose references to itself lead to another root: pointers, anchors, and those that begin with its $id.
+
+    It has neither $id nor anchors then, which two schemas could have in common. What lies within another $id is a
+    document of its own, and stays as it is.
+    """
+    own = schema.get("$id")
+    targets = {f"#{name}": place for name, place in _anchors(schema, root)}
+
+    def reference(target: str) -> str:
+        if isinstance(own, str) and own.partition("#")[0] and target.partition("#")[0] == own.partition("#")[0]:
+            target = "#" + target.partition("#")[2]
+        if target == "#" or target.startswith("#/"):
+            return root + target[1:]
+        return targets.get(target, target)
+
+    def moved(part: Any, outermost: bool = False) -> Any:
+        if isinstance(part, list):
+            return [moved(each) for each in part]
+        if not isinstance(part, Mapping) or (_is_document(part) and not outermost):
+            return part
+        found: dict[str, Any] = {}
+        for key, value in part.items():
+            if key == "$ref" and isinstance(value, str):
+                found[key] = reference(value)
+            elif key in NAMED_KEYS and isinstance(value, Mapping):
+                found[key] = {name: moved(inner) for name, inner in value.items()}
+            elif key not in ("$id", "$anchor"):
+                found[key] = value if key in LITERAL_KEYS else moved(value)
+        return found
+
+    return moved(schema, outermost=True)
+
+
+def _is_document(schema: Mapping[str, Any]) -> bool:
+    """Whether it has a name of its own; "#name", as older drafts have it, is an anchor."""
+    name = schema.get("$id")
+    return isinstance(name, str) and not name.startswith("#")
+
+
+def _anchors(schema: Any, place: str, outermost: bool = True) -> Iterator[tuple[str, str]]:
+    """The anchors of a document, each with the pointer to where it stands."""
+    if isinstance(schema, list):
+        for index, each in enumerate(schema):
+            yield from _anchors(each, f"{place}/{index}", outermost=False)
+    elif isinstance(schema, Mapping) and (outermost or not _is_document(schema)):
+        anchor, old_anchor = schema.get("$anchor"), schema.get("$id")
+        if isinstance(anchor, str):
+            yield anchor, place
+        if isinstance(old_anchor, str) and old_anchor.startswith("#"):
+            yield old_anchor[1:], place
+        for key, value in schema.items():
+            if key in NAMED_KEYS and isinstance(value, Mapping):
+                for name, inner in value.items():
+                    step = quote(name.replace("~", "~0").replace("/", "~1"))
+                    yield from _anchors(inner, f"{place}/{key}/{step}", outermost=False)
+            elif key not in LITERAL_KEYS:
+                yield from _anchors(value, f"{place}/{quote(key)}", outermost=False)
+
+
+def typed_value(text: str, name: str, schema: Mapping[str, Any]) -> Any:
+    """Return the value of the argument `name`, which a model wrote as `text`, as `schema` (of all arguments) has it.
+
+    A text stays one where the schema permits strings and `text` is of no other kind that it permits. Without a word
+    about kinds, JSON is read as such.
+    """
+    properties = schema.get("properties")
+    kinds = value_kinds(properties.get(name) if isinstance(properties, Mapping) else None, schema)
+    try:
+        value = SPELLINGS[text] if kinds is not None and text in SPELLINGS else json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    if kinds is None:
+        return value
+    kind = KINDS[type(value)]
+    return value if kind != "string" and (kind in kinds or (kind == "integer" and "number" in kinds) or
+                                          "string" not in kinds) else text
+
+
+def value_kinds(schema: object, root: Mapping[str, Any], depth: int = 0) -> frozenset[str] | None:
+    """Return the kinds of JSON values that a part of the schema `root` permits, or None where it does not say."""
+    if not isinstance(schema, Mapping) or depth > DEEPEST:
+        return None
+    kinds = schema.get("type")
+    if isinstance(kinds, str):
+        return frozenset([kinds])
+    if isinstance(kinds, list):
+        return frozenset(kind for kind in kinds if isinstance(kind, str))
+    if isinstance(schema.get("$ref"), str):
+        return value_kinds(_target(schema["$ref"], root), root, depth + 1)
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(values, list):
+        return frozenset(KINDS[type(value)] for value in values)
+    alternatives = schema.get("anyOf", schema.get("oneOf"))
+    if isinstance(alternatives, list):
+        found = [value_kinds(each, root, depth + 1) for each in alternatives]
+        return None if None in found else frozenset().union(*(kinds for kinds in found if kinds is not None))
+    return None
+
+
+def _target(reference: str, root: Mapping[str, Any]) -> object:
+    """Return the part of a schema to which "#/$defs/NAME" leads, or None for references of other forms."""
+    for key in ("$defs", "definitions"):
+        named = root.get(key)
+        if reference.startswith(f"#/{key}/") and isinstance(named, Mapping):
+            return named.get(reference.removeprefix(f"#/{key}/"))
+    return None
