@@ -90,6 +90,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exit, so that half-written files go
     debug = "--debug" in given
     given = [word for word in given if word != "--debug"]
+    if debug:
+        import logging  # costs the other commands some milliseconds
+
+        logging.getLogger("torchchat").setLevel(logging.DEBUG)
     try:
         sys.exit(_run(given))
     except KeyboardInterrupt:

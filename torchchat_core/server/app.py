@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import re
 import secrets
 import time
@@ -29,11 +28,13 @@ from torchchat_core.pipeline import ModelRequest
 from torchchat_core.plugins import Registry
 from torchchat_core.server import chat, completions, embeddings, responses, texts
 from torchchat_core.server.body import Body
-from torchchat_core.server.errors import ApiError, ClientGone, malformed, server_ends
+from torchchat_core.server.errors import STOPPING, ApiError, ClientGone, malformed, server_ends
 from torchchat_core.server.exchange import EventStream, Exchange, Service, json_response
 from torchchat_core.server.limits import Limits
+from torchchat_core.server.logs import log_failure
 from torchchat_core.server.metrics import CONTENT_TYPE, Metrics
 from torchchat_core.server.openapi import document
+from torchchat_core.server.request_ids import HEADER, SCOPE_KEY, RequestIds
 from torchchat_core.server.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -48,6 +49,7 @@ Checked = TypeVar("Checked", bound=Body)
 Answer = Callable[[Exchange, Any], Awaitable[Response]]
 Handle = Callable[[Request], Awaitable[Response]]
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+DECIDING = (b"authorization", b"content-type", b"content-length", b"transfer-encoding", b"host", b"origin")
 OPEN_PATHS = ("/health",)  # that need no API key
 BODY_SECONDS = 60.0  # that a client has for sending its request
 MOST_DISCARDED = 1 << 28  # bytes of a body that is too large: read to its end, so that its sender hears why
@@ -59,7 +61,6 @@ ENDPOINTS: Mapping[str, tuple[type[Body], Answer]] = {
     "/tokenize": (TokenizeRequest, texts.tokenize),
     "/detokenize": (DetokenizeRequest, texts.detokenize),
 }
-log = logging.getLogger("torchchat.server")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,8 @@ def make_app(options: ServerOptions, registry: Registry) -> Starlette:
                              origins=options.origins if options.local else ["*"])]
     if options.origins:
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(options.origins), allow_methods=["*"],
-                                        allow_headers=["*"]))
+                                        allow_headers=["*"], expose_headers=[HEADER]))
+    middleware.insert(0, Middleware(RequestIds))
     return Starlette(routes=routes, lifespan=lifespan, middleware=middleware,
                      exception_handlers={ApiError: _api_error, HTTPException: _http_error})
 
@@ -141,7 +143,10 @@ class Guard:
             await send(message)
 
         try:
-            if not self._welcomes(scope):
+            if fault := ambiguous_head(scope["headers"]):
+                error = ApiError(400, fault)
+                await json_response(error.body, 400, {"connection": "close"})(scope, receive, noted)
+            elif not self._welcomes(scope):
                 error = ApiError(403, "this server is for this machine alone: Host has to be localhost, 127.0.0.1 or "
                                       "[::1], and a web page's Origin too; --allow-origin ORIGIN permits another one",
                                  code="origin_refused")
@@ -158,11 +163,13 @@ class Guard:
         except asyncio.CancelledError:  # by uvicorn, when the time of grace is over: this task ends here in any case
             if status == 499:
                 await json_response(server_ends().body, 503)(scope, receive, noted)
-        except Exception:
-            log.exception("a request failed")
+        except BaseException as error:  # panics of Rust libraries are no `Exception`
+            if isinstance(error, STOPPING):
+                raise
+            log_failure(f"request {scope.get(SCOPE_KEY)} failed", error)
             if status == 499:
-                error = ApiError(500, "the server failed; its log says more")
-                await json_response(error.body, 500)(scope, receive, noted)
+                answer = ApiError(500, "the server failed; its log says more")
+                await json_response(answer.body, 500)(scope, receive, noted)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             scope["app"].state.service.metrics.observe_request(path, status, time.monotonic() - started)
@@ -182,6 +189,17 @@ class Guard:
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         kind, _, key = given.partition(b" ")
         return kind.lower() == b"bearer" and secrets.compare_digest(key.strip(), self._api_key.encode())
+
+
+def ambiguous_head(headers: Sequence[tuple[bytes, bytes]]) -> str | None:
+    """Return what is wrong with headers that two programs may read in two ways; None where nothing is."""
+    names = [name for name, _ in headers]
+    for name in DECIDING:
+        if names.count(name) > 1:
+            return f"the header {name.decode()} is there more than once; send it once"
+    if b"content-length" in names and b"transfer-encoding" in names:
+        return "the headers content-length and transfer-encoding exclude each other; send one of them"
+    return None
 
 
 def _answered_by(handle: Handle) -> ASGIApp:
@@ -263,7 +281,8 @@ def _content(body: bytes) -> object:
 
 
 def _told(error: ApiError) -> Response:
-    return json_response(error.body, error.status, {"retry-after": "1"} if error.status == 429 else None)
+    headers = {429: {"retry-after": "1"}, 408: {"connection": "close"}}.get(error.status)
+    return json_response(error.body, error.status, headers)
 
 
 async def _api_error(_request: Request, error: Exception) -> Response:

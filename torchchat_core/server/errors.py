@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torchchat_core.errors import TorchchatError
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error",
          503: "server_error", 504: "timeout_error"}
 SURROGATE = re.compile("[\ud800-\udfff]")
+STOPPING = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit)  # that are no faults
 UNKNOWN_FIELD = "extra_forbidden"
 UNSUPPORTED = "none_required"  # of fields that are declared as null alone
 

@@ -12,6 +12,8 @@ import uvicorn
 from starlette.applications import Starlette
 
 from torchchat_core.errors import TorchchatError
+from torchchat_core.server.logs import own_words
+from torchchat_core.server.protocol import Protocol
 
 
 class Server(uvicorn.Server):
@@ -44,14 +46,20 @@ def run(app: Starlette, host: str, port: int, grace: float, announce: Callable[[
     listener = listener or listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}"
-    # uvicorn's other reader of HTTP, httptools, takes headers without end, and would be chosen where it is installed.
-    config = uvicorn.Config(app, http="h11", log_level="warning", access_log=False, lifespan="on", server_header=False,
-                            timeout_graceful_shutdown=math.ceil(grace))
-    Server(config, app, lambda: announce(address)).run(sockets=[listener])
+    with own_words():
+        make_server(app, grace, lambda: announce(address)).run(sockets=[listener])
     failure: TorchchatError | None = app.state.failure
     if failure is not None:
         raise failure
     return 0
+
+
+def make_server(app: Starlette, grace: float, announce: Callable[[], None]) -> Server:
+    """Return a server that is to be run. `announce` is called when it takes requests."""
+    # uvicorn's other readers of HTTP take headers without end, and would be chosen where they are installed.
+    config = uvicorn.Config(app, http=Protocol, log_config=None, log_level="warning", access_log=False, lifespan="on",
+                            server_header=False, timeout_graceful_shutdown=math.ceil(grace))
+    return Server(config, app, announce)
 
 
 def listen(host: str, port: int) -> socket.socket:

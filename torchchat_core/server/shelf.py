@@ -13,7 +13,7 @@ from torchchat_core.errors import TorchchatError, did_you_mean
 from torchchat_core.pipeline import ModelRequest, fetch_files
 from torchchat_core.plugins import Registry
 from torchchat_core.server.engine import Engine
-from torchchat_core.server.errors import ApiError
+from torchchat_core.server.errors import STOPPING, ApiError
 from torchchat_core.server.limits import Limits
 from torchchat_core.server.metrics import Metrics
 
@@ -150,13 +150,12 @@ class Shelf:
         engine = Engine(entry.request, self._registry, self._limits, self._metrics)
         try:
             await engine.ready()
-        except Exception as error:
+        except BaseException as error:  # panics of Rust libraries are no `Exception`
             await engine.close()
+            if isinstance(error, STOPPING):
+                raise
             raise ApiError(503, f"the model {entry.name!r} cannot be loaded: {error or type(error).__name__}"
                            ) from error
-        except BaseException:  # the server ends
-            await engine.close()
-            raise
         return engine
 
     async def _make_room(self, entry: Entry) -> int:

@@ -1,0 +1,68 @@
+"""What the server says on standard error: its own sentences, in place of those of the libraries that it uses."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+import traceback
+from collections.abc import Iterator
+
+OURS = logging.getLogger("torchchat.server")
+THEIRS = ("uvicorn", "asyncio")
+CANCELLED = "Cancel %s running task(s)"  # how uvicorn's message begins when the time of grace is over
+
+
+def log_failure(what: str, error: BaseException) -> None:
+    """Log a fault in one line: what failed, why and where. With `--debug`, its traceback follows."""
+    OURS.error("%s", _line(what, error), exc_info=error if _debugging() else None)
+
+
+@contextlib.contextmanager
+def own_words() -> Iterator[None]:
+    """Have everything that is logged in the block written to standard error in the server's words."""
+    ours, theirs = logging.StreamHandler(), _Translator()
+    ours.setFormatter(logging.Formatter("error: %(message)s"))
+    before = {name: (logging.getLogger(name).handlers[:], logging.getLogger(name).propagate)
+              for name in (OURS.name, *THEIRS)}
+    for name in before:
+        logging.getLogger(name).handlers[:] = [ours if name == OURS.name else theirs]
+        logging.getLogger(name).propagate = False
+    try:
+        yield
+    finally:
+        for name, (handlers, propagates) in before.items():
+            logging.getLogger(name).handlers[:] = handlers
+            logging.getLogger(name).propagate = propagates
+
+
+class _Translator(logging.Handler):
+    """Takes records of other libraries. With `--debug` they appear as they are too."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if _debugging():
+            sys.stderr.write(f"debug: {record.name}: {self.format(record)}\n")
+            return
+        error = record.exc_info[1] if record.exc_info else None
+        if record.levelno < logging.ERROR or isinstance(error, asyncio.CancelledError):
+            return  # a client's malformed request is answered, and costs no line
+        words = str(record.msg)
+        if words.startswith(CANCELLED):
+            OURS.error("the time of grace is over: %s requests were ended before their answer", record.args[0]
+                       if isinstance(record.args, tuple) and record.args else "some")
+        elif error is not None:
+            OURS.error("%s", _line("a request failed", error))
+        elif not words.startswith(("Traceback", "ASGI callable")):  # of cancelled tasks; of clients that left
+            OURS.error("the HTTP server failed; --debug shows why")
+
+
+def _line(what: str, error: BaseException) -> str:
+    words = " ".join(str(error).split())[:200]
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {frames[-1].filename.rpartition('/site-packages/')[2]}:{frames[-1].lineno}" if frames else ""
+    return f"{what}: {type(error).__name__}{': ' if words else ''}{words}{place}; --debug shows the traceback"
+
+
+def _debugging() -> bool:
+    return logging.getLogger("torchchat").isEnabledFor(logging.DEBUG)
