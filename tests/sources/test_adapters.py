@@ -129,6 +129,13 @@ def test_whole_weights_replace_those_of_the_model(tmp_path: Path) -> None:
         assert torch.equal(merged.tensor(name), value)
 
 
+def test_a_whole_weight_that_peft_writes_under_three_names_is_the_trained_one(tmp_path: Path) -> None:
+    trained = torch.randn(96, 32)
+    write_adapter(tmp_path, {"lm_head.weight": trained, "lm_head.modules_to_save.weight": trained.clone(),
+                             "lm_head.original_module.weight": torch.randn(96, 32)})
+    assert torch.equal(with_adapter(ModelCheckpoint(tiny_config()), tmp_path).tensor(HEAD), trained)
+
+
 def test_biases_are_replaced_and_added_to_where_the_model_has_them(tmp_path: Path) -> None:
     base = ModelCheckpoint(tiny_config(attention_bias=True))
     bias, addition = torch.randn(32), torch.randn(16)
@@ -303,7 +310,14 @@ def test_settings_that_cannot_be_merged_are_named(settings: dict[str, Any], mess
     (pair("model.norm", 32, 32), "matrices for 'model.norm.weight', which is none"),
     (pair("model.embed_tokens", 32, 96, a="lora_embedding_A", b="lora_embedding_B") | dora("model.embed_tokens"),
      "by DoRA"),
-    ({HEAD: torch.ones(97, 32)}, "for 'lm_head.weight' has the shape [97, 32]"),
+    ({HEAD: torch.ones(97, 32)}, "lm_head.weight is for 97 tokens, but the model has 96"),
+    ({HEAD: torch.ones(96, 31)}, "for 'lm_head.weight' has the shape [96, 31]"),
+    ({f"{name}{part}.weight": torch.full((101, 32), 2.0)  # as PEFT writes resized embeddings that were trained
+      for name in ("lm_head", "model.embed_tokens") for part in ("", ".modules_to_save", ".original_module")},
+     "model.embed_tokens.weight is for 101 tokens, but the model has 96"),
+    (pair("model.embed_tokens", 32, 99, a="lora_embedding_A", b="lora_embedding_B"), "is for 99 tokens"),
+    (pair("lm_head", 95, 32), "lm_head.weight is for 95 tokens"),
+    ({HEAD: torch.ones(96, 32), "lm_head.modules_to_save.weight": torch.zeros(96, 32)}, "twice, under two names"),
     ({}, "holds no weights"),
 ])
 def test_weights_that_do_not_fit_are_named(weights: dict[str, Tensor], message: str, tmp_path: Path) -> None:

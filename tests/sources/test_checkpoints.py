@@ -276,8 +276,9 @@ def test_an_index_that_names_a_missing_shard_is_told(folder: Path) -> None:
     ("{", "is not JSON"),
     ("[" * 100_000, "is not JSON"),
     ("[]", "it has to be an object"),
-    (json.dumps({**SIZES, "model_type": "lama"}), "unknown architecture 'lama'.*did you mean llama"),
-    (json.dumps({**SIZES, "model_type": None}), "unknown architecture None"),
+    (json.dumps({**SIZES, "model_type": "lama"}), "unknown architecture 'lama'.*known are llama, "),
+    (json.dumps({**SIZES, "model_type": None}), "names no architecture"),
+    (json.dumps({**SIZES, "model_type": ["llama"]}), "unknown architecture .'llama'."),
     (json.dumps({**SIZES, "hidden_size": "big"}), "hidden_size is 'big'"),
     (json.dumps({**SIZES, "num_hidden_layers": 10**9}), "num_layers is 1000000000"),
     (json.dumps({**SIZES, "vocab_size": -5}), "vocab_size is -5"),
@@ -306,6 +307,74 @@ def test_a_wrong_config_is_told(folder: Path, content: str, message: str) -> Non
     (folder / "config.json").write_text(content)
     with pytest.raises(TorchchatError, match=message):
         logits(folder)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "qwen2_moe", "mixtral", "bert"])
+def test_a_refused_architecture_is_named_whatever_its_tensors_are_called(folder: Path, model_type: str) -> None:
+    save_file({"transformer.wte.weight": torch.ones(4, 4), "layers.0.scale": torch.ones(4)},
+              folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "n_embd": 4}))
+    with pytest.raises(TorchchatError, match=f"unknown architecture '{model_type}'") as caught:
+        logits(folder)
+    assert "did you mean" not in str(caught.value)
+
+
+QUANTIZED = {
+    "FP8": ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, {"weight_scale_inv": 1}),
+    "GPTQ": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, {"qweight": 4, "qzeros": 1, "weight": 0}),
+    "AWQ": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, {"qweight": 4, "scales": 1, "weight": 0}),
+    "bitsandbytes": ({"quantization_config": {"quant_method": "bitsandbytes"}},
+                     {"weight.absmax": 1, "weight.quant_state.bitsandbytes__nf4": 1}),
+    "MLX": ({"quantization": {"group_size": 64, "bits": 4}, "quantization_config": {"group_size": 64, "bits": 4}},
+            {"scales": 1, "biases": 1, "weight": 4}),
+    "compressed-tensors": ({"compression_config": {"format": "pack-quantized"}}, {"weight_packed": 4, "weight": 0}),
+    "'never_heard_of'": ({"quantization_config": {"quant_method": "never_heard_of"}}, {"code_book": 3}),
+    "a method that it does not name": ({"quantization_config": True}, {"weight_scale": 1}),
+}
+
+
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_weights_that_another_program_quantized_are_named_by_its_method(
+        method: str, folder: Path, state: dict[str, torch.Tensor]) -> None:
+    fields, parts = QUANTIZED[method]
+    layer = "model.layers.0.mlp.up_proj"
+    changed = {f"{layer}.{part}": torch.ones(48, width, dtype=torch.int32) for part, width in parts.items() if width}
+    dropped = {f"{layer}.{part}" for part, width in parts.items() if not width}
+    save_file({name: tensor for name, tensor in {**state, **changed}.items() if name not in dropped},
+              folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**SIZES, **fields}))
+    message = message_of(lambda: logits(folder))
+    assert f"quantized by {method}, as config.json says" in message
+    assert "GGUF" in message
+
+
+def test_plain_weights_are_read_though_config_json_names_a_quantization_method(
+        folder: Path, expected: torch.Tensor) -> None:
+    (folder / "config.json").write_text(json.dumps({**SIZES, "quantization_config": {"quant_method": "fp8"}}))
+    assert torch.equal(logits(folder), expected)
+
+
+@pytest.mark.parametrize("kind", ["F4", "F6_E2M3", "F6_E3M2"])
+def test_a_safetensors_type_that_pytorch_cannot_convert_is_named(
+        kind: str, folder: Path, state: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(state, folder / "model.safetensors")
+    raw = (folder / "model.safetensors").read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    begin = header[name]["data_offsets"][0]
+    tail = 48 * 32 * (4 if kind == "F4" else 6) // 8
+    moved = header[name]["data_offsets"][1] - begin - tail
+    header[name] = {"dtype": kind, "shape": [48, 32], "data_offsets": [begin, begin + tail]}
+    for other, entry in header.items():
+        if other != "__metadata__" and entry["data_offsets"][0] > begin:
+            entry["data_offsets"] = [offset - moved for offset in entry["data_offsets"]]
+    data = raw[8 + size :]
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text + data[: begin + tail] + data[begin + tail + moved :])
+    message = message_of(lambda: logits(folder))
+    assert f"cannot read the tensor '{name}' of model.safetensors" in message
 
 
 def test_shards_that_do_not_belong_together_are_told(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:

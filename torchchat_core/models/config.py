@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torchchat_core.errors import TorchchatError, did_you_mean, quoted
+from torchchat_core.errors import TorchchatError, quoted
 
 MAXIMUM_LAYERS = 1024
 MAXIMUM_SIZE = 1 << 22  # of any dimension: larger ones are a damaged or hostile file
+OTHER_MODEL = "choose a model of one of these architectures: torchchat list"
 STRETCHING = ("linear", "yarn")  # kinds of rope scaling whose factor multiplies the context
 
 
@@ -132,12 +133,9 @@ def config_from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
 
     Raises `TorchchatError` for an architecture that torchchat does not know, or a field that is missing or wrong.
     """
-    model_type = raw.get("model_type")
-    adapt = ARCHITECTURES.get(str(model_type))
-    if adapt is None:
-        known = ", ".join(ARCHITECTURES)
-        hint = did_you_mean(str(model_type), ARCHITECTURES)
-        raise TorchchatError(f"unknown architecture {model_type!r}; known are {known}", hint)
+    refuse_unknown_architecture(raw)
+    model_type = raw["model_type"]
+    adapt = ARCHITECTURES[model_type]
     activation = raw.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise TorchchatError(f"hidden_act is {activation!r}; torchchat's transformer has silu alone")
@@ -163,6 +161,18 @@ def config_from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
         "tied_embeddings": _boolean(raw, "tie_word_embeddings"),
     }
     return ModelConfig(**{**common, **adapt(raw)})
+
+
+def refuse_unknown_architecture(raw: Mapping[str, Any]) -> None:
+    """Raises `TorchchatError`, which names the model_type, for a config.json of an architecture not in the list."""
+    model_type = raw.get("model_type")
+    if isinstance(model_type, str) and model_type in ARCHITECTURES:
+        return
+    known = f"known are {', '.join(ARCHITECTURES)}"
+    if model_type is None:
+        raise TorchchatError(f"config.json names no architecture (\"model_type\"); {known}", OTHER_MODEL)
+    raise TorchchatError(f"unknown architecture {quoted(model_type)} (\"model_type\" in config.json); {known}",
+                         OTHER_MODEL)
 
 
 def stretched_context(positions: int, scaling: RopeScaling | None) -> int:

@@ -26,6 +26,7 @@ from torchchat_core.specs import Checkpoint, PackedTensor
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+UNCHANGED = (".original_module.weight", ".original_module.bias")
 DEFAULT_NAME = re.compile(r"\.default(?=\.|$)")  # of an adapter, inside the names of a state_dict
 ANOTHER_MODEL = "the adapter belongs to another model, or its files are damaged"
 
@@ -42,6 +43,7 @@ def with_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     parts = _Parts(settings)
     for name, stored in _weights(folder).items():
         parts.add(name, stored)
+    parts.check_vocabulary(checkpoint.config)
     config = _untied(checkpoint.config, parts.touched(), settings)
     shapes = weight_shapes(config)
     changes = parts.changes(config, shapes)
@@ -88,6 +90,13 @@ class Change:
     def lora(self) -> tuple[StoredTensor, StoredTensor] | None:
         return (self.a, self.b) if self.a is not None and self.b is not None else None
 
+    def rows(self) -> int | None:
+        """Return the rows of the matrix that this is for, or None if nothing here says so."""
+        if self.whole is not None:
+            return self.whole.shape[0] if self.whole.shape else None
+        part, axis = (self.a, 1) if self.embedding else (self.b, 0)
+        return part.shape[axis] if part is not None and len(part.shape) == 2 else None
+
 
 # How a name goes on after that of a layer -> the field of `Change`, and the tensor of the layer that it changes.
 _ENDINGS = {
@@ -107,6 +116,11 @@ _ENDINGS = {
 }
 
 
+def _same(first: StoredTensor, second: StoredTensor) -> bool:
+    """Return True for equal tensors: PEFT writes resized embeddings as NAME.weight and NAME.modules_to_save.weight."""
+    return first.shape == second.shape and torch.equal(first.read(), second.read())
+
+
 class _Parts:
     """Sorts an adapter's weights by the tensor of the model that they change."""
 
@@ -117,6 +131,8 @@ class _Parts:
     def add(self, name: str, stored: StoredTensor) -> None:
         """Raises `TorchchatError` for a name of no known form, or one that comes twice."""
         short = DEFAULT_NAME.sub("", name.removeprefix("base_model.model."))
+        if short.endswith(UNCHANGED):  # PEFT writes the model's own matrix next to the one that was trained
+            return
         ending = next((ending for ending in _ENDINGS if short.endswith(f".{ending}")), None)
         if ending is None:
             raise TorchchatError(f"the adapter has a weight {name!r:.200}, which is none of LoRA's", ANOTHER_MODEL)
@@ -124,10 +140,21 @@ class _Parts:
         field, attribute = _ENDINGS[ending]
         prefix = "" if layer == "lm_head" or layer.startswith("model.") else "model."
         change = self._changes.setdefault(f"{prefix}{layer}.{attribute}", Change())
-        if getattr(change, field) is not None:
+        present = getattr(change, field)
+        if present is not None and not (field == "whole" and _same(present, stored)):
             raise TorchchatError(f"the adapter has the weight {name!r:.200} twice, under two names", ANOTHER_MODEL)
         setattr(change, field, stored)
         change.embedding = change.embedding or ending.startswith("lora_embedding")
+
+    def check_vocabulary(self, config: ModelConfig) -> None:
+        """Raises `TorchchatError` if the adapter was trained with another number of tokens than the model has."""
+        for name in (EMBEDDING, HEAD):
+            change = self._changes.get(name)
+            rows = None if change is None else change.rows()
+            if rows is not None and rows != config.vocab_size:
+                raise TorchchatError(f"the adapter's {name} is for {rows} tokens, but the model has "
+                                     f"{config.vocab_size}: the vocabulary was resized before the adapter was trained",
+                                     MERGE)
 
     def touched(self) -> set[str]:
         """The canonical names of the tensors that change."""

@@ -11,15 +11,23 @@ import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchchat_core.errors import TorchchatError
-from torchchat_core.models.config import ModelConfig, config_from_hugging_face, config_from_meta
+from torchchat_core.models.config import (
+    ModelConfig,
+    config_from_hugging_face,
+    config_from_meta,
+    refuse_unknown_architecture,
+)
+from torchchat_core.models.weights import weight_shapes
 from torchchat_core.small_files import read_json
 from torchchat_core.sources import torchtune
 from torchchat_core.sources.containers import DAMAGED, Container, StoredTensor, read_container
+from torchchat_core.sources.foreign_quantization import quantization_method, refuse_foreign_weights
 from torchchat_core.specs import ModelFiles
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -70,6 +78,9 @@ def open_checkpoint(files: ModelFiles, scheme: str | None = None, named: ModelCo
     if scheme is not None and found != scheme:
         raise TorchchatError(f"{files.weights[0].name} is not of the format {scheme!r}: its tensors have the names of "
                              f"{SCHEMES[found]}", f"the format is {found!r}")
+    declared = _declared(files) if found != "meta" else {}
+    if declared and (found == "hf" or "model_type" in declared):
+        refuse_unknown_architecture(declared)
     if found == "meta":
         tensors: Tensors = {_meta_name(name): stored for name, stored in _merge_parallel(shards).items()}
     elif found == "torchtune":
@@ -77,6 +88,10 @@ def open_checkpoint(files: ModelFiles, scheme: str | None = None, named: ModelCo
     else:
         tensors = _hugging_face_names(shards, files)
     config = _config(files, containers, found, tensors, named)
+    method = quantization_method(declared)
+    if method is not None:
+        shapes = {name: stored.shape for name, stored in tensors.items()}
+        refuse_foreign_weights(method, files.weights[0].name, shapes, weight_shapes(config))
     if config.tied_embeddings and HEAD in tensors:  # some files keep the one under the other's name
         if EMBEDDING in tensors and not _equal(tensors[EMBEDDING], tensors[HEAD]):
             log.warning("config.json says \"tie_word_embeddings\": true, but %s holds two different matrices, %s and "
@@ -166,6 +181,12 @@ def _stated_config(files: ModelFiles, containers: list[Container], scheme: str, 
         return config
     return dataclasses.replace(config, rope_interleaved=_interleaved(config.architecture, scheme),
                                tied_embeddings="lm_head.weight" not in shapes)
+
+
+def _declared(files: ModelFiles) -> Mapping[str, Any]:
+    """Hugging Face's config.json; empty if there is none, or another file in its stead."""
+    raw = read_json(files.config) if files.config is not None and files.config.suffix == ".json" else {}
+    return raw if files.config is not None and (files.config.name == "config.json" or "model_type" in raw) else {}
 
 
 def _params(files: ModelFiles) -> Path | None:

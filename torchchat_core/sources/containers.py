@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.sources import llama2c
 
 DAMAGED = "the file is damaged or incomplete; fetch it again"
+PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,24 @@ class MappedFile:
 
     WINDOW = 32 << 20
 
-    def __init__(self, open_file: Callable[[], Callable[[str], Tensor]]) -> None:
+    def __init__(self, path: Path, open_file: Callable[[], Callable[[str], Tensor]]) -> None:
+        self._path = path
         self._open_file = open_file
         self._get = open_file()
         self._read = 0
 
     def read(self, name: str) -> Tensor:
+        """Return the tensor. Raises `TorchchatError` if PyTorch has no such type, or cannot convert it."""
         if self._read > self.WINDOW:
             self._get = self._open_file()
             self._read = 0
-        tensor = self._get(name)
+        try:
+            tensor = self._get(name)
+            if tensor.dtype not in PLAIN and not tensor.is_complex():
+                tensor[(slice(0, 1),) * tensor.dim()].to(torch.float32)
+        except Exception as error:  # safetensors and PyTorch raise whatever a type leads to
+            raise TorchchatError(f"PyTorch cannot read the tensor {quoted(name)} of {self._path.name}: "
+                                 f"{_first_line(error)}", "fetch the model in float32, bfloat16 or float16") from error
         self._read += tensor.numel() * tensor.element_size()
         return tensor
 
@@ -81,9 +90,9 @@ def _check_readable(path: Path) -> None:
         raise TorchchatError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
 
 
-def _lazy(shapes: Mapping[str, tuple[int, ...]], open_file: Callable[[], Callable[[str], Tensor]]
+def _lazy(path: Path, shapes: Mapping[str, tuple[int, ...]], open_file: Callable[[], Callable[[str], Tensor]]
           ) -> dict[str, StoredTensor]:
-    file = MappedFile(open_file)
+    file = MappedFile(path, open_file)
     return {name: StoredTensor(shape, partial(file.read, name)) for name, shape in shapes.items()}
 
 
@@ -98,7 +107,7 @@ def _read_safetensors(path: Path) -> Container:
         shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise TorchchatError(f"cannot read {str(path)!r} as safetensors: {error}", DAMAGED) from None
-    return Container(_lazy(shapes, lambda: safe_open(str(path), framework="pt").get_tensor))
+    return Container(_lazy(path, shapes, lambda: safe_open(str(path), framework="pt").get_tensor))
 
 
 # ---- llama2.c -----------------------------------------------------------------------------------------------------
@@ -106,7 +115,7 @@ def _read_safetensors(path: Path) -> Container:
 
 def _read_llama2c(path: Path, header: llama2c.Header) -> Container:
     shapes = {name: place.shape for name, place in header.places.items()}
-    return Container(_lazy(shapes, lambda: llama2c.mapped_tensors(path, header)), header.model_args)
+    return Container(_lazy(path, shapes, lambda: llama2c.mapped_tensors(path, header)), header.model_args)
 
 
 # ---- torch --------------------------------------------------------------------------------------------------------
@@ -115,7 +124,7 @@ def _read_llama2c(path: Path, header: llama2c.Header) -> Container:
 def _read_torch(path: Path) -> Container:
     found, model_args = _torch_tensors(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    return Container(_lazy(shapes, lambda: _torch_tensors(path)[0].__getitem__), model_args)
+    return Container(_lazy(path, shapes, lambda: _torch_tensors(path)[0].__getitem__), model_args)
 
 
 def _torch_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | None]:

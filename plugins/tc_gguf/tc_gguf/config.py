@@ -6,6 +6,7 @@ not have is refused rather than left out.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from array import array
@@ -17,9 +18,10 @@ import torch
 from tc_gguf.file import DAMAGED, GgufFile
 from tc_gguf.tensors import Unpacker
 from tc_gguf.values import shown
-from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.models.config import ModelConfig, RopeScaling, stretched_context
 
+log = logging.getLogger(__name__)
 Fields = TypeVar("Fields", ModelConfig, RopeScaling)
 OTHER_MODEL = "fetch a model of an architecture that torchchat knows, or run this one with llama.cpp"
 
@@ -60,8 +62,8 @@ def config_of(file: GgufFile) -> ModelConfig:
     """
     key = file.text("general.architecture")
     if key not in ARCHITECTURES:
-        raise TorchchatError(f"{file.path.name} is of the unknown architecture {key!r:.60}; known are "
-                             f"{', '.join(ARCHITECTURES)}", did_you_mean(key[:60], ARCHITECTURES) or OTHER_MODEL)
+        raise TorchchatError(f"{file.path.name} is of the unknown architecture {quoted(key)}; known are "
+                             f"{', '.join(ARCHITECTURES)}", OTHER_MODEL)
     _refuse_variations(file, key)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
@@ -131,8 +133,12 @@ def _refuse_variations(file: GgufFile, key: str) -> None:
 
 
 def _vocabulary_size(file: GgufFile, key: str, rows: int) -> int:
+    """The rows of the embedding. Where the file has a tokenizer, vocab_size is not needed, and may be an old one."""
     stated = file.integer(f"{key}.vocab_size", rows)
-    if stated != rows:
+    if stated != rows and "tokenizer.ggml.tokens" in file.metadata:
+        log.warning("%s: %s.vocab_size is %s, but token_embd.weight has %d rows; using %d", file.path.name, key,
+                    quoted(stated), rows, rows)
+    elif stated != rows:
         raise TorchchatError(f"{key}.vocab_size is {stated} in {file.path.name}, whose token_embd.weight has {rows} "
                              "rows", DAMAGED)
     return rows

@@ -5,6 +5,7 @@ The metadata keys and their defaults are those of llama.cpp (src/llama-vocab.cpp
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +14,9 @@ from typing import Any
 from tc_gguf.file import MAXIMUM_KEYS, GgufFile
 from tc_gguf.pre_tokenizers import pre_tokenizer
 from torchchat_core.chat_template import LONGEST_SOURCE
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 
+log = logging.getLogger(__name__)
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SENTENCEPIECE, BYTE_LEVEL = "llama", "gpt2"  # tokenizer.ggml.model
@@ -158,16 +160,24 @@ def _check_length(file: GgufFile, key: str, found: int, wanted: int) -> None:
 
 
 def _token(file: GgufFile, name: str, usual: int | None, types: Sequence[int]) -> int | None:
-    """The id under tokenizer.ggml.NAME_token_id; without the key the usual one, where that token is of a fit type."""
+    """Return the id under tokenizer.ggml.NAME_token_id, or None if there is no such token.
+
+    If the key is absent, or states an id beyond the vocabulary (converters write the id of a token that the model has
+    no row for), it is the usual one, provided that token is of a fit type.
+    """
     key = f"tokenizer.ggml.{name}_token_id"
+    fits = usual is not None and usual < len(types) and types[usual] in (CONTROL, UNKNOWN)
+    if not fits:
+        usual = None
     if key not in file.metadata:
-        fits = usual is not None and usual < len(types) and types[usual] in (CONTROL, UNKNOWN)
-        return usual if fits else None
+        return usual
     token = file.integer(key)
     if token in (-1, NONE):
         return None
     if not 0 <= token < len(types):
-        raise TorchchatError(f"{key} is {token} in {file.path.name}; token ids go from 0 to {len(types) - 1}", FIX)
+        log.warning("%s: %s is %s, but token ids go from 0 to %d; %s", file.path.name, key, quoted(token),
+                    len(types) - 1, "ignored" if usual is None else f"using {usual}")
+        return usual
     return token
 
 

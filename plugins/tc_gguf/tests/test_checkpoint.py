@@ -283,7 +283,8 @@ def test_further_keys_are_read(config: Callable[..., ModelConfig], changes: Mapp
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"general.architecture": None}, "has no 'general.architecture'"),
-    ({"general.architecture": "qwen2moe"}, "unknown architecture 'qwen2moe'; known are llama, .*did you mean"),
+    ({"general.architecture": "qwen2moe"},
+     r"unknown architecture 'qwen2moe'; known are llama, .*granite \(fetch a model"),
     ({"general.architecture": "rwkv"}, "unknown architecture 'rwkv'"),
     ({".block_count": None}, "has no 'llama.block_count'"),
     ({".block_count": "two"}, "llama.block_count is 'two' in model.gguf; it has to be a whole number"),
@@ -293,7 +294,8 @@ def test_further_keys_are_read(config: Callable[..., ModelConfig], changes: Mapp
     ({".block_count": MINUS_ONE}, "block_count is -1 in model.gguf, which has the tensors of 2 layers"),
     ({".attention.head_count": [4] * 7}, "head_count has 7 entries in model.gguf, for 2 layers"),
     ({".attention.head_count_kv": [2]}, "head_count_kv has 1 entries in model.gguf, for 2 layers"),
-    ({".vocab_size": 5}, "llama.vocab_size is 5 in model.gguf, whose token_embd.weight has 320 rows"),
+    ({".vocab_size": 5, "tokenizer.ggml.tokens": None},
+     "llama.vocab_size is 5 in model.gguf, whose token_embd.weight has 320 rows"),
     ({".context_length": UINT64 + (1 << 62).to_bytes(8, "little")},
      "in model.gguf, llama.context_length is 4611686018427387904; it has to be a whole number"),
     ({".context_length": 0}, "in model.gguf, llama.context_length is 0"),
@@ -341,6 +343,14 @@ def test_the_size_of_the_vocabulary_may_be_stated(config: Callable[..., ModelCon
     assert config({".vocab_size": 320}).vocab_size == 320
 
 
+@pytest.mark.parametrize("stated", [300, 330])
+def test_an_old_vocab_size_beside_tokens_is_a_warning(config: Callable[..., ModelConfig], stated: int,
+                                                      caplog: pytest.LogCaptureFixture) -> None:
+    tokens = {"tokenizer.ggml.tokens": [str(number) for number in range(320)]}
+    assert config({**tokens, ".vocab_size": stated}).vocab_size == 320
+    assert f"vocab_size is {stated}, but token_embd.weight has 320 rows" in caplog.text
+
+
 def test_the_multiplier_of_yarns_temperature_is_mistral3s_alone(config: Callable[..., ModelConfig]) -> None:
     changes = {**YARN, ".rope.scaling.yarn_log_multiplier": 1.0}
     found = {name: config(changes, architecture=name).rope_scaling for name in ("mistral3", "llama", "qwen2")}
@@ -379,7 +389,8 @@ YARN = {".rope.scaling.type": "yarn", ".rope.scaling.factor": 4.0, ".rope.scalin
 
 
 @pytest.mark.parametrize(("changes", "wanted"), [
-    ({".rope.scaling.factor": 4.0}, RopeScaling(kind="linear", factor=4.0, original_context=32)),  # llama.cpp takes it for linear
+    ({".rope.scaling.factor": 4.0},  # llama.cpp takes it for linear
+     RopeScaling(kind="linear", factor=4.0, original_context=32)),
     ({".rope.scaling.type": "linear", ".rope.scaling.factor": 2.0},
      RopeScaling(kind="linear", factor=2.0, original_context=32)),
     ({".rope.scale_linear": 2.0},

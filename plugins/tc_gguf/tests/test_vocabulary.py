@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer
 
-from tc_gguf.pre_tokenizers import PRE_TOKENIZERS, as_tokenizer_json, name_of
+from tc_gguf.pre_tokenizers import PRE_TOKENIZERS, as_tokenizer_json, name_of, pre_tokenizer
 from tc_gguf.reader import GgufTokenizerReader
 from torchchat_core.errors import TorchchatError
 from torchchat_core.specs import Tokenizer
@@ -293,13 +293,11 @@ REFUSED: Sequence[tuple[Mapping[str, Any], Mapping[str, Any], str]] = [
     (SPM, {"token_type": [1] * 9}, "token_type in made.gguf has 9 entries, for 8 tokens"),
     (SPM, {"token_type": [1] * 7 + [9]}, "holds the token type 9"),
     (SPM, {"token_type": [2, 3, 3, 1, 6, 6, 1, 1]}, "has tokens for 2 of the 256 bytes"),
-    (SPM, {"bos_token_id": 8}, "bos_token_id is 8 in made.gguf; token ids go from 0 to 7"),
     (SPM, {"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
     (SPM, {"add_bos_token": "yes"}, "has to be true or false"),
     (BPE, {"merges": None}, "has no 'tokenizer.ggml.merges'"),
     (BPE, {"merges": ["h e", "x y"]}, "cannot be read: .*out of vocabulary"),
     (BPE, {"merges": ["he"]}, "cannot be read"),
-    (BPE, {"eot_token_id": 1000}, "eot_token_id is 1000"),
 ]
 
 
@@ -308,6 +306,44 @@ def test_damaged_and_unknown_vocabularies_are_refused(keys: Mapping[str, Any], c
                                                       made: Callable[..., Tokenizer]) -> None:
     with pytest.raises(TorchchatError, match=f"(?s){words}"):
         made(keys, **changes)
+
+
+@pytest.mark.parametrize("keys", [SPM, BPE])
+@pytest.mark.parametrize("name", ["padding", "unknown", "bos", "eos", "eot", "eom"])
+def test_a_special_id_beyond_the_vocabulary_is_as_if_it_were_not_stated(
+        keys: Mapping[str, Any], name: str, made: Callable[..., Tokenizer], caplog: pytest.LogCaptureFixture) -> None:
+    expected = made(keys, **{f"{name}_token_id": None})
+    assert not caplog.text
+    for token in (99999, 1 << 31):
+        found = made(keys, **{f"{name}_token_id": token})
+        assert f"tokenizer.ggml.{name}_token_id is {token}, but token ids go from 0 to" in caplog.text
+        facts = [(each.bos_id, each.eos_id, each.end_ids, each.special_tokens, each.encode("hello"), each.adds_bos)
+                 for each in (found, expected)]
+        assert facts[0] == facts[1]
+
+
+@pytest.mark.parametrize(("name", "same"), [
+    ("glm5", "glm4"), ("f2llmv2", "qwen2"), ("jina-v5-nano", "llama-bpe"), ("talkie", "gpt-4o"),
+    ("hy_v4", "deepseek-v3"),
+    *((name, "gpt-2") for name in ("jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "jina-v1-en", "jina-v2-code",
+                                   "modern-bert", "roberta-bpe")),
+])
+def test_pre_tokenizers_that_are_one_in_llama_cpp_are_one_here(name: str, same: str) -> None:
+    assert pre_tokenizer(name) == pre_tokenizer(same)
+
+
+def test_deepseek_llm_cuts_words_of_cased_alphabets_punctuation_and_numbers(made: Callable[..., Tokenizer]) -> None:
+    merges = ["a 1", "1 2", "a .", "\u0120 a", "\u0120 \u0120"]  # some join what is cut
+    tokens = [*BPE["tokens"][:256], *(merge.replace(" ", "") for merge in merges)]
+    changes = {"pre": "deepseek-llm", "tokens": tokens, "merges": merges, "token_type": [1] * len(tokens),
+               "eos_token_id": None}
+    tokenizer = made(BPE, **changes)
+
+    def pieces(text: str) -> list[bytes]:
+        return [tokenizer.token_bytes(token) for token in tokenizer.encode(text)]
+
+    assert pieces("a12 a.") == [b"a", b"12", b" a", b"."]
+    assert pieces("a  ") == [b"a", b"  "]
 
 
 def test_an_empty_vocabulary_is_refused(make_gguf: Callable[..., bytes], tmp_path: Path) -> None:
