@@ -64,6 +64,27 @@ def test_an_answer_of_unusual_tokens_is_not_encoded_anew(make_tiny_model: Callab
     assert second.statistics.prefilled_tokens == len(new) + not_fed_yet
 
 
+def test_after_an_undo_the_answers_before_are_not_encoded_anew(make_tiny_model: Callable[..., Any],
+                                                               byte_format: TextFormat) -> None:
+    """The cache is cut to what is left, and the next answer is that of a conversation without the removed exchange."""
+    module = make_tiny_model(vocab_size=259, max_context=600)
+    model = EagerExecutor().load(LoadRequest(device="cpu", dtype="fp32", module=module))
+    straight, changed = (Conversation(TokenSequence(model.session()), byte_format) for _ in range(2))
+    for conversation in (straight, changed):
+        answer(conversation, "Hi")
+    for text in ("Tell me more", "And more"):
+        answer(changed, text)
+    assert [changed.undo(), changed.undo()] == ["And more", "Tell me more"]
+    assert changed.prompt_length() == straight.prompt_length()
+    last, expected = answer(changed, "Go on"), answer(straight, "Go on")
+    assert last.token_ids == expected.token_ids
+    assert last.statistics.prompt_tokens == expected.statistics.prompt_tokens
+    assert last.statistics.prefilled_tokens == len(b"Go on") + len(b"assistant: ") + 2
+    assert answer(changed, "So?").token_ids == answer(straight, "So?").token_ids
+    assert [changed.undo(), changed.undo(), changed.undo(), changed.undo()] == ["So?", "Go on", "Hi", None]
+    assert changed.prompt_length() == 0
+
+
 def test_an_answer_cut_at_a_stop_string_is_continued_without_what_was_cut(scripted: Any,
                                                                           byte_format: TextFormat) -> None:
     conversation = Conversation(TokenSequence(scripted("Fine. STOP more")), byte_format)

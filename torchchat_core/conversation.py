@@ -45,6 +45,7 @@ class Conversation:
         self._sequence = sequence
         self._format = text_format
         self._settled: tuple[str, list[int]] = ("", [])  # text and ids up to the end of the last answer
+        self._ends: list[tuple[int, int]] = []  # lengths of both at the end of each answer in `_settled`
         self.system = system
 
     @property
@@ -61,6 +62,28 @@ class Conversation:
     def reset(self) -> None:
         """Forgets all but the system message."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
+
+    def undo(self) -> str | None:
+        """Remove the last message of the user and all that follows it; return its text, or None if there is none.
+
+        The next prompt shares the cache up to the exchange before: the cache is truncated when it is computed.
+        """
+        last = next((index for index in reversed(range(len(self.messages)))
+                     if self.messages[index]["role"] == "user"), None)
+        if last is None:
+            return None
+        text = str(self.messages[last]["content"])
+        self.messages = self.messages[:last]
+        return text
+
+    def prompt_length(self) -> int:
+        """Return how many tokens the conversation takes in the context; 0 if it has only a system message.
+
+        Raises `TorchchatError` if the chat template refuses the conversation.
+        """
+        if all(message["role"] == "system" for message in self.messages):
+            return 0
+        return len(self._prompt(self.messages)[1])
 
     def ask(self, text: str, options: GenerationOptions, *, stream: int = 0,
             cancelled: Callable[[], bool] = lambda: False) -> Iterator[Event]:
@@ -100,7 +123,7 @@ class Conversation:
             else:  # it failed, or was interrupted before the first word: as if it had not been asked
                 self.messages = before
             if ids and text_of(ids, self._format.tokenizer) == content:  # not so where a stop string was cut off
-                self._settled = (prompt_text + content, [*prompt, *ids])
+                self._settle(prompt_text + content, [*prompt, *ids])
 
     def save(self, path: Path) -> None:
         """Writes the messages as JSON, whole or not at all. Raises `TorchchatError` where that fails."""
@@ -129,11 +152,23 @@ class Conversation:
         """
         text, encode = render(self._format, messages)
         settled_text, settled_ids = self._settled
-        if settled_text and text.startswith(settled_text):
-            rest = text[len(settled_text) :]
-            if starts_with_control_token(rest, self._format.tokenizer) and MARK not in rest:
-                return text, [*settled_ids, *encode(rest)]
+        for text_end, ids_end in reversed(self._ends):  # an earlier end where the last exchanges were removed
+            rest = text[text_end:]
+            if (text.startswith(settled_text[:text_end]) and MARK not in rest
+                    and starts_with_control_token(rest, self._format.tokenizer)):
+                return text, [*settled_ids[:ids_end], *encode(rest)]
         return text, encode(text)
+
+    def _settle(self, text: str, ids: list[int]) -> None:
+        """Remember the text and ids up to the end of an answer, and which earlier answers are part of them."""
+        old_text, old_ids = self._settled
+        while self._ends:  # each end lies within the next one
+            text_end, ids_end = self._ends[-1]
+            if text.startswith(old_text[:text_end]) and ids[:ids_end] == old_ids[:ids_end]:
+                break
+            self._ends.pop()
+        self._settled = (text, ids)
+        self._ends.append((len(text), len(ids)))
 
 
 def fitting_prompt(messages: Sequence[Message], limit: int, options: GenerationOptions,

@@ -72,7 +72,7 @@ def load_settings() -> Settings:
 def read_config(path: Path) -> dict[str, str]:
     """The values in a config.toml by key, `prefer.NAME` for those of the table; nothing where there is no file."""
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -107,7 +107,7 @@ def write_setting(key: str, value: str | None) -> Path:
     check_setting(key, "any:text" if value is None else value)
     path = config_path()
     read_config(path)  # a damaged file is told, not overwritten
-    document = tomlkit.parse(path.read_text(encoding="utf-8")) if path.exists() else tomlkit.document()
+    document = tomlkit.parse(path.read_text(encoding="utf-8-sig")) if path.exists() else tomlkit.document()
     table: Any = document
     if key.startswith(PREFER):
         table = document.setdefault("prefer", tomlkit.table())

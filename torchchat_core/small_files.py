@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import json
@@ -98,6 +99,25 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise TorchchatError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}",
                              "download or copy the model again") from error
+
+
+def written_text(content: bytes, name: str) -> str:
+    r"""Return the text that a person wrote to a file or pipe: UTF-8, without a byte order mark, lines ended by "\n".
+
+    Raises `TorchchatError`, in which the text is called `name`, if it is in another encoding.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            found = "it begins with a byte order mark of UTF-16"
+        else:
+            found = f"byte {error.start} is {content[error.start]:#04x}"
+        raise TorchchatError(f"{name} is not UTF-8 text: {found}", "save it as UTF-8") from None
+    if "\0" in text:
+        raise TorchchatError(f"{name} is not UTF-8 text: byte {text.index(chr(0))} is 0x00, as in UTF-16",
+                             "save it as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

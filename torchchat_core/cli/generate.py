@@ -13,9 +13,9 @@ import click
 
 from torchchat_core.cli.flags import generation_options, model_flags, sampling_flags
 from torchchat_core.cli.opening import opened_model
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.plugins import Registry
-from torchchat_core.small_files import expanded, output_file, read_json
+from torchchat_core.small_files import expanded, output_file, read_json, written_text
 
 if TYPE_CHECKING:
     from torchchat_core.generation import Event, FinishedEvent, TokenSequence
@@ -78,16 +78,14 @@ def _prompt(flags: dict[str, Any]) -> str:
         raise click.UsageError("--prompt and --prompt-file exclude each other")
     if flags["prompt"] is not None:
         return str(flags["prompt"])
+    if file is None and (sys.stdin is None or sys.stdin.isatty()):
+        return FIRST_WORDS
     try:
-        if file is not None:
-            return expanded(file).read_text(encoding="utf-8").removesuffix("\n")
-        if sys.stdin is None or sys.stdin.isatty():
-            return FIRST_WORDS
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
-    except OSError as error:
-        raise TorchchatError(f"cannot read the prompt from {file!r}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise TorchchatError(f"the prompt is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        content = sys.stdin.buffer.read() if file is None else expanded(file).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise TorchchatError(f"cannot read the prompt from {quoted(file)}: {reason or error}") from None
+    return written_text(content, "the prompt").removesuffix("\n")
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
 @contextmanager
@@ -24,3 +26,33 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def without_echo() -> Iterator[None]:
+    """Within it, the terminal does not echo what is typed. What is typed ahead is read later, as usual.
+
+    Nothing changes without a terminal, or on a system without termios.
+    """
+    before = _terminal_modes()
+    if before is None:
+        yield
+        return
+    import termios
+
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+def _terminal_modes() -> list[Any] | None:
+    """Return the modes of the terminal that is standard input; None if it is none, or on Windows."""
+    if sys.platform == "win32" or sys.stdin is None or not sys.stdin.isatty():
+        return None
+    import termios
+
+    return termios.tcgetattr(sys.stdin)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
+from rich.segment import Segment
 
 
 class MarkdownStream:
@@ -43,16 +44,20 @@ class MarkdownStream:
         if self._live is None:
             self._live = Live(console=self._console, auto_refresh=False, transient=True, vertical_overflow="crop")
             self._live.start()
-        self._live.update(Markdown(self._tail(block)), refresh=True)
+        self._live.update(LastRows(Markdown(self._tail(block)), self._rows), refresh=True)
 
     def _tail(self, block: str) -> str:
-        """The end of a block that is taller than the terminal; a fence that was cut off is opened again."""
-        room = max(self._console.height - 2, 1)
+        """Return the end of a block that has more lines than the terminal; a fence that was cut off is opened again."""
         lines = block.split("\n")
-        if len(lines) <= room:
+        if len(lines) <= self._rows:
             return block
-        fence = open_fence("\n".join(lines[:-room]))
-        return "\n".join([*([fence] if fence else []), *lines[-room:]])
+        fence = open_fence("\n".join(lines[:-self._rows]))
+        return "\n".join([*([fence] if fence else []), *lines[-self._rows:]])
+
+    @property
+    def _rows(self) -> int:
+        """How many rows of the terminal the block may take: those that scrolled away could not be erased."""
+        return max(self._console.height - 2, 1)
 
     def _settle(self, block: str) -> None:
         if self._live is not None:
@@ -63,6 +68,19 @@ class MarkdownStream:
                 self._console.print()
             self._console.print(Markdown(block))
             self._settled = True
+
+
+class LastRows:
+    """The last `count` rows of what something looks like on a terminal."""
+
+    def __init__(self, content: RenderableType, count: int) -> None:
+        self._content = content
+        self._count = count
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for row in console.render_lines(self._content, options, pad=False)[-self._count:]:
+            yield from row
+            yield Segment.line()
 
 
 def split_finished(text: str) -> tuple[str, str]:

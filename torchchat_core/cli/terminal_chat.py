@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import fields, replace
+from collections.abc import Sequence
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.formatted_text import HTML
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -16,89 +14,89 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from torchchat_core.cli.answers import printable, statistics_line, statistics_table
-from torchchat_core.cli.interrupt import interruptible
+from torchchat_core.cli.answers import printable, statistics_line
+from torchchat_core.cli.chat_commands import ChatCommands, Leave, session_line
+from torchchat_core.cli.chat_completion import ChatCompleter
+from torchchat_core.cli.chat_input import block_is_open, is_block, parse_command, without_quotes
+from torchchat_core.cli.chat_session import ChatSession
+from torchchat_core.cli.interrupt import interruptible, without_echo
 from torchchat_core.cli.markdown_stream import MarkdownStream
-from torchchat_core.conversation import Conversation
-from torchchat_core.errors import TorchchatError, did_you_mean
-from torchchat_core.generation import FinishedEvent, NoticeEvent, Statistics, TextEvent
-from torchchat_core.generation_options import GenerationOptions, SamplingOptions
-from torchchat_core.options import detail_of, from_text
-from torchchat_core.pipeline import OpenedModel
-from torchchat_core.small_files import expanded
+from torchchat_core.errors import TorchchatError
+from torchchat_core.generation import FinishedEvent, NoticeEvent, TextEvent
 
-HELP = {
-    "/help": "this list",
-    "/system [TEXT]": "show the system message, or set it; /system - takes it away",
-    "/reset": "forget the conversation, keep the system message",
-    "/save FILE": "write the conversation to a file",
-    "/load FILE": "go on with a saved conversation",
-    "/set [NAME VALUE]": "show the sampling options, or change one: /set temperature 0.2",
-    "/stats": "the figures of the last answer",
-    "/bye": "leave",
-}
-KEYS = "Enter sends, Alt-Enter begins a new line, Ctrl-C ends an answer, Ctrl-D leaves."
-
-
-class Leave(Exception):
-    """The user wants to go."""
+KEYS = "Enter sends, Alt-Enter begins a new line, Tab completes, Ctrl-C ends an answer, Ctrl-D leaves."
+HOW_TO_LEAVE = "To leave, press Ctrl-D or type /bye."
 
 
 class TerminalChat:
     """Reads messages and commands until the user leaves."""
 
-    def __init__(self, opened: OpenedModel, conversation: Conversation, options: GenerationOptions,
-                 console: Console | None = None) -> None:
-        self._opened = opened
-        self._conversation = conversation
-        self._options = options
+    def __init__(self, session: ChatSession, console: Console | None = None) -> None:
+        self._session = session
         self._console = console or Console()
-        self._last: Statistics | None = None
-        self._commands: dict[str, Callable[[str], None]] = {
-            "/help": self._help, "/system": self._system, "/reset": self._reset, "/save": self._save,
-            "/load": self._load, "/set": self._set, "/stats": self._stats, "/bye": self._bye,
-        }
+        self._commands = ChatCommands(session, self)
 
     def run(self) -> None:
-        """The conversation, until /bye or the end of input."""
-        opened = self._opened
-        self._console.print(f"[bold]{escape(opened.name)}[/bold] on {opened.model.device}, {opened.model.dtype}, "
-                            f"{opened.executor.name}. /help lists what can be typed beside messages.", highlight=False)
-        if opened.text_format.template is None:
+        """Talk until the user leaves or the input ends."""
+        name = self._session.opened.name
+        runs = session_line(self._session).removeprefix(name)
+        self._console.print(f"[bold]{escape(name)}[/bold]{escape(runs)} /help lists the commands.", highlight=False)
+        if self._session.opened.text_format.template is None:
             self._console.print("This model has no chat template: it is given a plain transcript.", style="yellow")
         reader: PromptSession[str] = PromptSession(
-            history=_history(), key_bindings=_keys(), multiline=True,
-            completer=WordCompleter(list(self._commands), sentence=True), complete_while_typing=False,
-            bottom_toolbar=self._status, prompt_continuation="  ",
+            history=_history(), key_bindings=_keys(), multiline=True, complete_while_typing=False,
+            completer=ChatCompleter(self._commands.all, self._session.models.names), bottom_toolbar=self.status,
+            prompt_continuation="  ",
         )
         while True:
             try:
-                self.take(reader.prompt(HTML("<b>&gt; </b>")).strip())
+                line = reader.prompt(HTML("<b>&gt; </b>"))
             except KeyboardInterrupt:
-                continue  # empties the line, as shells do
-            except (EOFError, Leave):
+                if not reader.default_buffer.text:  # else it emptied the line, as in shells
+                    self.line(HOW_TO_LEAVE)
+                continue
+            except EOFError:
+                return
+            try:
+                self.take(line)
+            except KeyboardInterrupt:
+                self.line("Interrupted.")
+            except Leave:
                 return
 
     def take(self, line: str) -> None:
-        """One message or command; raises `Leave` for /bye. Errors are shown, and the conversation goes on."""
+        """Take one message or command. Errors are shown, and the chat continues. Raises `Leave` for /bye."""
         try:
-            if line.startswith("/"):
-                self._command(line)
-            elif line:
-                self._answer(line)
+            command = None if is_block(line) else parse_command(line)
+            if command is not None:
+                self._commands.run(*command)
+                if command[0] in ("/help", "/?"):
+                    self._console.print(KEYS, highlight=False)
+            elif message := without_quotes(line):
+                self.answer(message)
         except TorchchatError as error:
             self._console.print(f"error: {error.message}", style="red", markup=False)
             if error.fix:
-                self._console.print(f"try: {error.fix}", markup=False)
-        except (Leave, KeyboardInterrupt):
+                self._console.print(f"try: {error.fix}", markup=False, highlight=False)
+        except Leave:
             raise
         except Exception as error:  # a fault of ours or of a plugin must not cost the user the conversation
             self._console.print(f"error: {type(error).__name__}: {error}", style="red", markup=False)
 
-    def _answer(self, message: str) -> None:
+    def line(self, text: str) -> None:
+        self._console.print(printable(text), markup=False, highlight=False)
+
+    def table(self, rows: Sequence[tuple[str, ...]]) -> None:
+        table = Table.grid(padding=(0, 2))
+        for row in rows:
+            table.add_row(*(escape(printable(cell)) for cell in row))
+        self._console.print(table)
+
+    def answer(self, message: str, retry: int = 0) -> None:
         finished: FinishedEvent | None = None
-        with interruptible() as cancelled, MarkdownStream(self._console) as output:
-            for event in self._conversation.ask(message, self._options, cancelled=cancelled):
+        # What the terminal echoed meanwhile (^C, keys typed ahead) would move the text that is redrawn.
+        with without_echo(), interruptible() as cancelled, MarkdownStream(self._console) as output:
+            for event in self._session.ask(message, cancelled, retry):
                 if isinstance(event, TextEvent):
                     output.write(printable(event.text))
                 elif isinstance(event, NoticeEvent):
@@ -106,88 +104,31 @@ class TerminalChat:
                 elif isinstance(event, FinishedEvent):
                     finished = event
         if finished is not None:
-            self._last = finished.statistics
             ending = {"cancelled": " · interrupted", "length": " · cut at the limit"}.get(finished.reason, "")
             self._console.print(statistics_line(finished.statistics) + ending, style="dim", highlight=False)
 
-    def _command(self, line: str) -> None:
-        name, _, rest = line.partition(" ")
-        action = self._commands.get(name)
-        if action is None:
-            raise TorchchatError(f"there is no command {name!r}", did_you_mean(name, self._commands) or "/help")
-        action(rest.strip())
-
-    def _help(self, _: str) -> None:
-        table = Table.grid(padding=(0, 2))
-        for name, meaning in HELP.items():
-            table.add_row(name, meaning, style=None)
-        self._console.print(table, markup=False)
-        self._console.print(KEYS, highlight=False)
-
-    def _system(self, text: str) -> None:
-        if text:
-            self._conversation.system = None if text == "-" else text
-        self._console.print(self._conversation.system or "There is no system message.", markup=False)
-
-    def _reset(self, _: str) -> None:
-        self._conversation.reset()
-        self._console.print("The conversation is empty.")
-
-    def _save(self, file: str) -> None:
-        self._conversation.save(_path(file, "/save"))
-        self._console.print(f"{len(self._conversation.messages)} messages written to {file}.", markup=False)
-
-    def _load(self, file: str) -> None:
-        self._conversation.load(_path(file, "/load"))
-        self._console.print(f"{len(self._conversation.messages)} messages read from {file}.", markup=False)
-
-    def _set(self, text: str) -> None:
-        sampling = self._options.sampling
-        if text:
-            name, _, value = text.partition(" ")
-            changed = from_text(SamplingOptions, name, value.strip())
-            sampling = replace(sampling, **{name.replace("-", "_"): changed})
-            self._options = replace(self._options, sampling=sampling)
-        table = Table.grid(padding=(0, 2))
-        for field in (each for each in fields(SamplingOptions) if each.name != "logit_bias"):
-            table.add_row(field.name, str(getattr(sampling, field.name)), detail_of(field).help)
-        self._console.print(table, markup=False)
-
-    def _stats(self, _: str) -> None:
-        if self._last is None:
-            self._console.print("There is no answer yet.")
-            return
-        table = Table.grid(padding=(0, 2))
-        for name, value in statistics_table(self._last):
-            table.add_row(name, value)
-        self._console.print(table)
-
-    def _bye(self, _: str) -> None:
-        raise Leave
-
-    def _status(self) -> str:
+    def status(self) -> str:
+        """Return the status bar: the speed of the last answer, the tokens of the conversation, and the model."""
+        session, opened = self._session, self._session.opened
         parts: list[str] = []
-        if self._last is not None:
-            if self._last.decode_tps is not None:
-                parts.append(f"{self._last.decode_tps:.1f} tokens/s")
-            used = self._last.prompt_tokens + self._last.new_tokens
-            parts.append(f"{used} of {self._opened.max_seq_length} tokens")
-        return " " + " · ".join([*parts, self._opened.executor.name, self._opened.model.dtype, self._opened.name])
-
-
-def _path(text: str, command: str) -> Path:
-    if not text:
-        raise TorchchatError(f"{command} needs a file", f"{command} conversation.json")
-    return expanded(text)
+        if session.last is not None and session.last.decode_tps is not None:
+            parts.append(f"{session.last.decode_tps:.1f} tokens/s")
+        if session.used is not None:
+            parts.append(f"{session.used} of {opened.max_seq_length} tokens")
+        return " " + " · ".join([*parts, opened.executor.name, opened.model.dtype, opened.name])
 
 
 def _keys() -> KeyBindings:
-    """Enter sends and Alt-Enter begins a new line; without these, it is the other way round in multi-line input."""
+    """Enter sends, or begins a new line of a block; Alt-Enter begins a new line."""
     keys = KeyBindings()
 
     @keys.add("enter")
     def send(event: KeyPressEvent) -> None:
-        event.current_buffer.validate_and_handle()
+        buffer = event.current_buffer
+        if block_is_open(buffer.text):
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
 
     @keys.add("escape", "enter")
     def new_line(event: KeyPressEvent) -> None:
@@ -197,7 +138,8 @@ def _keys() -> KeyBindings:
 
 
 def _history() -> History:
-    """What was typed in earlier conversations, in the user's state folder; in memory where it cannot be written."""
+    """Return what was typed in earlier conversations: a file in the user's state folder, or memory where none can be
+    written."""
     try:
         folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "torchchat"
         folder.mkdir(parents=True, exist_ok=True)

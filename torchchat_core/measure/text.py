@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchchat_core.errors import TorchchatError
-from torchchat_core.small_files import read_text
+from torchchat_core.small_files import read_file, written_text
 from torchchat_core.specs import Tokenizer
 
 OWN_TEXT = Path(__file__).resolve().parent.parent / "data" / "texts" / "lighthouse.txt"
@@ -33,12 +33,13 @@ class MeasuredText:
 
 
 def measured_text(path: Path | None = None, characters: int = CHARACTERS) -> MeasuredText:
-    """The first `characters` of a UTF-8 file, or of the text that comes with torchchat; separators of documents go.
+    """Return the first `characters` of a UTF-8 file, or of the text that comes with torchchat, without separators of
+    documents. Line ends of Windows become line feeds.
 
     Raises `TorchchatError` for a file that cannot be read, is no UTF-8, or too short to say anything.
     """
     try:
-        content = read_text(path or OWN_TEXT)
+        content = written_text(read_file(path or OWN_TEXT), str(path or OWN_TEXT))
     except TorchchatError as error:
         raise TorchchatError(error.message, "choose another file, of UTF-8 text") from None
     kept = content[:characters].replace(DOCUMENT_END, "")

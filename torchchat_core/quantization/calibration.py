@@ -52,7 +52,7 @@ def read_calibration(text: CalibrationText, tokenizer: Tokenizer, max_context: i
 
 def _encoded(path: Path, tokenizer: Tokenizer) -> Iterator[int]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             while piece := file.read(PIECE):
                 yield from tokenizer.encode(piece)
     except OSError as error:
