@@ -8,49 +8,58 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
-from building import build, missing, runtimes, sanitizing
+from build_native import (
+    BUILD,
+    NO_SANITIZERS,
+    PROGRAM,
+    SANITIZED_BUILD,
+    SANITIZED_PROGRAMS,
+    TEST_PROGRAMS,
+    build,
+    missing,
+    release_settings,
+    sanitizer_settings,
+)
 from exporting import exporter
 from probing import Probe
 
-# Kept between runs, so that only what changed is compiled; the environment variables name other places.
-BUILDS = Path(__file__).resolve().parents[2] / "build"
 
-
-def _folder(variable: str, name: str) -> Path:
-    reason = missing()
-    if reason is not None:
-        pytest.skip(reason)
-    return Path(os.environ.get(variable) or BUILDS / name)
+def _folder(variable: str, default: Path) -> Path:
+    """Return where to build; builds are kept between runs, so only what changed is compiled."""
+    absent = missing()
+    if absent is not None:
+        pytest.skip(str(absent).replace("\n", "; "))
+    return Path(os.environ.get(variable) or default)
 
 
 @pytest.fixture(scope="session")
 def native() -> Path:
     """The folder with `torchchat-run` and programs of native/tests that run files, with both runtimes."""
-    folder = _folder("TORCHCHAT_NATIVE_BUILD", "native-tests")
-    return build(folder, ["torchchat-run", "torchchat-seeds", "torchchat-turns"],
-                 {"TORCHCHAT_TESTS": "ON", "CMAKE_BUILD_TYPE": "Release", **runtimes()})
+    folder = _folder("TORCHCHAT_NATIVE_BUILD", BUILD)
+    return build(folder, [PROGRAM, *TEST_PROGRAMS], release_settings())
 
 
 @pytest.fixture(scope="session")
 def sanitized() -> Path:
     """The folder with the programs of native/tests that read files and texts, with sanitizers and no runtime."""
-    folder = _folder("TORCHCHAT_SANITIZED_BUILD", "native-sanitized")
-    settings = sanitizing()
+    folder = _folder("TORCHCHAT_SANITIZED_BUILD", SANITIZED_BUILD)
+    settings = sanitizer_settings()
     if settings is None:
-        pytest.skip("no compiler here has AddressSanitizer; try: apt-get install libclang-rt-14-dev, for clang 14")
-    return build(folder, ["torchchat-probe", "torchchat-fuzz"], settings)
+        pytest.skip(NO_SANITIZERS)
+    return build(folder, SANITIZED_PROGRAMS, settings)
 
 
 @pytest.fixture(scope="session")
 def runner(native: Path) -> Path:
-    return native / "torchchat-run"
+    return native / PROGRAM
 
 
 @pytest.fixture(scope="session")
 def probe(request: pytest.FixtureRequest) -> Iterator[Probe]:
     """The C++ library, part by part, with sanitizers where a compiler has them."""
-    if sanitizing() is not None:
+    if sanitizer_settings() is not None:
         folder: Path = request.getfixturevalue("sanitized")
     else:
         folder = build(request.getfixturevalue("native"), ["torchchat-probe"], {})

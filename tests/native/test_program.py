@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import build_native
 import pytest
-from building import NATIVE, missing, run
+from build_native import NATIVE, missing, run
 from test_runner import run as started
 
 from torchchat_core.archive import ArchiveWriter
@@ -185,10 +187,27 @@ def test_an_application_finds_what_was_installed(native: Path, embedded: Callabl
     ("TORCH_ROOT=/nowhere", "TORCHCHAT_AOTI=OFF does without"),
 ])
 def test_a_library_that_is_missing_is_named_when_it_is_built(setting: str, said: str, tmp_path: Path) -> None:
-    reason = missing()
-    if reason is not None:
-        pytest.skip(reason)
+    absent = missing()
+    if absent is not None:
+        pytest.skip(str(absent).replace("\n", "; "))
     done = subprocess.run(["cmake", "-S", NATIVE, "-B", tmp_path, f"-D{setting}",
                            "-DPython3_EXECUTABLE=/nowhere/python3"], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert said in " ".join(done.stderr.split())
+
+
+def test_a_debian_package_that_is_missing_is_named_before_cmake_runs(monkeypatch: pytest.MonkeyPatch,
+                                                                     capfd: pytest.CaptureFixture[str]) -> None:
+    if shutil.which("cmake") is None or shutil.which("c++") is None:
+        pytest.skip("needs cmake and c++; try: apt-get install cmake g++")
+    monkeypatch.setattr("build_native.LIBRARIES", {"string.h": "libc6-dev", "nowhere/none.h": "libnone-dev"})
+    monkeypatch.setattr("sys.argv", ["build_native.py"])
+    assert build_native.main() == 1
+    found = capfd.readouterr()
+    assert (found.out, found.err) == ("", "error: the C++ runner cannot be built without nowhere/none.h\n"
+                                          "try: apt-get install libnone-dev\n")
+
+
+def test_a_command_that_is_missing_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert missing() == build_native.Missing(("cmake", "c++"), ("cmake", "g++"))

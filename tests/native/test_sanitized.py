@@ -13,7 +13,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from building import has_fuzzer
+from build_native import has_fuzzer
 from probing import Probe, ProbeError
 from test_chat_pieces import TEXTS, template_of
 from test_tokenizers import files_of
