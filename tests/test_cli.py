@@ -138,21 +138,14 @@ def test_chat_without_a_model_is_the_embedded_one_and_says_what_it_is(torchchat:
     (["embeded"], "there is no model 'embeded'.*try: did you mean embedded"),
     ([""], "the name of the model is empty"),
     (["ftp://x/y"], "no installed source fetches 'ftp' references"),
-    (["embedded", "--temperature", "nan"], "temperature is nan; it has to be 0 to 100"),
-    (["embedded", "--top-p", "0"], "top_p is 0.0; it has to be above 0"),
-    (["embedded", "--seed", "-1"], "seed is -1"),
-    (["embedded", "--max-new-tokens", "0"], "max_new_tokens is 0"),
-    (["embedded", "--logit-bias", "x=1"], "--logit-bias is 'x=1'; it has to be TOKEN=BIAS"),
-    (["embedded", "--stop", ""], "a stop string is empty"),
-    (["embedded", "--dtype", "fp8"], "unknown dtype 'fp8'"),
-    (["embedded", "--device", "gpu"], "unknown device 'gpu'"),
-    (["embedded", "--executor", "eagre"], "there is no executor 'eagre'; installed: .*eager.*did you mean eager"),
-    (["embedded", "--max-seq-length", "0"], "--max-seq-length is 0"),
-    (["embedded", "--tokenizer-path", "/nonexistent/t"], "there is no file or folder"),
-    (["embedded", "--prompt-file", "/nonexistent/p"], "cannot read the prompt from '/nonexistent/p'"),
+    (["embedded", "--max-seq-length", "1000000"], "--max-seq-length is 1000000; the model takes 1 to"),
+    (["embedded", "--tokenizer-path", "/nonexistent/t"], "--tokenizer-path: there is no file or folder"),
+    (["embedded", "--params-path", "/nonexistent/t"], "--params-path: there is no file or folder"),
+    (["embedded", "--adapter", "/nonexistent/t"], "--adapter: there is no file or folder"),
+    (["embedded", "--prompt-file", "/nonexistent/p"], "--prompt-file: cannot read '/nonexistent/p'"),
+    (["embedded", "--json-schema", "/nonexistent/s"], "--json-schema: /nonexistent/s cannot be read"),
     (["embedded", "--prompt", "word " * 5000], "it has to fit into"),
     (["embedded", "--raw", "--prompt", "word " * 5000], "it has to fit into"),
-    (["embedded", "--raw", "--system", "x"], "--system needs a model with a chat template"),
 ])
 def test_wrong_input_is_one_error_and_what_to_do(arguments: list[str], expected: str, torchchat: Any) -> None:
     import re
@@ -171,10 +164,84 @@ def test_a_device_that_is_not_there_is_told(torchchat: Any) -> None:
     assert (done.code, "no cuda device" in done.err, "try: use --device cpu" in done.err) == (1, True, True)
 
 
-@pytest.mark.parametrize("arguments", [["nonsense"], ["generate", "--nonsense"], ["-p", "eager"],
-                                       ["generate", "--temperature", "hot"]])
-def test_wrong_usage_exits_with_2(arguments: list[str], torchchat: Any) -> None:
-    assert torchchat(*arguments).code == 2
+@pytest.mark.parametrize(("arguments", "error", "fix"), [
+    (["nonsense"], "there is no command 'nonsense'", "torchchat --help"),
+    (["chats"], "there is no command 'chats'", "torchchat chat\n"),
+    (["run", "llama3"], "there is no command 'run'", "torchchat chat MODEL"),
+    (["pull", "llama3"], "there is no command 'pull'", "torchchat download MODEL"),
+    (["ps"], "there is no command 'ps'", "torchchat list --downloaded"),
+    (["serve"], "there is no command 'serve'", "torchchat server MODEL"),
+    (["llama-cli"], "there is no command 'llama-cli'", "torchchat chat MODEL"),
+    (["generate", "--nonsense"], "there is no option '--nonsense' of torchchat generate", "torchchat generate --help"),
+    (["generate", "--temprature", "1"], "there is no option '--temprature'", "--temperature\n"),
+    (["generate", "--top_k", "1"], "there is no option '--top_k'", "--top-k\n"),
+    (["generate", "-m", "embedded"], "there is no option '-m'", "torchchat generate MODEL"),
+    (["generate", "-n", "5"], "there is no option '-n'", "--max-new-tokens N"),
+    (["generate", "--prompt"], "--prompt needs a value", "torchchat generate --help"),
+    (["-p", "eager"], "-p: 'eager' has to be no:NAME", "torchchat --help"),
+    (["generate", "some words"], "there is no model 'some words'", "torchchat generate --prompt 'some words'"),
+    (["generate", "embedded", "some words"], "torchchat generate takes no further argument: 'some words'",
+     "torchchat generate MODEL --prompt 'some words'"),
+    (["generate", "--temperature", "hot"], "--temperature is 'hot'; it has to be a number", None),
+    (["generate", "--temperature", "nan"], "--temperature is nan; it has to be 0 to 100", None),
+    (["generate", "--top-p", "0"], "--top-p is 0.0; it has to be above 0", None),
+    (["chat", "--seed", "-1"], "--seed is -1", None),
+    (["generate", "--max-new-tokens", "0"], "--max-new-tokens is '0'; expected a whole number, 1 or more", None),
+    (["generate", "--max-seq-length", "0"], "--max-seq-length is '0'", None),
+    (["generate", "--num-samples", "x"], "--num-samples is 'x'; expected a whole number", None),
+    (["generate", "--logit-bias", "x=1"], "--logit-bias is 'x=1'; it has to be TOKEN=BIAS", None),
+    (["generate", "--logit-bias", "1=99999"], "--logit-bias is '1=99999'; it has to be TOKEN=BIAS", None),
+    (["generate", "--stop", ""], "--stop: a stop string is empty", None),
+    (["generate", "--dtype", "fp8"], "--dtype: unknown dtype 'fp8'", None),
+    (["generate", "--dtype", "int8"], "--dtype: unknown dtype 'int8'", "--quantize linear:int8"),
+    (["generate", "--device", "gpu"], "--device: unknown device 'gpu'", "--device cuda\n"),
+    (["generate", "--device", "metal"], "--device: unknown device 'metal'", "--device mps\n"),
+    (["generate", "--device", "cuda:1"], "--device: unknown device 'cuda:1'", "CUDA_VISIBLE_DEVICES=1"),
+    (["generate", "--device", "xyz"], "--device: unknown device 'xyz'", None),
+    (["generate", "--executor", "eagre"], "--executor: there is no executor 'eagre'", "did you mean eager"),
+    (["generate", "--quantize", "linear:int9"], "--quantize: there is no recipe, file or scheme", "linear:int8"),
+    (["generate", "--raw", "--system", "x"], "--system and --raw exclude each other", None),
+    (["generate", "--profile", "a.txt"], "--profile is 'a.txt'", None),
+    (["server", "--port", "99999"], "--port is '99999'; expected a whole number, 0 to 65535", None),
+    (["server", "--grace", "x"], "--grace is 'x'", None),
+    (["server", "--model", "x="], "--model is 'x='", None),
+    (["remove"], "MODEL is missing", "torchchat remove MODEL"),
+    (["completion", "tcsh"], "SHELL: 'tcsh' is not one of", None),
+    (["perplexity", "--characters", "0"], "--characters is '0'", None),
+    (["verify", "embedded", "--max-difference", "-1", "bf16"], "--max-difference is '-1'", None),
+    (["bench", "--plot", "a.jpg"], "--plot is 'a.jpg'", None),
+])
+def test_wrong_usage_exits_with_2_and_names_the_flag(arguments: list[str], error: str, fix: str | None,
+                                                     torchchat: Any, monkeypatch: pytest.MonkeyPatch,
+                                                     tmp_path: Path) -> None:
+    """Before a model is opened."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchchat_core.pipeline.fetch_files", lambda *_: pytest.fail("the model is opened"))
+    done = torchchat(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"error: {error}"), done.err
+    assert fix is None or f"\ntry: {fix}" in done.err or (fix in done.err.partition("\ntry: ")[2]), done.err
+
+
+def test_a_recipe_for_a_device_that_is_not_here_is_named(torchchat: Any) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has the device")
+    done = torchchat("generate", "embedded", "--quantize", "cuda", "--prompt", "x")
+    assert (done.code, "the recipe 'cuda' asks for the device cuda" in done.err) == (1, True)
+
+
+def test_a_wrong_device_in_a_recipe_names_the_recipe(torchchat: Any, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text('{"executor": {"accelerator": "gpu"}, "linear:int8": {}}')
+    done = torchchat("generate", "embedded", "--quantize", tmp_path / "r.json", "--prompt", "x")
+    assert done.err.startswith("error: --quantize: unknown device 'gpu'")
+    assert '"accelerator": "cuda"} in the recipe' in done.err
+
+
+def test_a_wrong_json_schema_is_told_with_line_and_column(torchchat: Any, tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text('{"type": "object",\n "properties": {,}}')
+    done = torchchat("generate", "embedded", "--json-schema", tmp_path / "s.json", "--prompt", "x")
+    assert "at line 2, column 17" in done.err
+    assert "download" not in done.err
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +255,7 @@ def test_without_an_executor_the_command_that_installs_one_is_told(torchchat: An
     without = [flag for name in ("eager", "compile", "executorch", "aoti") for flag in ("-p", f"no:{name}")]
     done = torchchat(*without, "generate", "embedded", "--prompt", "x")
     assert "no installed executor runs models in memory on" in done.err
-    assert "try: pip install tc-eager" in done.err
+    assert "try: leave out -p no:eager" in done.err
 
 
 def test_damaged_logits_are_told(testdata: Path, torchchat: Any, tmp_path: Path) -> None:

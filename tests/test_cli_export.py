@@ -71,19 +71,19 @@ def test_the_ending_or_the_flag_chooses_the_exporter(arguments: list[str], conte
 @pytest.mark.parametrize(("arguments", "code", "words"), [
     ([], 2, "say where to write"),
     (["-o", "a.one", "--output-one-path", "b"], 2, "exclude each other"),
-    (["-o", "a.three"], 1, "has the ending '.three'"),
-    (["-o", "a"], 1, "has no ending"),
-    (["-o", "a.one", "--level", "10"], 1, "level is 10; it has to be 0 to 9"),
-    (["-o", "a.one", "--level", "x"], 1, "level is 'x'; it has to be a whole number"),
-    (["-o", "a.one", "--kind", "odd"], 1, "one of plain, fancy"),
-    (["-o", "a.two", "--level", "1"], 1, "--level is no option of the exporter 'two'"),
+    (["-o", "a.three"], 2, "has the ending '.three'"),
+    (["-o", "a"], 2, "has no ending"),
+    (["-o", "a.one", "--level", "10"], 2, "level is 10; it has to be 0 to 9"),
+    (["-o", "a.one", "--level", "x"], 2, "level is 'x'; it has to be a whole number"),
+    (["-o", "a.one", "--kind", "odd"], 2, "one of plain, fancy"),
+    (["-o", "a.two", "--level", "1"], 2, "--level is no option of the exporter 'two'"),
     (["-o", "a.two", "-d", "fp32"], 1, "exporter 'two' does not write models in fp32"),
     (["-o", "a.one", "--device", "cuda"], 1, "cuda"),
     (["-o", "."], 1, "is a folder"),
     (["-o", "nowhere/a.one"], 1, "there is no folder 'nowhere'"),
     (["-o", f"{'a' * 300}.one"], 1, "a name that is too long for this system"),
     (["-o", "a.one", "--level", "9"], 1, "nine is too much"),
-    (["-o", "a.one", "--executor", "eager"], 2, "No such option"),
+    (["-o", "a.one", "--executor", "eager"], 2, "there is no option '--executor'"),
 ])
 def test_what_cannot_be_written_is_told(arguments: list[str], code: int, words: str, torchchat: Any) -> None:
     done = torchchat("export", "embedded", *arguments)

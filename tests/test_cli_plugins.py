@@ -92,12 +92,61 @@ def test_doctor_tells_what_a_plugin_lacks_and_the_command_that_mends_it(code: st
 @pytest.mark.parametrize(("key", "value", "detail"), [
     ("model", "no-such-model", "there is no model 'no-such-model'"), ("device", "gpu", "unknown device 'gpu'"),
     ("dtype", "fp8", "unknown dtype 'fp8'"), ("executor", "eagre", "there is no executor 'eagre'"),
-    ("prefer.eager", "a:b", "no installed plugin offers it"),
+    ("prefer.eager", "a:b", "no installed plugin offers 'a:b'"),
 ])
-def test_doctor_tells_a_setting_that_cannot_work(key: str, value: str, detail: str, run: Any) -> None:
-    assert run("config", "set", key, value).returncode == 0
-    done = run("doctor", "--offline")
+def test_doctor_tells_a_setting_that_cannot_work(key: str, value: str, detail: str, run: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("".join(f"{part!r}." for part in key.split(".")[:-1])
+                                          + f"{key.split('.')[-1]} = {value!r}\n")
+    done = run("doctor", "--offline", TORCHCHAT_CONFIG=str(tmp_path / "config.toml"))
     assert (done.returncode, detail in done.stdout) == (1, True), done.stdout
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("model", "no-such-model", "model: there is no model 'no-such-model'"),
+    ("device", "gpu", "device: unknown device 'gpu'"), ("device", "", "'device' is ''; it has to be a text"),
+    ("dtype", "fp8", "dtype: unknown dtype 'fp8'"), ("executor", "eagre", "executor: there is no executor 'eagre'"),
+    ("prefer.eager", "a:b", "no installed plugin offers 'a:b' under the name 'eager'"),
+    ("prefer.xyz", "a:b", "no installed plugin offers anything called 'xyz'"), ("devise", "cpu", "no setting 'devise'"),
+])
+def test_a_setting_that_cannot_be_right_is_not_written(key: str, value: str, message: str, torchchat: Any,
+                                                       monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHCHAT_CONFIG", str(tmp_path / "config.toml"))
+    done = torchchat("config", "set", key, value)
+    assert (done.code, message in done.err) == (2, True), done.err
+    assert not (tmp_path / "config.toml").exists()
+
+
+def test_a_setting_that_can_be_right_is_written(torchchat: Any, monkeypatch: pytest.MonkeyPatch,
+                                                tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHCHAT_CONFIG", str(tmp_path / "config.toml"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    for key, value in (("device", "cuda"), ("executor", "auto"), ("dtype", "fast16"),
+                       ("prefer.eager", "tc-eager:eager"), ("model", "m")):
+        assert torchchat("config", "set", key, value).code == 0
+    assert torchchat("config", "get", "model").out == f"{tmp_path / 'm'}\n"
+
+
+@pytest.mark.parametrize(("key", "value", "error", "fix"), [
+    ("device", "gpu", "unknown device 'gpu'", "device cuda"), ("model", "no-such-model", "there is no model", None),
+    ("executor", "eagre", "there is no executor 'eagre'", "did you mean eager?"),
+    ("dtype", "fp8", "unknown dtype 'fp8'", None)])
+def test_an_error_about_a_setting_says_where_it_was_set(key: str, value: str, error: str, fix: str | None,
+                                                        torchchat: Any, monkeypatch: pytest.MonkeyPatch,
+                                                        tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    monkeypatch.setenv("TORCHCHAT_CONFIG", str(config))
+    config.write_text(f"{key} = {value!r}\n")
+    done = torchchat("generate", "--prompt", "x")
+    assert (done.code, error in done.err) == (1, True), done.err
+    assert f"; {key} = {value!r} is set in {config}\n" in done.err
+    assert fix is None or fix in done.err
+    config.unlink()
+    monkeypatch.setenv(f"TORCHCHAT_{key.upper()}", value)
+    done = torchchat("generate", "--prompt", "x")
+    assert f"; {key} = {value!r} is set in TORCHCHAT_{key.upper()}\n" in done.err
+    if key != "model":  # an error about something else
+        assert "is set in" not in torchchat("generate", "no-such-name", "--prompt", "x").err
 
 
 def test_doctor_tells_a_choice_that_does_not_go_together_and_an_address_that_is_none(run: Any, tmp_path: Path) -> None:
@@ -181,6 +230,8 @@ def test_install_and_uninstall_say_what_pip_could_not_do(run: Any) -> None:
     for name in ("torchchat_core", "torchchat.core", "TorchChat--Core>=0", " torchchat-core[testing]"):
         assert "torchchat-core is torchchat itself" in run("uninstall", "--yes", name).stderr
     assert run("install").returncode == 2
+    done = run("uninstall", "--yes", "no-such-package")
+    assert (done.returncode, "'no-such-package' is not installed" in done.stderr) == (1, True)
 
 
 def test_thirty_plugins_add_little_to_help(started: Any, tmp_path: Path) -> None:

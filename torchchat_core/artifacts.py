@@ -36,9 +36,7 @@ MAXIMUM_MANIFEST = 16 << 20  # bytes
 MAXIMUM_TOKENIZER = 256 << 20  # bytes of all its files
 MAXIMUM_TOKENIZER_FILES = 16
 MAXIMUM_NAMES = 1 << 17  # entries with a digest
-SUFFIXES = {".pt2": "tc-aoti", ".so": "tc-aoti", ".pte": "tc-executorch"}  # of such files, and what runs them
 ENDINGS = {"aoti-package": ".pt2", "aoti-dso": ".so", "executorch": ".pte"}  # that a file of each kind has
-PLUGINS = {"aoti-package": "tc-aoti", "aoti-dso": "tc-aoti", "executorch": "tc-executorch"}  # that run each kind
 FILE_NAME = re.compile(r"[^\x00-\x1f/\\<>:\"|?*]{1,150}")
 ARTIFACT = "artifact"  # the format of exported files without a known ending, as `ModelFiles` has it
 MACHINES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}  # other names of the same
@@ -263,7 +261,7 @@ def exported_file(files: ModelFiles) -> Path | None:
     Checkpoints are never looked into: a program that hides behind other weights must not run.
     """
     path = files.weights[0] if len(files.weights) == 1 else None
-    if path is None or not (path.suffix.lower() in SUFFIXES or files.format == ARTIFACT):
+    if path is None or not (path.suffix.lower() in ENDINGS.values() or files.format == ARTIFACT):
         return None
     return path
 

@@ -7,6 +7,8 @@ import reprlib
 from collections.abc import Iterable
 
 QUOTED_LENGTH = 60  # characters of a value that a message shows
+NEAR = 0.7  # similarity from which a name may be a misspelling of another one, by difflib's ratio
+SHORTEST_PREFIX = 3  # characters that say enough to complete them
 
 
 class TorchchatError(Exception):
@@ -23,6 +25,10 @@ class TorchchatError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} ({self.fix})" if self.fix else self.message
+
+
+class UsageError(TorchchatError):
+    """A command line that no machine and no model could make right; the command line exits with status 2."""
 
 
 def quoted(value: object) -> str:
@@ -59,15 +65,30 @@ _SHORT_REPR.maxother = QUOTED_LENGTH
 
 
 def near_matches(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """Up to `count` of the `known` names that look like `name`, best first; upper and lower case are the same."""
+    """Return up to `count` of the `known` names that `name` may be a misspelling of, best first, ignoring case.
+
+    A name qualifies if it is at least `NEAR` alike, or if one of the two begins with the other (three characters or
+    more). Something at a larger distance is not what the user meant.
+    """
+    typed = name.lower()
     by_folded = {candidate.lower(): candidate for candidate in known}
-    found = difflib.get_close_matches(name.lower(), by_folded, n=count, cutoff=0.5)
-    likeness = [difflib.SequenceMatcher(None, folded, name.lower()).ratio() for folded in found]
-    return [by_folded[folded] for folded, ratio in zip(found, likeness, strict=True) if ratio > likeness[0] - 0.1]
+    likeness = {folded: difflib.SequenceMatcher(None, folded, typed).ratio() for folded in by_folded
+                if _may_be_near(typed, folded)}
+    near = sorted((folded for folded, ratio in likeness.items()
+                   if ratio >= NEAR or (min(len(folded), len(typed)) >= SHORTEST_PREFIX
+                                        and (folded.startswith(typed) or typed.startswith(folded)))),
+                  key=lambda folded: likeness[folded], reverse=True)[:count]
+    return [by_folded[folded] for folded in near if likeness[folded] > likeness[near[0]] - 0.1]
+
+
+def _may_be_near(typed: str, folded: str) -> bool:
+    """Return False where the lengths alone rule a match out: comparing texts costs the product of their lengths."""
+    return len(typed) < 1000 and (folded.startswith(typed) or typed.startswith(folded)
+                                  or 2 * min(len(typed), len(folded)) >= NEAR * (len(typed) + len(folded)))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """"did you mean A, B or C?" for the near matches of `name`, or None where nothing is near."""
+    """Return "did you mean A, B or C?" for the near matches of `name`, or None if nothing is near."""
     matches = near_matches(name, known)
     if not matches:
         return None

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torchchat_core.artifact_checks import check_once
-from torchchat_core.artifacts import PLUGINS, Artifact, Manifest, open_artifact
+from torchchat_core.artifacts import Artifact, Manifest, open_artifact
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
 from torchchat_core.quantization.recipe import parse_recipe, stored_recipe
@@ -70,9 +70,8 @@ def _executor(request: ModelRequest, artifact: Artifact, registry: Registry) -> 
     manifest, name = artifact.manifest, "auto" if "executor" in request.defaults else request.executor
     readers = [info.name for info in registry.infos(ExecutorInfo) if manifest.kind in info.reads]
     if not readers:
-        plugin = PLUGINS.get(manifest.kind)
         raise TorchchatError(f"{artifact.path.name} is {manifest.described()}, and nothing installed runs "
-                             f"{manifest.kind} files", f"pip install {plugin}" if plugin else None)
+                             f"{manifest.kind} files", registry.how_to_get("reads", manifest.kind))
     if name != "auto" and manifest.kind not in registry.find(ExecutorInfo, name).reads:
         raise TorchchatError(f"{artifact.path.name} is {manifest.described()}, which the executor {name!r} does not "
                              "run", f"leave --executor out: {' or '.join(readers)} runs it")

@@ -83,23 +83,24 @@ def _accepted(owner: type, name: str) -> tuple[type, tuple[type, ...]]:
     return wanted, ((int, float) if wanted is float else (wanted,)) + ((type(None),) if optional else ())
 
 
-def check_value(owner: type, declared: Field[Any], value: Any) -> None:
-    """Checks one value against the declaration of its field in `owner`."""
+def check_value(owner: type, declared: Field[Any], value: Any, named: str | None = None) -> None:
+    """Checks one value against the declaration of its field in `owner`; errors call it `named`, such as "--top-k"."""
+    named = named or declared.name
     detail = detail_of(declared)
     wanted, accepted = _accepted(owner, declared.name)
     if value is None and type(None) in accepted:
         return
     if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
-        raise TorchchatError(f"{declared.name} is {value!r:.100}; it has to be {_type_words(wanted)}")
+        raise TorchchatError(f"{named} is {value!r:.100}; it has to be {_type_words(wanted)}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise _out_of_range(declared.name, value, detail)
+        raise _out_of_range(named, value, detail)
     if isinstance(value, int | float) and not isinstance(value, bool):
         low = detail.minimum is not None and value < detail.minimum
         high = detail.maximum is not None and value > detail.maximum
         if low or high or (detail.above is not None and value <= detail.above):
-            raise _out_of_range(declared.name, value, detail)
+            raise _out_of_range(named, value, detail)
     if detail.choices is not None and value not in detail.choices:
-        raise TorchchatError(f"{declared.name} is {value!r:.100}; it has to be {detail.range}",
+        raise TorchchatError(f"{named} is {value!r:.100}; it has to be {detail.range}",
                              did_you_mean(str(value), detail.choices))
 
 
@@ -116,8 +117,9 @@ def from_mapping(owner: type[Options], values: Mapping[str, Any]) -> Options:
     return made
 
 
-def from_text(owner: type, name: str, text: str) -> Any:
-    """The value that `text`, as typed by a person, stands for. Raises `TorchchatError` where it is none."""
+def from_text(owner: type, name: str, text: str, named: str | None = None) -> Any:
+    """The value that `text`, as typed by a person, stands for. Raises `TorchchatError` where it is none; it calls the
+    option `named`, such as "--top-k"."""
     known: Sequence[Field[Any]] = fields(owner)
     declared = next((declared for declared in known if declared.name == name.replace("-", "_")), None)
     if declared is None:
@@ -130,8 +132,8 @@ def from_text(owner: type, name: str, text: str) -> Any:
     try:
         value = _PARSERS[wanted](text)
     except (ValueError, KeyError):
-        raise TorchchatError(f"{declared.name} is {text!r:.100}; it has to be {_type_words(wanted)}") from None
-    check_value(owner, declared, value)
+        raise TorchchatError(f"{named or declared.name} is {text!r:.100}; it has to be {_type_words(wanted)}") from None
+    check_value(owner, declared, value, named)
     return value
 
 

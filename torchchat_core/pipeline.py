@@ -13,7 +13,7 @@ from typing import Any, overload
 import torch
 
 from torchchat_core.artifacts import exported_file
-from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.exporting_once import exported_once
 from torchchat_core.fastest import remembered_executor
 from torchchat_core.models.weights import TORCH_DTYPES, build_model
@@ -24,10 +24,10 @@ from torchchat_core.quantization.keeping import KeptCheckpoint, KeptReport, keep
 from torchchat_core.quantization.recipe import Recipe, RecipeReport, RecipeText, parse_recipe, stored_recipe
 from torchchat_core.quantization.replacing import stored_bytes, token_bytes
 from torchchat_core.quantization.saved import refuse_quantised
+from torchchat_core.run_options import DEVICES, DTYPE_NAMES, FAST_DEVICES, check_device, check_dtype
 from torchchat_core.small_files import expanded
 from torchchat_core.sources.reference import missing_file, resolve
 from torchchat_core.specs import (
-    DEVICES,
     Calibration,
     Checkpoint,
     ExecutorInfo,
@@ -43,8 +43,6 @@ from torchchat_core.text_content import text_content
 from torchchat_core.text_format import TextFormat, read_text_format
 
 DEFAULT_MODEL = "embedded:guide"  # a folder called "embedded" is another model
-DTYPE_NAMES = {"fp32": "fp32", "float32": "fp32", "float": "fp32", "fp16": "fp16", "float16": "fp16", "half": "fp16",
-               "bf16": "bf16", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +89,8 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
 
     Raises `TorchchatError` for whatever is missing, damaged, unknown or impossible on this machine.
     """
+    if "device" not in request.defaults:
+        choose_device(request.device)  # before a download
     files = fetch_files(request, registry)
     if exported_file(files) is None and (kept := exported_once(request, files, registry)) is not None:
         request, files = kept
@@ -250,11 +250,10 @@ def _calibration(request: ModelRequest, files: ModelFiles, checkpoint: Checkpoin
 
 def _target_device(request: ModelRequest, recipe: RecipeText) -> str:
     """The one to quantise for, which need not be here. Raises `TorchchatError` for an unknown one."""
-    named = (recipe.device if request.device in ("fast", "auto") else request.device) or "cpu"
-    if named in ("fast", "auto"):
+    named = (recipe.device if request.device in FAST_DEVICES else request.device) or "cpu"
+    if named in FAST_DEVICES:
         return "cpu"
-    if named not in DEVICES:
-        raise _unknown_device(named)
+    _check_named(named, request, recipe)
     return named
 
 
@@ -276,11 +275,14 @@ def fetch_files(request: ModelRequest, registry: Registry) -> ModelFiles:
         reference = dataclasses.replace(reference, text=request.model)  # says what the file is
     if request.hf_token is not None:
         reference = dataclasses.replace(reference, token=request.hf_token)
+    params = _existing("--params-path", request.params_path)  # before a download
+    tokenizer = _existing("--tokenizer-path", request.tokenizer_path)
+    _existing("--adapter", request.adapter)
     files: ModelFiles = source.make().fetch(reference)
-    if request.params_path:
-        files = dataclasses.replace(files, config=_existing(request.params_path), config_chosen=True)
-    if request.tokenizer_path:
-        files = dataclasses.replace(files, tokenizer=(_existing(request.tokenizer_path),))
+    if params is not None:
+        files = dataclasses.replace(files, config=params, config_chosen=True)
+    if tokenizer is not None:
+        files = dataclasses.replace(files, tokenizer=(tokenizer,))
     return files
 
 
@@ -304,40 +306,59 @@ def open_files(files: ModelFiles, registry: Registry) -> Checkpoint:
         raise TorchchatError(f"{files.weights[0].name} is an exported file: it can be run, and nothing can be made of "
                              "it", "use the model that it was made of")
     source = registry.claim("formats", files.format)
-    known = {"gguf": "tc-gguf"}.get(files.format)
     if source is None:
         raise TorchchatError(f"nothing installed opens {files.weights[0].name!r}: the format {files.format!r} is of "
-                             "no installed model source", f"pip install {known}" if known else None)
+                             "no installed model source", registry.how_to_get("formats", files.format))
     checkpoint: Checkpoint = source.make().open(files)
     return checkpoint
 
 
 def chosen_device(request: ModelRequest, recipe: RecipeText | None, otherwise: str = "fast") -> str:
     """The one that was asked for; where that is any, the recipe's, and where it names none, `otherwise`."""
-    if request.device not in ("fast", "auto"):
+    if request.device not in FAST_DEVICES:
         return choose_device(request.device)
-    return choose_device((recipe.device if recipe is not None else None) or otherwise)
+    named = recipe.device if recipe is not None else None
+    if recipe is not None and named is not None:
+        _check_named(named, request, recipe)
+        if named in DEVICES and not has_device(named):
+            raise TorchchatError(f"the recipe {quoted(request.quantize)} asks for the device {named}, which this "
+                                 "machine, or this build of PyTorch, does not have",
+                                 f"choose another recipe, or add --device {choose_device('fast')}")
+    return choose_device(named or otherwise)
+
+
+def _check_named(device: str, request: ModelRequest, recipe: RecipeText) -> None:
+    """Raise `TorchchatError`, which names the recipe if the device is from there, for an unknown device."""
+    if request.device not in FAST_DEVICES or recipe.device is None:
+        check_device(device)
+        return
+    try:
+        check_device(device, '"executor": {{"accelerator": "{}"}} in the recipe')
+    except TorchchatError as error:
+        raise TorchchatError(f"the recipe {quoted(request.quantize)}: {error.message}", error.fix) from None
 
 
 def wished_dtype(request: ModelRequest, recipe: RecipeText | None) -> str | None:
-    return request.dtype or (recipe.dtype if recipe is not None else None)
+    """Return the dtype that was asked for, else the recipe's. Raises `TorchchatError` if the recipe's is unknown."""
+    if request.dtype is not None or recipe is None or recipe.dtype is None:
+        return request.dtype
+    try:
+        check_dtype(recipe.dtype, suggested='"precision": {{"dtype": "{}"}} in the recipe')
+    except TorchchatError as error:
+        raise TorchchatError(f"the recipe {quoted(request.quantize)}: {error.message}", error.fix) from None
+    return recipe.dtype
 
 
 def choose_device(name: str) -> str:
     """ "fast" is the GPU where there is one. Raises `TorchchatError` for one that this machine lacks."""
     available = [device for device in ("cuda", "mps", "cpu") if has_device(device)]
-    if name in ("fast", "auto"):
+    if name in FAST_DEVICES:
         return available[0]
-    if name not in DEVICES:
-        raise _unknown_device(name)
+    check_device(name)
     if name not in available:
         raise TorchchatError(f"this machine, or this build of PyTorch, has no {name} device",
                              f"use --device {available[0]}")
     return name
-
-
-def _unknown_device(name: str) -> TorchchatError:
-    return TorchchatError(f"unknown device {name!r}; known are fast, {', '.join(DEVICES)}", did_you_mean(name, DEVICES))
 
 
 def has_device(device: str) -> bool:
@@ -358,9 +379,7 @@ def choose_dtype(name: str | None, device: str, stored: torch.dtype) -> str:
     if name == "fast16":
         return _fastest_dtype(device) if device != "cpu" else "bf16"
     if name is not None:
-        if name not in DTYPE_NAMES:
-            raise TorchchatError(f"unknown dtype {name!r}; known are fast, fast16, {', '.join(DTYPE_NAMES)}",
-                                 did_you_mean(name, DTYPE_NAMES))
+        check_dtype(name)
         return DTYPE_NAMES[name]
     own = stored_dtype(stored)
     return "bf16" if own == "fp16" and device == "cpu" else own
@@ -387,8 +406,12 @@ def checked_limit(asked: int | None, maximum: int) -> int:
     return asked
 
 
-def _existing(path: str) -> Path:
+def _existing(flag: str, path: str | None) -> Path | None:
+    """Return the path that was given with a flag. Raises `TorchchatError` if there is no such file."""
+    if not path:
+        return None
     found = expanded(path)
-    if not found.is_file():
-        raise missing_file(found)
+    if not (found.is_file() or (flag == "--adapter" and found.is_dir())):
+        error = missing_file(found)
+        raise TorchchatError(f"{flag}: {error.message}", error.fix)
     return found

@@ -18,6 +18,8 @@ import pluggy
 
 from torchchat_core import hookspecs
 from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.known_plugins import Offer as KnownOffer
+from torchchat_core.known_plugins import install_command, providers
 from torchchat_core.specs import (
     CommandInfo,
     Description,
@@ -36,6 +38,8 @@ HOOKS: Mapping[str, type[Description]] = {
     "torchchat_exporters": ExporterInfo,
     "torchchat_commands": CommandInfo,
 }
+PROVIDED: Mapping[type[Description], KnownOffer] = {CommandInfo: "commands", ExecutorInfo: "executors",
+                                                    ExporterInfo: "exporters"}  # named kinds in the known plugins
 STRICT = "TORCHCHAT_STRICT_PLUGINS"
 TRACE = "TORCHCHAT_TRACE_PLUGINS"
 NO_AUTOLOAD = "TORCHCHAT_DISABLE_PLUGIN_AUTOLOAD"
@@ -160,7 +164,22 @@ class Registry:
                                  f"give the full name, such as {matches[0]}")
         known = sorted(owners)
         message = f"there is no {kind.kind} {name!r}; installed: {', '.join(known) or 'none'}"
-        raise TorchchatError(message, did_you_mean(name, known))
+        hint = self.how_to_get(PROVIDED[kind], name) if kind in PROVIDED else None
+        raise TorchchatError(message, hint or did_you_mean(name, known))
+
+    def how_to_get(self, offer: KnownOffer, name: str | None = None) -> str | None:
+        """Return what makes a known plugin provide `name`, or anything of that kind without a name: install it, stop
+        leaving it out with -p, or see why it failed. None if no known plugin provides it, or if it is loaded."""
+        found = providers(offer, name)
+        if not found:
+            return None
+        states = {plugin.distribution: plugin for plugin in self.plugins}
+        plugin = states.get(found[0])
+        if plugin is None:
+            return install_command(found if name is None and offer == "exporters" else found[:1])
+        if plugin.state == "disabled":
+            return f"leave out -p no:{plugin.name}"
+        return "torchchat plugins, which says why it failed" if plugin.state == "failed" else None
 
     def _register(self, module: object, plugin: Plugin) -> None:
         _check_hooks(module)

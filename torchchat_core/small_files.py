@@ -14,6 +14,7 @@ from typing import Any
 from torchchat_core.errors import TorchchatError
 
 MAXIMUM_BYTES = 256 * 1024 * 1024  # several times the largest tokenizer in use
+COPY_AGAIN = "download or copy the model again"
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -74,7 +75,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise TorchchatError(f"cannot write {str(path)!r}: {reason}") from None
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path, fix: str = COPY_AGAIN) -> bytes:
     """The content of `path`. Raises `TorchchatError` where it is missing, unreadable, empty, a Git LFS pointer or
     larger than `MAXIMUM_BYTES`."""
     try:
@@ -83,7 +84,7 @@ def read_file(path: Path) -> bytes:
     except OSError as error:
         raise TorchchatError(f"{path} cannot be read: {error.strerror or error}") from error
     if not content:
-        raise TorchchatError(f"{path} is empty", "download or copy the model again")
+        raise TorchchatError(f"{path} is empty", fix)
     if len(content) > MAXIMUM_BYTES:
         raise TorchchatError(f"{path} has more than {MAXIMUM_BYTES} bytes, which no such file has")
     if content.startswith(LFS_POINTER):
@@ -92,13 +93,13 @@ def read_file(path: Path) -> bytes:
     return content
 
 
-def read_text(path: Path) -> str:
-    """The content of `path`, which has to be UTF-8. Raises `TorchchatError` as `read_file` does."""
+def read_text(path: Path, fix: str = COPY_AGAIN) -> str:
+    """Return the content of `path`, which has to be UTF-8. Raises `TorchchatError` as `read_file` does."""
     try:
-        return read_file(path).decode("utf-8-sig")
+        return read_file(path, fix).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise TorchchatError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}",
-                             "download or copy the model again") from error
+                             fix) from error
 
 
 def written_text(content: bytes, name: str) -> str:
@@ -120,13 +121,17 @@ def written_text(content: bytes, name: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises `TorchchatError` where the file holds anything else."""
-    text = read_text(path)
+def read_json(path: Path, fix: str = COPY_AGAIN) -> dict[str, Any]:
+    """Return the JSON object in `path`. Raises `TorchchatError` if the file holds anything else; `fix` is what to do
+    then."""
+    text = read_text(path, fix)
     try:
         content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise TorchchatError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}", fix
+                             ) from error
     except (ValueError, RecursionError) as error:
-        raise TorchchatError(f"{path} is not JSON: {error}", "download or copy the model again") from error
+        raise TorchchatError(f"{path} is not JSON: {error}", fix) from error
     if not isinstance(content, dict):
-        raise TorchchatError(f"{path} holds a JSON {type(content).__name__}; it has to be an object")
+        raise TorchchatError(f"{path} holds a JSON {type(content).__name__}; it has to be an object", fix)
     return content

@@ -15,6 +15,8 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeGuard, get_args, get_origin, get_type_hints
 
 from torchchat_core.errors import TorchchatError
+from torchchat_core.run_options import DEVICES as DEVICES
+from torchchat_core.run_options import DTYPES as DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 SCHEME = re.compile(r"(linear|embedding):[a-z0-9][a-z0-9_.-]*")
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-DTYPES = ("fp32", "bf16", "fp16")
-DEVICES = ("cpu", "cuda", "mps")
 ANY_SCHEME = "*"  # of an executor that runs whatever layers a quantizer makes
 ABILITIES = {
     "score": "logits at every position: perplexity, evaluation, speculation",
@@ -228,6 +228,7 @@ class CommandInfo(Description):
 
     kind: ClassVar[str] = "command"
     order: int = 50  # place in the list of `torchchat --help`, lowest first
+    group: str = "More commands"  # heading in that list; groups are ordered by their first command. Since: 1.0
 
     def make(self) -> Any:
         module, _, attribute = self.factory.partition(":")

@@ -145,7 +145,7 @@ def require(wanted: Combination, registry: Registry) -> None:
     if reason is None:
         return
     instead = nearest(wanted, registry)
-    raise TorchchatError(reason, f"what works is {instead}" if instead else "pip install tc-eager")
+    raise TorchchatError(reason, f"what works is {instead}" if instead else registry.how_to_get("reads", wanted.format))
 
 
 def choose_executor(name: str, device: str, dtype: str, schemes: Sequence[str], registry: Registry,
@@ -183,13 +183,14 @@ def choose_executor(name: str, device: str, dtype: str, schemes: Sequence[str], 
     if faults:
         raise faults[0]
     instead = nearest(combinations(name)[0], registry)
+    hint = f"what works is {instead}" if instead else registry.how_to_get("reads", format)
     reasons = {reason for executor, info in registry.settled(ExecutorInfo) if format in info.reads
                for wanted in combinations(executor) if (reason := refusal(wanted, registry)) is not None}
     if len(reasons) == 1:
-        raise TorchchatError(reasons.pop(), f"what works is {instead}" if instead else "pip install tc-eager")
+        raise TorchchatError(reasons.pop(), hint)
     quantised = f" with {' and '.join(schemes)}" if schemes else ""
     raise TorchchatError(f"no installed executor runs {_what(format)} on {device} in {dtype}{quantised}",
-                         f"what works is {instead}" if instead else "pip install tc-eager")
+                         hint)
 
 
 def readers(read: str, registry: Registry) -> tuple[str, ...]:

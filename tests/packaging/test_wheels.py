@@ -32,7 +32,7 @@ def test_the_two_wheels_alone_answer(environment: Path, shell: Callable[..., str
 def test_core_alone_says_which_plugin_is_missing(environment: Path) -> None:
     done = subprocess.run([environment / "bin/torchchat", "generate", "--prompt", "x"], capture_output=True, text=True,
                           check=False, env={**os.environ, "TORCHCHAT_DISABLE_PLUGIN_AUTOLOAD": "1"})
-    assert (done.returncode, "try: pip install tc-eager" in done.stderr) == (1, True)
+    assert (done.returncode, "try: torchchat install tc-eager" in done.stderr) == (1, True)
 
 
 def test_what_is_installed_is_what_is_declared(environment: Path, shell: Callable[..., str]) -> None:

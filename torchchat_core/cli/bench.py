@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from torchchat_core.cli.flags import model_flags, model_request
+from torchchat_core.cli.help_sections import Verb
 from torchchat_core.cli.progress_bars import shown_progress
+from torchchat_core.cli.values import Number
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
 from torchchat_core.progress import task
@@ -21,13 +23,13 @@ if TYPE_CHECKING:
     from torchchat_core.measure.benchmark import Failed, Row, Way
 
 
-@click.command()
+@click.command(cls=Verb)
 @model_flags
-@click.option("--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True, metavar="N",
+@click.option("--prompt-tokens", type=Number(minimum=1), default=128, show_default=True, metavar="N",
               help="Length of the prompt.")
-@click.option("--new-tokens", type=click.IntRange(min=1), default=64, show_default=True, metavar="N",
+@click.option("--new-tokens", type=Number(minimum=1), default=64, show_default=True, metavar="N",
               help="Tokens that are decoded after it.")
-@click.option("--repeat", type=click.IntRange(min=1), default=5, show_default=True, metavar="N",
+@click.option("--repeat", type=Number(minimum=1), default=5, show_default=True, metavar="N",
               help="Runs that count, after one that warms up.")
 @click.option("--save", is_flag=True, help="Remember the fastest executor for this model on this machine, for each "
                                            "recipe that was measured: --executor auto then takes it.")

@@ -8,13 +8,15 @@ from typing import Any
 import click
 
 from torchchat_core.cli.flags import generation_options, model_flags, sampling_flags
+from torchchat_core.cli.help_sections import Verb
+from torchchat_core.cli.values import Number
 from torchchat_core.plugins import Registry
 
 
-@click.command()
+@click.command(cls=Verb)
 @model_flags
 @click.option("--system", metavar="TEXT", help="A system message: how the model should answer.")
-@click.option("--max-new-tokens", type=int, default=None, metavar="N",
+@click.option("--max-new-tokens", type=Number(minimum=1), default=None, metavar="N",
               help="Length of an answer; without it, until the model ends it.")
 @sampling_flags
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per answer: text, token_ids, "

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import click
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.cli.setting_values import check_setting_value
+from torchchat_core.errors import TorchchatError, UsageError
+from torchchat_core.plugins import Registry
 from torchchat_core.settings import KEYS, PREFER, check_setting, config_path, load_settings, variable, write_setting
+from torchchat_core.small_files import expanded
+
+
+@contextmanager
+def _usage_errors(key: str | None = None) -> Iterator[None]:
+    """Within it, a `TorchchatError` is one about the command line; `key` is named before it."""
+    try:
+        yield
+    except TorchchatError as error:
+        named = f"{key}: " if key is not None and repr(key) not in error.message else ""
+        raise UsageError(f"{named}{error.message}", error.fix) from None
 
 
 @click.group()
@@ -34,7 +50,8 @@ def list_settings() -> None:
 @click.argument("key")
 def get(key: str) -> None:
     """Print the value of KEY."""
-    check_setting(key)
+    with _usage_errors():
+        check_setting(key)
     value = load_settings().get(key)
     if value is None:
         raise TorchchatError(f"{key} is not set", f"torchchat config set {key} VALUE")
@@ -44,13 +61,21 @@ def get(key: str) -> None:
 @config.command("set")
 @click.argument("key")
 @click.argument("value")
-def set_value(key: str, value: str) -> None:
-    """Set KEY to VALUE in the file."""
+@click.pass_obj
+def set_value(registry: Registry, /, key: str, value: str) -> None:
+    """Set KEY to VALUE in the file, if the value can be right."""
+    with _usage_errors(key):
+        check_setting(key, value)
+        check_setting_value(key, value, registry)
+    if key == "model" and (path := expanded(value)).exists():
+        value = str(path.absolute())  # the setting counts in every folder
     click.echo(f"{key} = {value} in {write_setting(key, value)}", err=True)
 
 
 @config.command("unset")
 @click.argument("key")
 def unset(key: str) -> None:
-    """Take KEY out of the file."""
-    click.echo(f"{key} taken out of {write_setting(key, None)}", err=True)
+    """Remove KEY from the file."""
+    with _usage_errors():
+        check_setting(key)
+    click.echo(f"{key} removed from {write_setting(key, None)}", err=True)

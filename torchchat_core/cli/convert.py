@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from torchchat_core.cli.completion import complete_dtype, complete_model
-from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.cli.values import STORED_DTYPE
+from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import expanded
 
@@ -25,8 +26,8 @@ FORMATS = ("meta", "hf", "torchtune")
 @click.argument("names", nargs=-1, metavar="[MODEL]", shell_complete=complete_model)
 @click.option("-o", "--output-dir", metavar="DIR", help="The folder to write, which must not exist or be empty; with "
                                                         f"--checkpoint-dir, its folder '{DEFAULT_FOLDER}' without.")
-@click.option("-d", "--dtype", metavar="NAME", help="fp32, bf16 or fp16 [default: the checkpoint's].",
-              shell_complete=complete_dtype)
+@click.option("-d", "--dtype", metavar="NAME", type=STORED_DTYPE, shell_complete=complete_dtype,
+              help="fp32, bf16 or fp16 [default: the checkpoint's].")
 @click.option("--adapter", metavar="DIR", help="A LoRA adapter to merge, in PEFT's format.")
 @click.option("--hf-token", metavar="TOKEN", help="For models that need their owner's permission; else HF_TOKEN or the "
                                                   "stored login.")
@@ -92,13 +93,11 @@ def _output(flags: dict[str, Any]) -> Path:
 def _dtype(name: str | None, checkpoint: Checkpoint) -> str:
     """The name in `specs.DTYPES`; without a wish, what the checkpoint has."""
     from torchchat_core.models.weights import TORCH_DTYPES
-    from torchchat_core.pipeline import DTYPE_NAMES
+    from torchchat_core.run_options import DTYPE_NAMES, check_dtype
 
     if name is None:
         return next((known for known, dtype in TORCH_DTYPES.items() if dtype == checkpoint.dtype), "fp32")
-    if name not in DTYPE_NAMES:
-        raise TorchchatError(f"unknown dtype {name!r}; known are {', '.join(DTYPE_NAMES)}",
-                             did_you_mean(name, DTYPE_NAMES))
+    check_dtype(name, fast=False)
     return DTYPE_NAMES[name]
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 import click
 
 from torchchat_core import __version__
+from torchchat_core.cli.setting_values import check_setting_value
 from torchchat_core.errors import TorchchatError
 from torchchat_core.network import connection_fault, hub_endpoint
 from torchchat_core.plugins import CORE, Plugin, Registry
-from torchchat_core.settings import KEYS, PREFER, Settings, config_path, load_settings, variable
+from torchchat_core.settings import KEYS, Settings, config_path, load_settings, variable
 from torchchat_core.small_files import cache_folder
 
 MINIMUM_PYTHON = (3, 11)
@@ -147,7 +148,7 @@ def plugin_checks(registry: Registry) -> Iterator[Check]:
             yield from requirement_checks(plugin)
     if not any(info.kind == "executor" for plugin in registry.plugins for info in plugin.offers):
         yield Check("executor", False, "none is installed; no model can run",
-                    f"{sys.executable} -m pip install tc-eager")
+                    registry.how_to_get("executors"))
 
 
 def requirement_checks(plugin: Plugin) -> Iterator[Check]:
@@ -229,24 +230,12 @@ def _chosen_combination(settings: Settings, registry: Registry) -> Iterator[Chec
 
 
 def _setting_fault(key: str, value: str, registry: Registry) -> str | None:
-    from torchchat_core.pipeline import choose_device, choose_dtype
-    from torchchat_core.sources.reference import resolve
-    from torchchat_core.specs import ExecutorInfo
+    from torchchat_core.pipeline import choose_device
 
     try:
-        if key == "model":
-            resolve(value, registry)
-        elif key == "device":
+        check_setting_value(key, value, registry)
+        if key == "device":
             choose_device(value)
-        elif key == "dtype":
-            import torch
-
-            choose_dtype(value, "cpu", torch.float32)
-        elif key == "executor" and value != "auto":
-            registry.find(ExecutorInfo, value)
-        elif key.startswith(PREFER) and value not in {name for plugin in registry.plugins for name in
-                                                      (f"{plugin.distribution}:{info.name}" for info in plugin.offers)}:
-            return "no installed plugin offers it"
     except TorchchatError as error:
         return error.message
     return None

@@ -10,24 +10,26 @@ from typing import Any
 import click
 
 from torchchat_core.cli.flags import model_flags
+from torchchat_core.cli.help_sections import Verb
 from torchchat_core.cli.opening import opened_model
 from torchchat_core.cli.progress_bars import shown_progress
+from torchchat_core.cli.values import Number
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import expanded, output_file, write_whole
 
 
-@click.command("eval")
+@click.command("eval", cls=Verb)
 @model_flags
 @click.option("--tasks", multiple=True, metavar="NAME", help="A task of lm-eval, or several with commas "
                                                              "between; may be repeated [default: wikitext].")
-@click.option("--limit", type=click.FloatRange(min=0, min_open=True), metavar="N",
+@click.option("--limit", type=Number(float, above=0), metavar="N",
               help="Documents of each task; below 1, that share of them [default: all].")
-@click.option("--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples before each question [default: "
+@click.option("--num-fewshot", type=Number(minimum=0), metavar="N", help="Examples before each question [default: "
                                                                              "what the task says].")
 @click.option("--include-path", metavar="DIR", help="A folder of tasks of your own, as lm-eval's YAML files.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), metavar="N", help="Of examples and of answers that a task "
-              "draws by chance [default: lm-eval's own seeds].")
+@click.option("--seed", type=Number(minimum=0, maximum=2**32 - 1), metavar="N",
+              help="Seed of examples and of answers that a task draws by chance [default: lm-eval's own seeds].")
 @click.option("--output", metavar="FILE", help="Write lm-eval's results as JSON, with model, recipe and versions.")
 @click.option("--json", "as_json", is_flag=True, help="Print the same JSON.")
 @click.pass_obj

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from torchchat_core.cli.flags import EXPORTED, model_flags, model_request
-from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.cli.help_sections import Verb
+from torchchat_core.errors import TorchchatError, UsageError, did_you_mean, quoted
 from torchchat_core.options import detail_of, from_text
 from torchchat_core.plugins import Registry, load_registry
 from torchchat_core.small_files import output_file
@@ -20,7 +21,7 @@ OUTPUT = "output"
 RUNNING_ONLY = ("executor", "keep_quantized", *(flag[2:].replace("-", "_") for flag in EXPORTED))
 
 
-class ExportCommand(click.Command):
+class ExportCommand(Verb):
     """A command whose flags are also those that the installed exporters declare."""
 
     def get_params(self, context: click.Context) -> list[click.Parameter]:
@@ -73,7 +74,7 @@ def export(registry: Registry, /, **flags: Any) -> None:
     The file's ending, or the flag that names it, chooses the exporter. A file that exists is replaced when the new
     one is whole.
     """
-    exporter, path = _target(flags, registry.infos(ExporterInfo))
+    exporter, path = _target(flags, registry)
     flags, longest = _with_preset(exporter, flags)
     options = _options(exporter, flags, registry)
     from torchchat_core.cli.progress_bars import shown_progress
@@ -86,10 +87,11 @@ def export(registry: Registry, /, **flags: Any) -> None:
     click.echo(str(path))
 
 
-def _target(flags: dict[str, Any], exporters: list[ExporterInfo]) -> tuple[ExporterInfo, Path]:
+def _target(flags: dict[str, Any], registry: Registry) -> tuple[ExporterInfo, Path]:
     """What writes, and where to. Raises `TorchchatError` or a usage error where that is not one answer."""
+    exporters = registry.infos(ExporterInfo)
     if not exporters:
-        raise TorchchatError("no exporter is installed", "pip install tc-executorch, tc-aoti or tc-gguf")
+        raise TorchchatError("no exporter is installed", registry.how_to_get("exporters"))
     named = [(info, flags[_path_name(info)]) for info in exporters if info.flag and flags.get(_path_name(info))]
     if len(named) + (flags[OUTPUT] is not None) > 1:
         given = [info.flag for info, _ in named] + (["-o"] if flags[OUTPUT] is not None else [])
@@ -105,8 +107,9 @@ def _target(flags: dict[str, Any], exporters: list[ExporterInfo]) -> tuple[Expor
         return exporters[0], path
     if len(fitting) != 1:
         what = "no ending" if not path.suffix else f"the ending {path.suffix!r}"
-        raise TorchchatError(f"the file {path.name!r} has {what}; endings that the installed exporters write are "
-                             f"{listed}", "give the file one of these endings")
+        fix = registry.how_to_get("writes", path.suffix.lower()) or "give the file one of these endings"
+        raise UsageError(f"-o is {quoted(path.name)}, which has {what}; endings that the installed exporters write are "
+                         f"{listed}", fix)
     return fitting[0], path
 
 
@@ -120,8 +123,8 @@ def _with_preset(exporter: ExporterInfo, flags: dict[str, Any]) -> tuple[dict[st
     if preset is None:
         names = [each.name for each in exporter.presets]
         known = f"it has {', '.join(names)}" if names else "it has none"
-        raise TorchchatError(f"the exporter {exporter.name!r} has no preset {wanted!r}; {known}",
-                             did_you_mean(wanted, names))
+        raise UsageError(f"--preset: the exporter {exporter.name!r} has no preset {quoted(wanted)}; {known}",
+                         did_you_mean(wanted, names))
     chosen = {"quantize": preset.quantize, **preset.options}
     unsaid = {name: value for name, value in chosen.items() if flags.get(name) is None}
     return {**flags, **unsaid}, preset.max_seq_length
@@ -137,8 +140,12 @@ def _options(exporter: ExporterInfo, flags: dict[str, Any], registry: Registry) 
     all_names = {field.name for info in registry.infos(ExporterInfo) if info.options for field in fields(info.options)}
     foreign = next((name for name in sorted(all_names - own) if flags.get(name) is not None), None)
     if foreign is not None:
-        raise TorchchatError(f"--{foreign.replace('_', '-')} is no option of the exporter {exporter.name!r}")
+        raise UsageError(f"--{foreign.replace('_', '-')} is no option of the exporter {exporter.name!r}")
     if exporter.options is None:
         return None
-    given = {name: from_text(exporter.options, name, flags[name]) for name in own if flags.get(name) is not None}
-    return exporter.options(**given)
+    try:
+        given = {name: from_text(exporter.options, name, flags[name], f"--{name.replace('_', '-')}")
+                 for name in own if flags.get(name) is not None}
+        return exporter.options(**given)
+    except TorchchatError as error:
+        raise UsageError(error.message, error.fix) from None

@@ -15,9 +15,13 @@ from torchchat_core.cli.completion import (
     complete_model,
     complete_scheme,
 )
-from torchchat_core.errors import TorchchatError
+from torchchat_core.cli.help_sections import FILES, RUNNING, SAMPLING, SectionOption
+from torchchat_core.cli.setting_values import note_used
+from torchchat_core.cli.usage import refuse_words_as_model
+from torchchat_core.cli.values import DEVICE, DTYPE, EXECUTOR, RECIPE, STOP, Number, OptionValue
+from torchchat_core.errors import TorchchatError, UsageError, quoted
 from torchchat_core.generation_options import GenerationOptions, SamplingOptions
-from torchchat_core.options import OptionDetail, detail_of, value_type
+from torchchat_core.options import OptionDetail, detail_of
 from torchchat_core.settings import KEYS, load_settings
 
 if TYPE_CHECKING:
@@ -30,45 +34,47 @@ PATHS = ("--checkpoint-path", "--gguf-path", *EXPORTED)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-CLICK_TYPES: Mapping[type, click.ParamType[Any]] = {int: click.INT, float: click.FLOAT, str: click.STRING}
-
-
 def model_flags(function: Function) -> Function:
-    """MODEL, where its files are, and how it runs."""
+    """Add MODEL, how it runs, and where its files are."""
     for decorate in reversed([
         click.argument("model", required=False, shell_complete=complete_model),
-        click.option("--checkpoint-path", metavar="FILE", help="The weights, a file or folder; MODEL then only names "
-                                                               "them."),
-        click.option("--gguf-path", metavar="FILE", help="The model's GGUF file; MODEL then only names it."),
-        *(click.option(flag, metavar="FILE", help=f"An exported {what}; MODEL then only names it.")
+        _option(RUNNING, "--quantize", metavar="RECIPE", type=RECIPE, shell_complete=complete_scheme,
+                help="Quantize the weights: a recipe such as cpu, a scheme such as linear:int8, a JSON object, or a "
+                     "file that holds one."),
+        _option(RUNNING, "--executor", metavar="NAME", type=EXECUTOR, shell_complete=complete_executor,
+                help="What runs the model; auto takes the first that works [default: auto]."),
+        _option(RUNNING, "--device", metavar="NAME", type=DEVICE, shell_complete=complete_device,
+                help="cpu, cuda, mps, or fast: a GPU if there is one [default: fast]."),
+        _option(RUNNING, "-d", "--dtype", metavar="NAME", type=DTYPE, shell_complete=complete_dtype,
+                help="fp32, bf16, fp16, or fast [default: the checkpoint's]."),
+        _option(RUNNING, "--max-seq-length", type=Number(minimum=1), metavar="N",
+                help="Limit on the tokens of prompt and answer together [default: the model's]."),
+        _option(RUNNING, "--keep-quantized", is_flag=True, default=None,
+                help="Run the quantized weights of a GGUF file as stored, instead of unpacking them."),
+        _option(RUNNING, "--adapter", metavar="DIR", help="A LoRA adapter (PEFT format) to merge into the model."),
+        _option(FILES, "--hf-token", metavar="TOKEN",
+                help="Access token for gated models [default: HF_TOKEN, or the stored login]."),
+        _option(FILES, "--checkpoint-path", metavar="FILE",
+                help="The weights, a file or folder; MODEL is then only a name."),
+        _option(FILES, "--gguf-path", metavar="FILE", help="A GGUF file; MODEL is then only a name."),
+        *(_option(FILES, flag, metavar="FILE", help=f"An exported {what}; MODEL is then only a name.")
           for flag, what in EXPORTED.items()),
-        click.option("--params-path", metavar="FILE", help="The model's config.json or params.json."),
-        click.option("--tokenizer-path", metavar="FILE", help="The model's tokenizer.json or tokenizer.model."),
-        click.option("--adapter", metavar="DIR", help="A LoRA adapter (PEFT format) to merge into the model."),
-        click.option("--hf-token", metavar="TOKEN", help="For models that need their owner's permission; else HF_TOKEN "
-                                                         "or the stored login."),
-        click.option("--quantize", metavar="RECIPE", help="A recipe such as cpu, a scheme such as linear:int8, a "
-                                                          "JSON object, or a file that holds one.",
-                     shell_complete=complete_scheme),
-        click.option("--keep-quantized", is_flag=True, default=None, help="Run the weights that a GGUF file holds "
-                     "quantised as they are, instead of unpacking them."),
-        click.option("--executor", metavar="NAME", help="What runs the model; auto takes the first that fits "
-                                                        "[default: auto].", shell_complete=complete_executor),
-        click.option("--device", metavar="NAME", help="cpu, cuda, mps, or fast: a GPU where there is one "
-                                                      "[default: fast].", shell_complete=complete_device),
-        click.option("-d", "--dtype", metavar="NAME", help="fp32, bf16, fp16, or fast [default: the checkpoint's].",
-                     shell_complete=complete_dtype),
-        click.option("--max-seq-length", type=int, metavar="N", help="Tokens of prompt and answer together; without "
-                                                                     "it, as many as the model takes."),
+        _option(FILES, "--params-path", metavar="FILE", help="The model's config.json or params.json."),
+        _option(FILES, "--tokenizer-path", metavar="FILE", help="The model's tokenizer.json or tokenizer.model."),
     ]):
         function = decorate(function)
     return function
+
+
+def _option(section: str, *names: str, **attributes: Any) -> Callable[[Function], Function]:
+    return click.option(*names, cls=SectionOption, section=section, **attributes)
 
 
 def model_request(flags: Mapping[str, Any]) -> ModelRequest:
     """What the flags of `model_flags` ask for; what they leave open is taken from the user's settings."""
     from torchchat_core.pipeline import ModelRequest
 
+    refuse_words_as_model(flags.get("model"))
     given = {field.name: flags[field.name] for field in fields(ModelRequest) if flags.get(field.name) is not None}
     paths = {flag: path for flag in PATHS if (path := flags.get(flag[2:].replace("-", "_"))) is not None}
     if len(paths) > 1:
@@ -79,23 +85,22 @@ def model_request(flags: Mapping[str, Any]) -> ModelRequest:
     chosen = {key: value for key in KEYS if (value := settings.get(key)) is not None}
     if "checkpoint_path" in given:
         chosen.pop("model", None)
+    note_used(settings, {**given, "model": None} if "checkpoint_path" in given else given)
     return ModelRequest(**{**chosen, **given}, defaults=frozenset(chosen.keys() - given.keys()))
 
 
 def sampling_flags(function: Function) -> Function:
-    """One flag for each field of `SamplingOptions`, and those that bound an answer."""
+    """Add one flag for each field of `SamplingOptions`, and those that bound an answer."""
     declared = [field for field in fields(SamplingOptions) if field.name != "logit_bias"]
-    for field in reversed(declared):
-        detail = detail_of(field)
-        function = click.option(
-            f"--{field.name.replace('_', '-')}", type=CLICK_TYPES[value_type(SamplingOptions, field.name)],
-            metavar="N", default=None, help=_help(detail, field.default),
-        )(function)
-    for decorate in reversed([
-        click.option("--logit-bias", metavar="TOKEN=BIAS", multiple=True, help="Add BIAS to the logit of a token id; "
-                                                                               "may be repeated."),
-        click.option("--stop", metavar="TEXT", multiple=True, help="End the answer before TEXT; may be repeated."),
-    ]):
+    decorators = [_option(SAMPLING, f"--{field.name.replace('_', '-')}", type=OptionValue(SamplingOptions, field.name),
+                          metavar="N", default=None, help=_help(detail_of(field), field.default)) for field in declared]
+    decorators += [
+        _option(SAMPLING, "--stop", metavar="TEXT", type=STOP, multiple=True,
+                help="End the answer before TEXT; may be repeated."),
+        _option(SAMPLING, "--logit-bias", metavar="TOKEN=BIAS", multiple=True,
+                help="Add BIAS to the logit of a token id; may be repeated."),
+    ]
+    for decorate in reversed(decorators):
         function = decorate(function)
     return function
 
@@ -120,6 +125,9 @@ def generation_options(flags: Mapping[str, Any], defaults: Mapping[str, Any]) ->
 def _parsed_bias(text: str) -> tuple[int, float]:
     token, _, bias = text.partition("=")
     try:
-        return int(token), float(bias)
-    except ValueError:
-        raise TorchchatError(f"--logit-bias is {text!r}; it has to be TOKEN=BIAS, such as 42=-5") from None
+        found = int(token), float(bias)
+        SamplingOptions(logit_bias=dict([found]))
+        return found
+    except (ValueError, TorchchatError):
+        raise UsageError(f"--logit-bias is {quoted(text)}; it has to be TOKEN=BIAS, a token id and a "
+                         "number from -10000 to 10000, such as 42=-5") from None

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from torchchat_core.cli.flags import generation_options, model_flags, sampling_flags
+from torchchat_core.cli.help_sections import Verb
 from torchchat_core.cli.opening import opened_model
-from torchchat_core.errors import TorchchatError, quoted
+from torchchat_core.cli.values import Number
+from torchchat_core.errors import TorchchatError, UsageError, quoted
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import expanded, output_file, read_json, written_text
 
@@ -26,15 +28,16 @@ if TYPE_CHECKING:
 FIRST_WORDS = "Hello, my name is"  # where nobody gives a prompt
 
 
-@click.command()
+@click.command(cls=Verb)
 @model_flags
 @click.option("--prompt", metavar="TEXT", help="The prompt; without it, --prompt-file or standard input.")
 @click.option("--prompt-file", metavar="FILE", help="A text file that holds the prompt.")
 @click.option("--system", metavar="TEXT", help="A system message, for models with a chat template.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it stands, control tokens included, also "
                                         "where the model has a chat template.")
-@click.option("--max-new-tokens", type=int, default=200, show_default=True, metavar="N", help="Length of the answer.")
-@click.option("--num-samples", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+@click.option("--max-new-tokens", type=Number(minimum=1), default=200, show_default=True, metavar="N",
+              help="Length of the answer.")
+@click.option("--num-samples", type=Number(minimum=1), default=1, show_default=True, metavar="N",
               help="How many answers to the one prompt.")
 @click.option("--json-schema", metavar="FILE", help="Only texts that this JSON Schema describes; the answer is JSON.")
 @sampling_flags
@@ -50,6 +53,9 @@ def generate(registry: Registry, /, **flags: Any) -> int:
     """
     from torchchat_core.cli.answers import answer_json
 
+    if flags["raw"] and flags["system"]:
+        raise UsageError("--system and --raw exclude each other: a raw prompt has no system message",
+                         "put what the model should know into --prompt")
     prompt, trace = _prompt(flags), _trace_path(flags["profile"])
     grammar = _grammar(flags["json_schema"])
     generation_options(flags, {})  # wrong values are told before a model is loaded
@@ -68,7 +74,7 @@ def _trace_path(text: str | None) -> Path | None:
         return None
     path = output_file("--profile", text)
     if not path.name.endswith((".json", ".json.gz")):
-        raise TorchchatError(f"--profile is {text!r}; a trace ends in .json or .json.gz")
+        raise UsageError(f"--profile is {quoted(text)}; a trace ends in .json or .json.gz")
     return path
 
 
@@ -84,7 +90,7 @@ def _prompt(flags: dict[str, Any]) -> str:
         content = sys.stdin.buffer.read() if file is None else expanded(file).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror if isinstance(error, OSError) else None
-        raise TorchchatError(f"cannot read the prompt from {quoted(file)}: {reason or error}") from None
+        raise TorchchatError(f"--prompt-file: cannot read {quoted(file)}: {reason or error}") from None
     return written_text(content, "the prompt").removesuffix("\n")
 
 
@@ -103,7 +109,10 @@ def _grammar(file: str | None) -> Grammar | None:
         return None
     from torchchat_core.constraints import schema_grammar
 
-    return schema_grammar(read_json(expanded(file)))
+    try:
+        return schema_grammar(read_json(expanded(file), "correct the JSON Schema in the file"))
+    except TorchchatError as error:
+        raise TorchchatError(f"--json-schema: {error.message}", error.fix) from None
 
 
 def _plan(opened: OpenedModel, prompt: str, flags: dict[str, Any], grammar: Grammar | None) -> Plan:
@@ -118,7 +127,7 @@ def _plan(opened: OpenedModel, prompt: str, flags: dict[str, Any], grammar: Gram
         return Plan(opened.max_seq_length, "", lambda sequence, stream, cancelled: Conversation(
             sequence, text_format, flags["system"]).ask(prompt, options, stream=stream, cancelled=cancelled))
     if flags["system"]:
-        raise TorchchatError("--system needs a model with a chat template, and no --raw",
+        raise TorchchatError("--system needs a model with a chat template, which this one does not have",
                              "put what the model should know into --prompt")
     ids = encode_plain(prompt, text_format.tokenizer, special=True)
     check_prompt(ids, opened.max_seq_length)

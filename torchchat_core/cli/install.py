@@ -6,11 +6,11 @@ import importlib
 import re
 import subprocess
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, distribution, entry_points
 
 import click
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, UsageError, quoted
 from torchchat_core.hookspecs import ENTRY_POINT_GROUP
 
 
@@ -30,7 +30,12 @@ def install(packages: tuple[str, ...]) -> None:
 def uninstall(packages: tuple[str, ...], yes: bool) -> None:
     """Uninstall plugins: pip uninstall, for the Python that runs torchchat."""
     if any(_distribution(package) == "torchchat-core" for package in packages):
-        raise TorchchatError("torchchat-core is torchchat itself", "pip uninstall torchchat-core removes it")
+        raise UsageError("torchchat-core is torchchat itself", "pip uninstall torchchat-core removes it")
+    missing = [package for package in packages if not package.startswith("-") and not _is_installed(package)]
+    if missing:
+        names = ", ".join(map(quoted, missing))
+        raise TorchchatError(f"{names} {'is' if len(missing) == 1 else 'are'} not installed; nothing was uninstalled",
+                             "torchchat plugins, which lists the installed distributions")
     _pip("uninstall", *(["--yes"] if yes else []), *packages)
 
 
@@ -38,6 +43,13 @@ def _distribution(package: str) -> str:
     """The distribution that a requirement such as "Name[extra]>=1" names, as indexes spell it."""
     name = re.match(r"\s*([A-Za-z0-9._-]*)", package)
     return re.sub(r"[-_.]+", "-", name[1]).lower() if name else ""
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return bool(distribution(_distribution(package) or package))
+    except (PackageNotFoundError, ValueError):
+        return False
 
 
 def _plugin_names() -> set[str]:
@@ -48,7 +60,7 @@ def _plugin_names() -> set[str]:
 def _pip(*arguments: str) -> None:
     options = [word for word in arguments[1:] if word.startswith("-") and word != "--yes"]
     if options:
-        raise TorchchatError(f"{options[0]!r} is no package", "use pip itself for its options")
+        raise UsageError(f"{quoted(options[0])} is no package", "use pip itself for its options")
     done = subprocess.run([sys.executable, "-m", "pip", *arguments], check=False)
     if done.returncode:
         raise TorchchatError(f"pip {arguments[0]} failed with status {done.returncode}", "pip's own words are above")

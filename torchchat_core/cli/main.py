@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from torchchat_core import __version__
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, UsageError
 from torchchat_core.plugins import Registry, load_registry
 from torchchat_core.settings import load_settings
 from torchchat_core.specs import CommandInfo
@@ -27,19 +27,33 @@ class Verbs(click.Group):
         return [info.name for info in sorted(_registry(context).infos(CommandInfo), key=lambda info: info.order)]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        try:
-            info = _registry(context).find(CommandInfo, name)
-        except TorchchatError as error:
-            raise click.UsageError(str(error)) from None
-        command: click.Command = info.make()
+        registry = _registry(context)
+        if not any(name in (qualified, info.name) for qualified, info in registry.offers(CommandInfo)):
+            from torchchat_core.cli.usage import unknown_verb
+
+            raise unknown_verb(name, registry)
+        command: click.Command = registry.find(CommandInfo, name).make()
         return command
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except TorchchatError as error:
+            from torchchat_core.cli.setting_values import with_origin
+
+            told = with_origin(error, context)
+            if told is error:
+                raise
+            raise told from error
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """As click writes it, but from the descriptions: no command is imported for its help line."""
-        registry = _registry(context)
-        rows = [(info.name, info.summary) for info in sorted(registry.infos(CommandInfo), key=lambda info: info.order)]
-        with formatter.section("Commands"):
-            formatter.write_dl(rows)
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for info in sorted(_registry(context).infos(CommandInfo), key=lambda info: info.order):
+            groups.setdefault(info.group, []).append((info.name, info.summary))
+        for group, rows in groups.items():
+            with formatter.section(group):
+                formatter.write_dl(rows, col_max=12)
 
 
 def _registry(context: click.Context) -> Registry:
@@ -70,14 +84,15 @@ def _switch_off(context: click.Context, _parameter: click.Parameter, values: tup
 
 @click.command(
     cls=Verbs, name="torchchat", context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="MODEL is a name, a folder or a checkpoint file. 'torchchat VERB --help' says more of a verb.",
+    epilog="MODEL is a name from 'torchchat list', a Hugging Face repository, a folder, a file or a URL. "
+           "'torchchat COMMAND --help' describes a command.",
 )
 @click.version_option(__version__, prog_name="torchchat")
 @click.option("-p", "plugins", metavar="no:NAME", multiple=True, is_eager=True, expose_value=False,
-              callback=_switch_off, help="Leave the plugin NAME out; may be repeated.")
+              callback=_switch_off, help="Disable the plugin NAME; may be repeated.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 def torchchat() -> None:
-    """Chat with large language models, and quantise, measure and export them, with PyTorch."""
+    """Run, quantize, measure and export large language models with PyTorch."""
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -105,6 +120,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if debug:
             raise
         _report(error.message, error.fix)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
     except OSError as error:
         if debug:
             raise
@@ -126,6 +142,11 @@ def _run(arguments: list[str]) -> int:
         return result if isinstance(result, int) else 0
     except click.Abort:
         return 130
+    except click.UsageError as error:
+        from torchchat_core.cli.usage import explained
+
+        _report(*explained(error, arguments))
+        return error.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code

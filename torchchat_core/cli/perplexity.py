@@ -9,9 +9,11 @@ import click
 
 from torchchat_core.amounts import seconds_text
 from torchchat_core.cli.flags import model_flags
+from torchchat_core.cli.help_sections import Verb
 from torchchat_core.cli.opening import opened_model
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.cli.texts import text_flags, text_of
+from torchchat_core.cli.values import Number
 from torchchat_core.plugins import Registry
 
 if TYPE_CHECKING:
@@ -20,10 +22,10 @@ if TYPE_CHECKING:
 CHARACTERS = 8000
 
 
-@click.command()
+@click.command(cls=Verb)
 @model_flags
 @text_flags(CHARACTERS)
-@click.option("--stride", type=click.IntRange(min=1), metavar="N",
+@click.option("--stride", type=Number(minimum=1), metavar="N",
               help="Tokens between the beginnings of windows, which overlap where it is less than a window: every "
                    "token then has more context, and it takes longer [default: no overlap].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

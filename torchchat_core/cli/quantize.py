@@ -13,9 +13,11 @@ import click
 from torchchat_core.amounts import size_text
 from torchchat_core.cli.completion import complete_scheme
 from torchchat_core.cli.flags import model_flags, model_request
+from torchchat_core.cli.help_sections import Verb
 from torchchat_core.cli.opening import quantisation_line
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.cli.texts import text_flags
+from torchchat_core.cli.values import Number
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import expanded
 
@@ -29,7 +31,7 @@ MEASURING = ("file", "characters", "window", "plot", "executor")  # flags that o
 COMPARE = "--compare"
 
 
-class QuantizeCommand(click.Command):
+class QuantizeCommand(Verb):
     """With `--compare A B ...`: every word up to the next option, or up to `--`, is one more recipe."""
 
     def get_params(self, context: click.Context) -> list[click.Parameter]:
@@ -67,7 +69,7 @@ def spread(words: list[str]) -> list[str]:
                                                             "needs nothing else; may be repeated.")
 @click.option("--calibration", "calibration_path", metavar="FILE",
               help="A plain text of the kind that the model is used for, for recipes that look at one.")
-@click.option("--calibration-tokens", type=click.IntRange(min=128), metavar="N",
+@click.option("--calibration-tokens", type=Number(minimum=128), metavar="N",
               help="How much of its beginning is used [default: 32768].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from torchchat_core.cli.flags import CLICK_TYPES, Function, model_flags, model_request
-from torchchat_core.errors import TorchchatError
-from torchchat_core.options import detail_of, value_type
+from torchchat_core.cli.flags import Function, model_flags, model_request
+from torchchat_core.cli.help_sections import Verb
+from torchchat_core.cli.values import Number, OptionValue
+from torchchat_core.errors import TorchchatError, UsageError, quoted
+from torchchat_core.options import detail_of
 from torchchat_core.plugins import Registry
 from torchchat_core.server.limits import Limits
 
@@ -28,18 +30,18 @@ def limit_flags(function: Function) -> Function:
         detail = detail_of(field)
         sentence = detail.help[0].upper() + detail.help[1:]
         function = click.option(
-            f"--{field.name.replace('_', '-')}", type=CLICK_TYPES[value_type(Limits, field.name)], metavar="N",
+            f"--{field.name.replace('_', '-')}", type=OptionValue(Limits, field.name), metavar="N",
             default=field.default, help=f"{sentence} [{detail.range}; default {field.default:g}]",
         )(function)
     return function
 
 
-@click.command()
+@click.command(cls=Verb)
 @model_flags
 @click.option("--model", "models", metavar="NAME[=MODEL]", multiple=True, help="A further model, loaded when it is "
               "first asked for; may be repeated. NAME is what requests call it.")
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, metavar="N",
+@click.option("--port", type=Number(minimum=0, maximum=65535), default=8000, show_default=True, metavar="N",
               help="Where to listen; 0: any port that is free.")
 @click.option("--api-key", metavar="KEY", envvar="TORCHCHAT_API_KEY", help="What requests have to know, but for "
               "/health; also TORCHCHAT_API_KEY.")
@@ -58,7 +60,7 @@ def server(registry: Registry, /, **flags: Any) -> int:
         raise TorchchatError(f"the server needs {', '.join(missing)}", "pip install 'torchchat-core[server]'")
     limits = Limits(**{field.name: flags[field.name] for field in dataclasses.fields(Limits)})
     if flags["api_key"] == "":
-        raise TorchchatError("the API key is empty", "leave --api-key out, or give one")
+        raise UsageError("--api-key is empty", "leave it out, or give a key")
     if flags["host"] not in LOCAL and flags["api_key"] is None:
         click.echo(f"warning: whoever reaches {flags['host']} can use this server; --api-key K asks for a key",
                    err=True)
@@ -81,9 +83,10 @@ def named_requests(flags: Mapping[str, Any]) -> dict[str, ModelRequest]:
         name, equals, model = text.partition("=")
         model, name = (model, name) if equals else (text, _name(text))
         if not name or not model:
-            raise TorchchatError(f"--model is {text!r}; it has to be MODEL or NAME=MODEL")
+            raise UsageError(f"--model is {quoted(text)}; it has to be MODEL or NAME=MODEL")
         if name in found:
-            raise TorchchatError(f"two models are called {name!r}", "give one of them another name: --model NAME=MODEL")
+            raise UsageError(f"--model: two models are called {name!r}",
+                             "give one of them another name: --model NAME=MODEL")
         found[name] = dataclasses.replace(first, model=model, checkpoint_path=None, params_path=None,
                                           tokenizer_path=None, adapter=None)
     return found

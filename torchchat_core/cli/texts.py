@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from torchchat_core.cli.values import Number
 from torchchat_core.small_files import expanded
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Characters(click.ParamType[int]):
             return sys.maxsize
         if isinstance(value, int):
             return value
-        return click.IntRange(min=1).convert(value, parameter, context)
+        return int(Number(minimum=1).convert(value, parameter, context))
 
 
 def text_flags(characters: int) -> Callable[[Function], Function]:
@@ -38,7 +39,7 @@ def text_flags(characters: int) -> Callable[[Function], Function]:
                                                         "torchchat]."),
             click.option("--characters", type=Characters(), metavar="N",
                          help=f"Of the text, so many from its beginning, or all [default: {characters}]."),
-            click.option("--window", type=click.IntRange(min=2), metavar="N",
+            click.option("--window", type=Number(minimum=2), metavar="N",
                          help="Tokens that the model sees at once [default: 256, or what the model takes]."),
         ]):
             function = option(function)

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from torchchat_core.cli.flags import model_flags, model_request
+from torchchat_core.cli.help_sections import Verb
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.cli.texts import text_flags, text_of
+from torchchat_core.cli.values import Number
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import expanded
@@ -28,19 +30,20 @@ LIMITS = {"max_difference": "largest_difference", "max_mean_kl": "mean_kl", "max
 CHANGES = ("model", "executor", "quantize", "dtype", "device")  # what a word KEY=VALUE of the other side may change
 
 
-@click.command()
+@click.command(cls=Verb)
 @model_flags
 @click.argument("other", nargs=-1, metavar="[OTHER]...")
 @click.option("--all", "everything", is_flag=True, help="Every way to run MODEL that is installed, each beside the "
                                                         "reference; exported files are written and run too.")
 @text_flags(CHARACTERS)
-@click.option("--greedy-tokens", type=click.IntRange(min=1), default=32, show_default=True, metavar="N",
+@click.option("--greedy-tokens", type=Number(minimum=1), default=32, show_default=True, metavar="N",
               help="Length of the greedy continuations of the text's first windows.")
-@click.option("--max-difference", type=float, metavar="N", help="Largest difference of two logits.")
-@click.option("--max-mean-kl", type=float, metavar="N", help="Largest mean KL divergence, nats.")
-@click.option("--max-p99-kl", type=float, metavar="N", help="Largest KL divergence at the 99th percentile, nats.")
-@click.option("--min-top-1", type=click.FloatRange(0, 100), metavar="PERCENT", help="Positions at which both have to "
-                                                                                    "find the same token likeliest.")
+@click.option("--max-difference", type=Number(float, minimum=0), metavar="N", help="Largest difference of two logits.")
+@click.option("--max-mean-kl", type=Number(float, minimum=0), metavar="N", help="Largest mean KL divergence, nats.")
+@click.option("--max-p99-kl", type=Number(float, minimum=0), metavar="N",
+              help="Largest KL divergence at the 99th percentile, nats.")
+@click.option("--min-top-1", type=Number(float, minimum=0, maximum=100), metavar="PERCENT",
+              help="Positions at which both have to find the same token likeliest.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
 def verify(registry: Registry, /, **flags: Any) -> int:
@@ -97,8 +100,8 @@ def other_request(request: ModelRequest, words: Sequence[str], registry: Registr
 
 def _change(word: str, registry: Registry) -> tuple[str, str]:
     """What a word is about, and what it says."""
-    from torchchat_core.pipeline import DTYPE_NAMES
     from torchchat_core.quantization.recipe import recipe_names
+    from torchchat_core.run_options import DTYPE_NAMES
     from torchchat_core.specs import ExecutorInfo, QuantizerInfo
 
     key, equals, value = word.partition("=")

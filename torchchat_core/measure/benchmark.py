@@ -110,7 +110,7 @@ def _executors(request: ModelRequest, registry: Registry) -> list[str]:
         wanted = open_artifact(path).manifest.kind
     found = readers(wanted, registry)
     if not found:
-        raise TorchchatError("no installed executor runs this model", "pip install tc-eager")
+        raise TorchchatError("no installed executor runs this model", registry.how_to_get("reads", wanted))
     return list(found)
 
 

@@ -71,7 +71,7 @@ def _reference(request: ModelRequest, registry: Registry) -> str:
     fitting = sorted((info.order, qualified) for qualified, info in registry.settled(ExecutorInfo)
                      if IN_MEMORY in info.reads)
     if not fitting:
-        raise TorchchatError("no installed executor runs models in memory", "pip install tc-eager")
+        raise TorchchatError("no installed executor runs models in memory", registry.how_to_get("reads", IN_MEMORY))
     return fitting[0][1]
 
 

@@ -219,7 +219,7 @@ def _content(text: str, registry: Registry) -> Mapping[str, Any]:
     names = (*recipe_names(), *known)
     raise TorchchatError(f"there is no recipe, file or scheme {text!r:.200}; recipes: {', '.join(recipe_names())}; "
                          f"schemes here: {', '.join(known) or 'none'}",
-                         _how_to_get(text) or did_you_mean(text, names)
+                         registry.how_to_get("schemes", text) or did_you_mean(text, names)
                          or "give a recipe, a scheme, a JSON file, or a JSON object")
 
 
@@ -311,15 +311,6 @@ def _section(key: str, value: Any, registry: Registry) -> tuple[str | None, Mapp
     return f"embedding:int{bits}", {name: each for name, each in value.items() if name != "bitwidth"}
 
 
-PLUGINS = {"linear:int8": "tc-quant-int8", "linear:a8w8dq": "tc-quant-int8", "embedding:int8": "tc-quant-int8",
-           "linear:int4": "tc-quant-int4", "linear:a8w4dq": "tc-quant-int4", "embedding:int4": "tc-quant-int4"}
-
-
-def _how_to_get(scheme: str) -> str | None:
-    """For the schemes of the project's own plugins, which may not be installed or be switched off."""
-    return f"pip install {PLUGINS[scheme]}" if scheme in PLUGINS else None
-
-
 def _step(scheme: str, section: Mapping[str, Any], registry: Registry, device: str, dtype: str) -> Step:
     makers = [info for info in registry.infos(QuantizerInfo) if info.scheme == scheme]
     known = _schemes(registry)
@@ -328,7 +319,8 @@ def _step(scheme: str, section: Mapping[str, Any], registry: Registry, device: s
                              f'write {{"linear:int4": {{"method": "{METHODS[scheme]}"}}}}')
     if not makers:
         raise TorchchatError(f"no installed quantizer makes {scheme!r:.80}; schemes here: {', '.join(known) or 'none'}",
-                             _how_to_get(scheme) or did_you_mean(scheme, known) or "install the plugin that makes it")
+                             registry.how_to_get("schemes", scheme) or did_you_mean(scheme, known)
+                             or "install the plugin that makes it")
     fitting = [info for info in makers if device in info.devices and dtype in info.dtypes] or makers
     quantizer = registry.find(QuantizerInfo, fitting[0].name)  # several owners of one name are an error there
     selection, options = Selection.split(scheme, section)

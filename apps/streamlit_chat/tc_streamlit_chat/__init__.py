@@ -15,4 +15,5 @@ def torchchat_commands() -> list[CommandInfo]:
         summary="Chat with a model in the browser.",
         factory="tc_streamlit_chat.command:browser",
         order=15,
+        group="Use a model",
     )]

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from torchchat_core.cli.flags import generation_options, model_flags, model_request, sampling_flags
+from torchchat_core.cli.help_sections import Verb
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.cli.server import LOCAL
+from torchchat_core.cli.values import Number
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import expanded
@@ -25,16 +27,16 @@ if TYPE_CHECKING:
 PORT = 5000
 
 
-@click.command()
+@click.command(cls=Verb)
 @model_flags
 @click.option("--system", metavar="TEXT", help="A system message: how the model should answer.")
-@click.option("--max-new-tokens", type=int, default=None, metavar="N",
+@click.option("--max-new-tokens", type=Number(minimum=1), default=None, metavar="N",
               help="Length of an answer; without it, until the model ends it.")
-@click.option("--num-samples", type=click.IntRange(1, 16), default=1, show_default=True, metavar="N",
+@click.option("--num-samples", type=Number(minimum=1, maximum=16), default=1, show_default=True, metavar="N",
               help="Answers to each message, to choose from.")
 @sampling_flags
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen.")
-@click.option("--port", type=click.IntRange(0, 65535), default=PORT, show_default=True, metavar="N",
+@click.option("--port", type=Number(minimum=0, maximum=65535), default=PORT, show_default=True, metavar="N",
               help="Where to listen; 0: any port that is free.")
 @click.option("--url", metavar="URL", help="Talk to this server of OpenAI's interface instead of running a model here; "
                                            "MODEL is then one of its models.")
@@ -42,9 +44,9 @@ PORT = 5000
                                                                            "TORCHCHAT_API_KEY.")
 @click.option("--conversations", metavar="FILE", help="Where conversations are kept [default: "
                                                       "conversations.sqlite3 in torchchat's data folder].")
-@click.option("--max-loaded", type=click.IntRange(min=0), default=2, show_default=True, metavar="N",
+@click.option("--max-loaded", type=Number(minimum=0), default=2, show_default=True, metavar="N",
               help="Models in memory at once; 0: any number.")
-@click.option("--memory-limit", type=click.IntRange(min=0), default=0, metavar="MIB",
+@click.option("--memory-limit", type=Number(minimum=0), default=0, metavar="MIB",
               help="What the weights of all models in memory may take together [default: any].")
 @click.pass_obj
 def browser(registry: Registry, /, **flags: Any) -> int:

@@ -36,7 +36,7 @@ def test_the_verb_is_offered_and_loading_it_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(("arguments", "status", "message"), [
     (["no-such-model"], 1, "there is no model 'no-such-model'"),
-    (["--temperature", "-1"], 1, "temperature is -1.0"),
+    (["--temperature", "-1"], 2, "--temperature is -1.0"),
     (["--num-samples", "0"], 2, "--num-samples"),
     (["--url", "http://127.0.0.1:9"], 1, "cannot be reached"),
     (["--url", "http://127.0.0.1:9", "--executor", "eager"], 2, "--executor is for models that run here"),

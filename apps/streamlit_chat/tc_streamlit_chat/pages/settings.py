@@ -21,7 +21,8 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.fitting import Fitting
 from torchchat_core.generation_options import SamplingOptions
 from torchchat_core.options import detail_of, from_text, value_type
-from torchchat_core.pipeline import DTYPE_NAMES, ModelRequest, choose_device
+from torchchat_core.pipeline import ModelRequest, choose_device
+from torchchat_core.run_options import DTYPE_NAMES
 
 AS_IS = ""  # of recipes and dtypes: the model as it is
 MOST_EXACT = (1 << 53) - 1  # the largest whole number that a browser's numbers can say

@@ -1,0 +1,68 @@
+"""Whether the value of a setting can be right, and where a value that an error is about was set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from torchchat_core.errors import TorchchatError, quoted
+from torchchat_core.plugins import Registry
+from torchchat_core.run_options import check_device, check_dtype
+from torchchat_core.settings import KEYS, PREFER, Settings, variable
+from torchchat_core.specs import ExecutorInfo
+
+USED = "torchchat.settings"  # key of a click context's `meta`: the settings that no flag replaced
+
+
+def check_setting_value(key: str, value: str, registry: Registry) -> None:
+    """Raise `TorchchatError` for a value that the setting cannot have, with what is installed here."""
+    if key == "model":
+        from torchchat_core.sources.reference import resolve
+
+        resolve(value, registry)
+    elif key == "device":
+        check_device(value, "torchchat config set device {}")
+    elif key == "dtype":
+        check_dtype(value, suggested="torchchat config set dtype {}")
+    elif key == "executor" and value != "auto":
+        registry.find(ExecutorInfo, value)
+    elif key.startswith(PREFER):
+        _check_preference(key.removeprefix(PREFER), value, registry)
+
+
+def _check_preference(name: str, value: str, registry: Registry) -> None:
+    offered = sorted(f"{plugin.distribution}:{info.name}" for plugin in registry.plugins for info in plugin.offers)
+    if value in offered and value.rpartition(":")[2] == name:
+        return
+    fitting = [each for each in offered if each.rpartition(":")[2] == name]
+    if not fitting:
+        raise TorchchatError(f"no installed plugin offers anything called {quoted(name)}", "torchchat plugins")
+    raise TorchchatError(f"no installed plugin offers {quoted(value)} under the name {quoted(name)}; known are "
+                         f"{', '.join(fitting)}", f"torchchat config set {PREFER}{name} {fitting[0]}")
+
+
+def note_used(settings: Settings, given: Mapping[str, Any]) -> None:
+    """Remember which settings the command uses, for `with_origin`: those for which no flag was `given`."""
+    context = click.get_current_context(silent=True)
+    if context is not None:
+        context.meta[USED] = {key: (value, settings.origins[key]) for key in KEYS
+                              if key not in given and (value := settings.get(key)) is not None}
+
+
+def with_origin(error: TorchchatError, context: click.Context) -> TorchchatError:
+    """Return the error with where each value was set that it mentions and that no flag gave; itself if none was."""
+    used: Mapping[str, tuple[str, str]] = context.meta.get(USED, {})
+    mentioned = {key: found for key, found in used.items()
+                 if re.search(rf"(?<![\w.-]){re.escape(found[0])}(?![\w.-])", error.message)}
+    if not mentioned:
+        return error
+    notes = [f"{key} = {quoted(value)} is set in {origin}" for key, (value, origin) in mentioned.items()]
+    key, (_, origin) = next(iter(mentioned.items()))
+    fix = error.fix or (f"unset {origin}" if origin == variable(key) else f"torchchat config unset {key}")
+    flag = re.match(rf"(?:use )?--{key} (\S+)", fix)
+    if flag:
+        fix = f"{origin}={flag[1]}" if origin == variable(key) else f"torchchat config set {key} {flag[1]}"
+    return type(error)(f"{error.message}; {'; '.join(notes)}", fix)
