@@ -89,9 +89,7 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
 
     Raises `TorchchatError` for whatever is missing, damaged, unknown or impossible on this machine.
     """
-    if "device" not in request.defaults:
-        choose_device(request.device)  # before a download
-    files = fetch_files(request, registry)
+    files = fetch_files(request, registry, running=True)
     if exported_file(files) is None and (kept := exported_once(request, files, registry)) is not None:
         request, files = kept
     if exported_file(files) is not None:
@@ -264,8 +262,12 @@ def _schemes(recipe: Recipe | None, checkpoint: Checkpoint) -> tuple[str, ...]:
     return checkpoint.schemes if is_layered(checkpoint) else ()
 
 
-def fetch_files(request: ModelRequest, registry: Registry) -> ModelFiles:
-    """The files of the model that was asked for, with the user's own choices in place of those found."""
+def fetch_files(request: ModelRequest, registry: Registry, running: bool = False) -> ModelFiles:
+    """Return the files of the model that was asked for, with the user's own choices in place of those found.
+
+    What the request names has to exist before anything is downloaded; the device too if the model is to be `running`.
+    Files that are on this machine are opened first: an exported one says itself what goes with it.
+    """
     named = [text for text in (request.checkpoint_path, request.model, DEFAULT_MODEL) if text is not None]
     reference = resolve(named[0], registry)
     source = registry.claim("schemes", reference.scheme)
@@ -275,9 +277,12 @@ def fetch_files(request: ModelRequest, registry: Registry) -> ModelFiles:
         reference = dataclasses.replace(reference, text=request.model)  # says what the file is
     if request.hf_token is not None:
         reference = dataclasses.replace(reference, token=request.hf_token)
-    params = _existing("--params-path", request.params_path)  # before a download
+    params = _existing("--params-path", request.params_path)
     tokenizer = _existing("--tokenizer-path", request.tokenizer_path)
-    _existing("--adapter", request.adapter)
+    if reference.scheme != "file":
+        _existing("--adapter", request.adapter)
+        if running and "device" not in request.defaults:
+            choose_device(request.device)
     files: ModelFiles = source.make().fetch(reference)
     if params is not None:
         files = dataclasses.replace(files, config=params, config_chosen=True)
@@ -297,6 +302,7 @@ def open_checkpoint(request: ModelRequest, files: ModelFiles, registry: Registry
     from torchchat_core.sources.adapters import with_adapter
 
     refuse_quantised(checkpoint, "no adapter can be merged into it")
+    _existing("--adapter", request.adapter)
     return with_adapter(checkpoint, expanded(request.adapter))
 
 

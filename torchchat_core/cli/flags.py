@@ -74,13 +74,14 @@ def model_request(flags: Mapping[str, Any]) -> ModelRequest:
     """What the flags of `model_flags` ask for; what they leave open is taken from the user's settings."""
     from torchchat_core.pipeline import ModelRequest
 
-    refuse_words_as_model(flags.get("model"))
     given = {field.name: flags[field.name] for field in fields(ModelRequest) if flags.get(field.name) is not None}
     paths = {flag: path for flag in PATHS if (path := flags.get(flag[2:].replace("-", "_"))) is not None}
     if len(paths) > 1:
         raise click.UsageError(f"{' and '.join(paths)} exclude each other")
     for path in paths.values():
         given["checkpoint_path"] = path
+    if "checkpoint_path" not in given:
+        refuse_words_as_model(flags.get("model"))
     settings = load_settings()
     chosen = {key: value for key in KEYS if (value := settings.get(key)) is not None}
     if "checkpoint_path" in given:
