@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pytest
 import torch
 
 from torchchat_core.chat_template import ChatTemplate
 from torchchat_core.cli.main import main
+from torchchat_core.errors import TorchchatError
 from torchchat_core.testing.models import TinyTokenizer
 from torchchat_core.text_format import TextFormat
 
@@ -103,6 +104,43 @@ def started(tmp_path: Path) -> Callable[..., Start]:
         return Start(ours / bare, frozenset(lines[-2].split()))
 
     return run
+
+
+STRANGE = (None, 0, -1, 2, 1.5, float("nan"), float("inf"), 10**400, 1e308, "", "x" * 1000, "\ud83d", True, [], [1],
+           ["a"], [[]], {}, {"a": 1})
+
+
+@pytest.fixture
+def with_strange_values() -> Callable[[Any], Iterator[Any]]:
+    """All copies of a JSON value in which one value, at any depth, is missing or of another type or range."""
+
+    def changed(content: Any) -> Iterator[Any]:
+        entries = content.items() if isinstance(content, dict) else enumerate(content)
+        for key, value in list(entries):
+            inner = changed(value) if isinstance(value, dict | list) else ()
+            for other in (*STRANGE, *inner):
+                copied = content.copy()
+                copied[key] = other
+                yield copied
+            copied = content.copy()
+            del copied[key]
+            yield copied
+
+    return changed
+
+
+@pytest.fixture
+def message_of() -> Callable[[Callable[[], object]], str]:
+    """The message of the `TorchchatError` that a call raises; "" if it raises none. Other errors are raised."""
+
+    def message(call: Callable[[], object]) -> str:
+        try:
+            call()
+        except TorchchatError as error:
+            return error.message
+        return ""
+
+    return message
 
 
 TURNS = "{{ bos_token }}{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}</s>{% endfor %}" \

@@ -11,8 +11,9 @@ import torch
 
 from tc_eager.executor import EagerExecutor
 from torchchat_core.models.attention import RowAttention
-from torchchat_core.models.config import config_from_hugging_face
+from torchchat_core.models.config import ARCHITECTURES, config_from_hugging_face, config_from_meta
 from torchchat_core.models.hugging_face_config import config_to_hugging_face
+from torchchat_core.models.rotary import RotaryEmbedding
 from torchchat_core.models.weights import build_model
 from torchchat_core.sources.checkpoints import open_checkpoint
 from torchchat_core.sources.local import files_of_folder
@@ -100,6 +101,40 @@ def test_yarn_and_linear_scaling_lengthen_the_context(scaling: dict[str, Any], c
     assert config.max_context == context
     if context < 1 << 22:
         assert config_from_hugging_face(config_to_hugging_face(config)) == config
+
+
+EVERY_KEY = {
+    **SIZES, "head_dim": 8, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
+    "attention_bias": False, "mlp_bias": False, "sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1,
+    "layer_types": ["full_attention", "sliding_attention"], "embedding_multiplier": 1.0, "attention_multiplier": 1.0,
+    "residual_multiplier": 1.0, "logits_scaling": 1.0, "rope_parameters": None,
+}
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("scaling", ROPE)
+def test_a_strange_value_anywhere_in_config_json_is_an_error_of_one_short_line(
+        model_type: str, scaling: str, with_strange_values: Any, message_of: Any) -> None:
+    def build(raw: dict[str, Any]) -> None:
+        config = config_from_hugging_face(raw)
+        if config.head_dim < 1000:
+            RotaryEmbedding(config)
+
+    raw = {"model_type": model_type, **EVERY_KEY, "rope_scaling": ROPE[scaling]}
+    nested = {**raw, "rope_parameters": {**ROPE[scaling], "rope_theta": 1e4}}
+    for damaged in (*with_strange_values(raw), *with_strange_values(nested)):
+        message = message_of(lambda: build(damaged))  # noqa: B023 - it is called at once
+        assert len(message.encode()) < 300
+
+
+def test_a_strange_value_anywhere_in_params_json_is_an_error_of_one_short_line(with_strange_values: Any,
+                                                                                   message_of: Any) -> None:
+    params = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5, "vocab_size": -1,
+              "max_seq_len": 64, "head_dim": 8, "rope_theta": 1e4, "use_scaled_rope": True, "sliding_window": 4,
+              "rope_scaling_factor": 8.0, "moe": None}
+    shapes = {"model.embed_tokens.weight": (96, 32), "model.layers.0.mlp.gate_proj.weight": (48, 32)}
+    for damaged in with_strange_values(params):
+        assert len(message_of(lambda: config_from_meta(damaged, shapes))) < 300  # noqa: B023 - it is called at once
 
 
 def test_longrope_keeps_its_short_factors_within_the_original_context(reference: Any, tmp_path: Path) -> None:

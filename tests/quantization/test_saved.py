@@ -195,6 +195,16 @@ def test_a_damaged_folder_is_told(damage: Callable[[Path], None], message: str, 
         opened(copy)
 
 
+def test_a_strange_value_anywhere_in_the_manifest_is_an_error_of_one_short_line(
+        copy: Path, with_strange_values: Any, message_of: Any) -> None:
+    path = copy / MANIFEST
+    content = json.loads(path.read_text())
+    content["layers"] = dict(list(content["layers"].items())[:1])
+    for damaged in with_strange_values(content):
+        path.write_text(json.dumps(damaged))
+        assert len(message_of(lambda: opened(copy))) < 400
+
+
 def test_the_config_says_to_others_that_the_weights_are_torchchat_s(copy: Path) -> None:
     content = json.loads((copy / "config.json").read_text())
     assert content["quantization_config"] == {"quant_method": "torchchat"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torchchat_core.errors import TorchchatError, quoted
 MAXIMUM_LAYERS = 1024
 MAXIMUM_SIZE = 1 << 22  # of any dimension: larger ones are a damaged or hostile file
 OTHER_MODEL = "choose a model of one of these architectures: torchchat list"
+MOST_ROTATIONS = 1e9  # within a context, of YaRN's beta_fast and beta_slow
 STRETCHING = ("linear", "yarn")  # kinds of rope scaling whose factor multiplies the context
 
 
@@ -39,7 +41,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         for name in ("factor", "low_frequency_factor", "high_frequency_factor", "beta_fast", "beta_slow"):
-            _check_positive(name, getattr(self, name))
+            _check_positive(name, getattr(self, name), MOST_ROTATIONS if name.startswith("beta") else None)
         if self.original_context is not None:
             _check_size("original_max_position_embeddings", self.original_context, MAXIMUM_SIZE, minimum=2)
         if self.low_frequency_factor == self.high_frequency_factor:
@@ -116,13 +118,14 @@ class ModelConfig:
 
 def _check_size(name: str, value: object, maximum: int, minimum: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
-        raise TorchchatError(f"{name} is {value!r}; it has to be a whole number from {minimum} to {maximum}",
+        raise TorchchatError(f"{name} is {quoted(value)}; it has to be a whole number from {minimum} to {maximum}",
                              "the config file is damaged or of a model that torchchat does not know")
 
 
-def _check_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise TorchchatError(f"{name} is {value!r}; it has to be a positive number")
+def _check_positive(name: str, value: float, maximum: float | None = None) -> None:
+    if not (math.isfinite(value) and value > 0 and (maximum is None or value <= maximum)):
+        bound = "" if maximum is None else f" of at most {maximum:g}"
+        raise TorchchatError(f"{name} is {quoted(value)}; it has to be a positive number{bound}")
 
 
 # ---- Hugging Face config.json -------------------------------------------------------------------------------------
@@ -138,7 +141,7 @@ def config_from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
     adapt = ARCHITECTURES[model_type]
     activation = raw.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise TorchchatError(f"hidden_act is {activation!r}; torchchat's transformer has silu alone")
+        raise TorchchatError(f"hidden_act is {quoted(activation)}; torchchat's transformer has silu alone")
     heads = _required(raw, "num_attention_heads")
     hidden = _required(raw, "hidden_size")
     if not raw.get("head_dim") and heads and hidden % heads:
@@ -215,7 +218,8 @@ def _qwen_window(raw: Mapping[str, Any]) -> dict[str, Any]:
         first = _required(raw, "max_window_layers") if "max_window_layers" in raw else 28
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
     if not isinstance(kinds, list) or len(kinds) != layers:
-        raise TorchchatError(f"layer_types is {kinds!r:.60}; it has to be a list of {layers} names, one for each layer")
+        raise TorchchatError(f"layer_types is {quoted(kinds)}; it has to be a list of {layers} names, one for "
+                             "each layer")
     return {"sliding_window": raw["sliding_window"],
             "sliding_layers": tuple(kind == "sliding_attention" for kind in kinds)}
 
@@ -237,7 +241,7 @@ def _rope_fields(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """`rope_theta` stands at the top of config.json, or in `rope_parameters` since transformers 5."""
     fields = raw.get("rope_parameters") or {}
     if not isinstance(fields, Mapping):
-        raise TorchchatError(f"rope_parameters is {fields!r:.60}; it has to be an object")
+        raise TorchchatError(f"rope_parameters is {quoted(fields)}; it has to be an object")
     return {**raw, **fields}
 
 
@@ -281,13 +285,13 @@ def _rope_scaling(raw: Mapping[str, Any]) -> RopeScaling | None:
             attention_factor=_optional_number(fields, "attention_factor"),
             short_factor=_numbers(fields, "short_factor"), long_factor=_numbers(fields, "long_factor"),
         )
-    raise TorchchatError(f"unknown rope scaling {kind!r}; known are linear, llama3, yarn and longrope")
+    raise TorchchatError(f"unknown rope scaling {quoted(kind)}; known are linear, llama3, yarn and longrope")
 
 
 def _required(raw: Mapping[str, Any], name: str) -> Any:
     value = raw.get(name)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TorchchatError(f"{name} is {value!r} in the config; it has to be a whole number")
+        raise TorchchatError(f"{name} is {quoted(value)} in the config; it has to be a whole number")
     return value
 
 
@@ -296,15 +300,17 @@ def _boolean(raw: Mapping[str, Any], name: str, default: bool = False) -> bool:
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise TorchchatError(f"{name} is {value!r:.60} in the config; it has to be true or false")
+        raise TorchchatError(f"{name} is {quoted(value)} in the config; it has to be true or false")
     return value
 
 
 def _number(raw: Mapping[str, Any], name: str, default: float | None = None) -> float:
     value = raw.get(name, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise TorchchatError(f"{name} is {value!r} in the config; it has to be a number")
-    return float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with suppress(OverflowError):  # of a whole number with hundreds of digits
+            if math.isfinite(number := float(value)):
+                return number
+    raise TorchchatError(f"{name} is {quoted(value)} in the config; it has to be a number")
 
 
 def _optional_number(raw: Mapping[str, Any], name: str) -> float | None:
@@ -313,9 +319,9 @@ def _optional_number(raw: Mapping[str, Any], name: str) -> float | None:
 
 def _numbers(raw: Mapping[str, Any], name: str) -> tuple[float, ...]:
     values = raw.get(name)
-    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
-        raise TorchchatError(f"{name} is not a list of numbers in the config's rope_scaling")
-    return tuple(float(value) for value in values)
+    if not isinstance(values, list):
+        raise TorchchatError(f"{name} is {quoted(values)} in the config's rope_scaling; it has to be a list of numbers")
+    return tuple(_number({name: value}, name) for value in values)
 
 
 # ---- Meta's params.json and llama2.c's model_args -----------------------------------------------------------------

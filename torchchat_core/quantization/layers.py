@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 
 BITS = (4, 8)
 GROUP_STEP = 32  # group sizes are multiples of what the CPU kernels round activations in
@@ -35,13 +35,13 @@ class WeightFormat:
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or self.bits not in BITS:  # 4.0 is equal to 4
-            raise TorchchatError(f"a weight of {self.bits!r} bits; 4 and 8 are known")
+            raise TorchchatError(f"a weight of {quoted(self.bits)} bits; 4 and 8 are known")
         size = self.group_size
         if size is not None and (not isinstance(size, int) or size <= 0 or size % GROUP_STEP):
-            raise TorchchatError(f"the group size is {size!r}; it has to be a multiple of {GROUP_STEP}, or none for "
-                                 "one scale a row")
+            raise TorchchatError(f"the group size is {quoted(size)}; it has to be a multiple of {GROUP_STEP}, "
+                                 "or none for one scale a row")
         if not isinstance(self.asymmetric, bool) or self.activations not in ("float", "int8"):
-            raise TorchchatError(f"{asdict(self)} is no format of quantised weights")
+            raise TorchchatError(f"{quoted(asdict(self))} is no format of quantised weights")
 
     @property
     def middle(self) -> int:
@@ -225,7 +225,7 @@ def format_from_json(content: Any) -> WeightFormat:
     """A `WeightFormat` from what `dataclasses.asdict` made of one. Raises `TorchchatError` for anything else."""
     names = ("bits", "group_size", "asymmetric", "activations")
     if not isinstance(content, dict) or content.keys() != set(names):
-        raise TorchchatError(f"{content!r:.100} is no format of quantised weights; it has {', '.join(names)}")
+        raise TorchchatError(f"{quoted(content)} is no format of quantised weights; it has {', '.join(names)}")
     if isinstance(content["bits"], bool) or isinstance(content["group_size"], bool):
-        raise TorchchatError(f"{content!r:.100} is no format of quantised weights")
+        raise TorchchatError(f"{quoted(content)} is no format of quantised weights")
     return WeightFormat(**content)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.errors import TorchchatError, did_you_mean, quoted
 from torchchat_core.models.config import ModelConfig, config_from_hugging_face
 from torchchat_core.quantization.layers import (
     IntegerWeights,
@@ -69,7 +69,7 @@ class QuantizedCheckpoint(StoredCheckpoint):
         known = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Embedding)}
         for name, saved in self.layers.items():
             if name not in known:
-                raise TorchchatError(f"{MANIFEST} names the layer {name!r:.100}, which the model does not have",
+                raise TorchchatError(f"{MANIFEST} names the layer {quoted(name)}, which the model does not have",
                                      did_you_mean(name[:100], known) or DAMAGED)
             layer = self._layer(name, saved, known[name], dtype).to(device)
             model.set_submodule(name, layer)
@@ -112,11 +112,11 @@ def open_quantised(files: ModelFiles, tensors: Tensors) -> QuantizedCheckpoint:
                              "copy the whole folder")
     content = read_json(manifest)
     if content.get("version") != VERSION:
-        raise TorchchatError(f"{manifest} is of version {content.get('version')!r:.40}; this torchchat reads version "
+        raise TorchchatError(f"{manifest} is of version {quoted(content.get('version'))}; this torchchat reads version "
                              f"{VERSION}", "use a newer torchchat, or quantise the model again")
     config = config_from_hugging_face(read_json(files.config))
     interleaved, dtype = content.get("rope_interleaved"), content.get("dtype")
-    if not isinstance(interleaved, bool) or dtype not in DTYPES:
+    if not isinstance(interleaved, bool) or not isinstance(dtype, str) or dtype not in DTYPES:
         raise TorchchatError(f"{manifest} does not say how the model computes", DAMAGED)
     config = dataclasses.replace(config, rope_interleaved=interleaved)
     recipe = content.get("recipe")
@@ -131,7 +131,7 @@ def _layers(content: Any, manifest: Path) -> dict[str, SavedLayer]:
     for name, layer in content.items():
         scheme = layer.get("scheme") if isinstance(layer, dict) else None
         if not isinstance(scheme, str) or not SCHEME.fullmatch(scheme):
-            raise TorchchatError(f"{manifest} has no scheme for the layer {name!r:.100}", DAMAGED)
+            raise TorchchatError(f"{manifest} has no scheme for the layer {quoted(name)}", DAMAGED)
         layers[name] = SavedLayer(scheme=scheme, format=format_from_json(layer.get("format")))
     return layers
 

@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from tc_streamlit_chat.figures import Details
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 
 VERSION = 1
+ROLES = ("user", "assistant")
+WORDS = {int: "whole number", float: "number", str: "text"}
+OTHER_FILE = "name another file with --conversations"
 TITLE_LENGTH = 60
 SCHEMA = """
 CREATE TABLE conversation (
@@ -110,9 +113,16 @@ class Store:
                     yield connection
             finally:
                 connection.close()
-        except sqlite3.Error as error:
-            raise TorchchatError(f"conversations in {str(self.path)!r} cannot be used: {error}",
-                                 "name another file with --conversations") from error
+        except (sqlite3.Error, UnicodeError) as error:  # UnicodeError: of a damaged text or name of a table
+            raise TorchchatError(f"conversations in {str(self.path)!r} cannot be used: {error}", OTHER_FILE) from error
+
+    def checked(self, row: Sequence[Any], *kinds: type) -> Sequence[Any]:
+        """Return the row. Raises `TorchchatError` if its values are not of these kinds, as in a damaged file."""
+        for value, kind in zip(row, kinds, strict=True):
+            if not isinstance(value, kind) and not (kind is float and isinstance(value, int)):
+                raise TorchchatError(f"the file of conversations {str(self.path)!r} is damaged: it holds "
+                                     f"{quoted(value)} in place of a {WORDS[kind]}", OTHER_FILE)
+        return row
 
     # ---- measurements, which belong to the machine -----------------------------------------------------------------
 
@@ -126,7 +136,8 @@ class Store:
         """Newest first."""
         with self.opened() as connection:
             rows = connection.execute("SELECT id, kind, title, created FROM measurement ORDER BY id DESC").fetchall()
-        return [Measurement(id=row[0], kind=row[1], title=row[2], created=row[3]) for row in rows]
+        checked = [self.checked(row, int, str, str, float) for row in rows]
+        return [Measurement(id=row[0], kind=row[1], title=row[2], created=row[3]) for row in checked]
 
     def page(self, measurement: int) -> str | None:
         with self.opened() as connection:
@@ -153,13 +164,13 @@ class Conversations:
                 "SELECT id, title, configuration, created, updated FROM conversation WHERE owner = ? AND (? = '' "
                 "OR instr(folded(title), ?) OR EXISTS (SELECT 1 FROM message WHERE conversation = conversation.id "
                 "AND instr(folded(content), ?))) ORDER BY updated DESC", (self.owner, words, words, words)).fetchall()
-        return [_conversation(row) for row in rows]
+        return [_conversation(self.store, row) for row in rows]
 
     def find(self, conversation: str) -> Conversation | None:
         with self.store.opened() as connection:
             row = connection.execute("SELECT id, title, configuration, created, updated FROM conversation "
                                      "WHERE id = ? AND owner = ?", (conversation, self.owner)).fetchone()
-        return None if row is None else _conversation(row)
+        return None if row is None else _conversation(self.store, row)
 
     def create(self, title: str, configuration: str) -> str:
         """The id of a new conversation, which nobody can guess."""
@@ -192,6 +203,10 @@ class Conversations:
                 "ORDER BY position, message.id", (conversation, self.owner)).fetchall()
         places: dict[int, list[Any]] = {}
         for row in rows:
+            self.store.checked(row, int, int, str, str, str, float, int)
+            if row[2] not in ROLES:
+                raise TorchchatError(f"the file of conversations {str(self.store.path)!r} is damaged: it holds a "
+                                     f"message of {quoted(row[2])}", OTHER_FILE)
             places.setdefault(row[1], []).append(row)
         return [_message(alternatives) for alternatives in places.values()]
 
@@ -261,7 +276,8 @@ def shortened_title(text: str) -> str:
     return (line if len(line) <= TITLE_LENGTH else line[: TITLE_LENGTH - 1].rstrip() + "\u2026") or "Untitled"
 
 
-def _conversation(row: Sequence[Any]) -> Conversation:
+def _conversation(store: Store, row: Sequence[Any]) -> Conversation:
+    store.checked(row, str, str, str, float, float)
     return Conversation(id=row[0], title=row[1], configuration=row[2], created=row[3], updated=row[4])
 
 

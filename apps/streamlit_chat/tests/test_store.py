@@ -6,7 +6,9 @@ import json
 import sqlite3
 import stat
 import threading
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -137,6 +139,44 @@ def test_files_that_cannot_be_used_are_told(tmp_path: Path) -> None:
         Store(newer)
     with pytest.raises(TorchchatError, match="cannot be kept"):
         Store(damaged / "below" / "a file")
+
+
+DAMAGE = {
+    "text that is no UTF-8": ("UPDATE message SET content = CAST(x'ff41' AS TEXT)", "cannot be used"),
+    "a title that is no UTF-8": ("UPDATE conversation SET title = CAST(x'ff' AS TEXT)", "cannot be used"),
+    "a role of nobody": ("UPDATE message SET role = 'assi\\tant'", "is damaged: it holds a message of"),
+    "bytes for a text": ("UPDATE message SET content = x'00ff'", "is damaged: it holds b.* in place of a text"),
+    "text for a time": ("UPDATE conversation SET updated = 'soon'", "is damaged: it holds 'soon' in place of a number"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_told_whatever_it_holds(damage: str, mine: Conversations) -> None:
+    said(mine, "question")
+    statement, message = DAMAGE[damage]
+    with sqlite3.connect(mine.store.path) as connection:
+        connection.execute(statement)
+    with pytest.raises(TorchchatError, match=message):
+        [mine.messages(conversation.id) for conversation in mine.listed("question")]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_bytes_at_random_in_the_file_raise_nothing_else(seed: int, mine: Conversations, tmp_path: Path) -> None:
+    for number in range(3):
+        said(mine, f"question {number} \u2603")
+    mine.store.add_measurement("speed", "caf\u00e9", "<p>")
+    with sqlite3.connect(mine.store.path) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    random = Random(seed)
+    content = bytearray(mine.store.path.read_bytes())
+    for _ in range(30):
+        content[random.randrange(len(content))] = random.choice((0, 128, 255))
+    (tmp_path / "damaged").write_bytes(content)
+    with suppress(TorchchatError):
+        damaged = Conversations(Store(tmp_path / "damaged"), mine.owner)
+        damaged.store.measurements()
+        for conversation in damaged.listed():
+            as_markdown(conversation, damaged.messages(conversation.id))
 
 
 def test_measurements_are_kept_newest_first(mine: Conversations) -> None:
