@@ -15,7 +15,7 @@ from torchchat_core.small_files import read_json, read_text
 from torchchat_core.specs import ModelFiles, Tokenizer
 from torchchat_core.template_limits import limited, measure
 from torchchat_core.template_sandbox import chat_environment
-from torchchat_core.tokenizers.base import token_name
+from torchchat_core.tokenizers.declared import token_name
 
 LONGEST_SOURCE = 64 * 1024  # the longest in use have some 20 thousand characters
 LARGEST_GIVEN = 1 << 40  # the caller's own messages are measured, not limited
@@ -88,7 +88,8 @@ class ChatTemplate:
 
 def find_chat_template(files: ModelFiles, settings: Mapping[str, Any], tokenizer: Tokenizer) -> ChatTemplate | None:
     """The template of a model: chat_template.jinja, that in `settings` (tokenizer_config.json) or in the tokenizer's
-    own file, or a built-in one.
+    own file, or a built-in one. additional_chat_templates/tool_use.jinja replaces the one for tools, as in
+    `transformers`.
 
     A model without either gets a built-in template only where its control tokens and its name agree that it was
     trained for conversations in that format; names are the last parts of what the user typed, of where that leads,
@@ -101,10 +102,13 @@ def find_chat_template(files: ModelFiles, settings: Mapping[str, Any], tokenizer
     Any other model is taken for a base model: None. Raises `TorchchatError` for a template that is malformed.
     """
     tool_source = None
+    named = {path.stem: path for path in files.more_chat_templates}
     if files.chat_template is not None:
         source = read_text(files.chat_template)
         if files.chat_template.suffix == ".json":
             source, tool_source = _sources(read_json(files.chat_template).get("chat_template"))
+    elif "default" in named:
+        source = read_text(named["default"])
     elif settings.get("chat_template") is not None:
         source, tool_source = _sources(settings["chat_template"])
     elif tokenizer.chat_template is not None:
@@ -114,6 +118,8 @@ def find_chat_template(files: ModelFiles, settings: Mapping[str, Any], tokenizer
         if name is None:
             return None
         source = read_text(BUILT_IN / f"{name}.jinja")
+    if "tool_use" in named:
+        tool_source = read_text(named["tool_use"])
     return ChatTemplate(source, bos_token=_token_text(settings, "bos_token", tokenizer, tokenizer.bos_id),
                         eos_token=_token_text(settings, "eos_token", tokenizer, tokenizer.eos_id),
                         tool_source=tool_source)

@@ -244,8 +244,8 @@ def encode_plain(text: str, tokenizer: Tokenizer, *, special: bool = False) -> l
 def encode_disarmed(text: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of a rendered template: the control tokens that stand in it, and no others.
 
-    Where a message held the text of one, or the tokenizer finds one that does not stand there (normalisation can
-    make one), what lies between control tokens is encoded part by part as ordinary text.
+    Where a message contains the text of one, or the tokenizer finds one that the template did not write (normalization
+    can make one), control tokens are passed to the tokenizer by their ids, and the rest is ordinary text.
     """
     parts = _control_tokens(tokenizer).split(text) if tokenizer.special_tokens else [text]
     if MARK not in text:
@@ -254,13 +254,19 @@ def encode_disarmed(text: str, tokenizer: Tokenizer) -> list[int]:
         expected = [tokenizer.special_tokens[part] for part in parts if part in tokenizer.special_tokens]
         if [token for token in ids if token in control_ids] == expected:
             return ids
-    apart: list[int] = []
+    return _encode_parts([tokenizer.special_tokens[part] if part in tokenizer.special_tokens
+                          else _armed(part, tokenizer) for part in parts if part], tokenizer)
+
+
+def _encode_parts(parts: Sequence[str | int], tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of ordinary text and of control tokens, which `parts` has as ids."""
+    encode = getattr(tokenizer, "encode_parts", None)  # tokenizers of plugins may lack it
+    if encode is not None:
+        return list(encode(parts))
+    ids: list[int] = []
     for part in parts:
-        if part in tokenizer.special_tokens:
-            apart.append(tokenizer.special_tokens[part])
-        elif part:
-            apart += tokenizer.encode(_armed(part, tokenizer))
-    return apart
+        ids += [part] if isinstance(part, int) else tokenizer.encode(part)
+    return ids
 
 
 def transcript(messages: Iterable[Mapping[str, str]]) -> str:

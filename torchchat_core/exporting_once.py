@@ -23,6 +23,7 @@ from torchchat_core.plugins import Registry
 from torchchat_core.small_files import cache_folder, expanded
 from torchchat_core.specs import ExecutorInfo, ExporterInfo, ModelFiles
 from torchchat_core.support import IN_MEMORY
+from torchchat_core.tokenizers.declared import ADDED, NAMES
 
 if TYPE_CHECKING:
     from torchchat_core.pipeline import ModelRequest
@@ -97,6 +98,9 @@ def _key(request: ModelRequest, files: ModelFiles, exporter: str, registry: Regi
 def _paths(request: ModelRequest, files: ModelFiles) -> Iterator[Path]:
     named = (files.config, files.tokenizer_config, files.generation_config, files.chat_template)
     yield from (*files.weights, *files.tokenizer, *(path for path in named if path is not None))
+    yield from files.more_chat_templates
+    beside = dict.fromkeys(path.parent / name for path in files.tokenizer for name in (NAMES, ADDED))
+    yield from (path for path in beside if path.is_file())
     if request.adapter is not None:
         yield from sorted(path for path in expanded(request.adapter).glob("*") if path.is_file())
     if request.calibration is not None:

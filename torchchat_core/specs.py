@@ -262,6 +262,7 @@ class ModelFiles:
     tokenizer_config: Path | None = None
     generation_config: Path | None = None
     chat_template: Path | None = None
+    more_chat_templates: tuple[Path, ...] = ()  # NAME.jinja; "tool_use" is for conversations with tools
     revision: str | None = None
     digests: Mapping[str, str] = field(default_factory=dict)  # file name -> sha256 or etag
 
@@ -390,6 +391,10 @@ class Tokenizer(Protocol):
     end_ids: frozenset[int]  # tokens that end an answer besides eos_id, where the tokenizer's file names them
     chat_template: str | Sequence[Mapping[str, str]] | None  # where the tokenizer's file holds one: a Jinja source, or
     # several with "name" and "template", as in tokenizer_config.json
+    #
+    # Two members are optional. `text_tokens` (Mapping[str, int]) are added tokens that any text encodes to. Core passes
+    # control tokens as ids to `encode_parts(parts: Sequence[str | int]) -> list[int]` where a message contains the name
+    # of one; without it, the texts between control tokens are encoded one by one.
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text`, without BOS or EOS. With `special`, the texts of control tokens become their ids."""
@@ -408,7 +413,11 @@ class TokenizerReader(Protocol):
         """Whether the file, whose name matched, is one of this reader's."""
 
     def read(self, path: Path, settings: Mapping[str, Any]) -> Tokenizer:
-        """The tokenizer of the file; `settings` is tokenizer_config.json's content, or empty."""
+        """The tokenizer of the file; `settings` is tokenizer_config.json's content, or empty.
+
+        A reader whose tokenizer depends on other files too can have a method `standalone(path, settings) ->
+        Mapping[str, bytes]`: the tokenizer as files that need no others, by name, for exported files.
+        """
 
 
 class EmbeddedTokenizerReader(TokenizerReader, Protocol):

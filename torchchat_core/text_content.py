@@ -10,12 +10,11 @@ from pathlib import Path
 from torchchat_core.chat_template import ChatTemplate
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
-from torchchat_core.small_files import read_file
+from torchchat_core.small_files import read_file, read_json
 from torchchat_core.specs import ModelFiles, ModelRef, TextContent
 from torchchat_core.text_format import TextFormat, read_text_format
+from torchchat_core.tokenizers.declared import ADDED, NAMES, SETTINGS, with_control_tokens
 from torchchat_core.tokenizers.loading import choose_tokenizer, read_tokenizer
-
-SETTINGS = "tokenizer_config.json"
 
 
 def text_content(files: ModelFiles, registry: Registry, config_vocab_size: int) -> TextContent:
@@ -24,7 +23,11 @@ def text_content(files: ModelFiles, registry: Registry, config_vocab_size: int) 
     tokenizer, template = text_format.tokenizer, text_format.template
     found = _tokenizer_files(files, registry)
     with _on_disk(found) as there:
-        kind = choose_tokenizer(there, registry)[0].name
+        info, reader, path = choose_tokenizer(there, registry)
+        kind = info.name
+        if hasattr(reader, "standalone"):  # readers without Python know none of the small files
+            settings = read_json(there.tokenizer_config) if there.tokenizer_config else {}
+            found = dict(reader.standalone(path, with_control_tokens(settings, text_format.unnamed_control)))
     return TextContent(
         tokenizer=found, tokenizer_kind=kind, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id,
         adds_bos=tokenizer.adds_bos, end_ids=tuple(sorted(text_format.end_ids)),
@@ -46,11 +49,12 @@ def text_format_of(content: TextContent, registry: Registry) -> TextFormat:
 
 
 def _tokenizer_files(files: ModelFiles, registry: Registry) -> dict[str, bytes]:
-    """The tokenizer's own file, or what its reader takes out of a file of another kind, and tokenizer_config.json."""
+    """The tokenizer's own file, or what its reader takes out of a file of another kind, and the small files."""
     _, reader, path = choose_tokenizer(files, registry)
     if hasattr(reader, "extract"):
         return dict(reader.extract(path))
-    found = {path.name: read_file(path)}
+    found = {name: read_file(path.parent / name) for name in (NAMES, ADDED) if (path.parent / name).is_file()}
+    found[path.name] = read_file(path)
     return {**found, SETTINGS: read_file(files.tokenizer_config)} if files.tokenizer_config else found
 
 
@@ -67,5 +71,6 @@ def _on_disk(found: dict[str, bytes]) -> Iterator[ModelFiles]:
                                  "make room there, or set TMPDIR") from error
         settings = folder / SETTINGS
         yield ModelFiles(ref=ModelRef(text="the exported file", scheme="file", location=name), format="artifact",
-                         root=folder, weights=(), tokenizer=tuple(folder / file for file in found if file != SETTINGS),
+                         root=folder, weights=(), tokenizer=tuple(folder / file for file in found
+                                         if file not in (SETTINGS, NAMES, ADDED)),
                          tokenizer_config=settings if settings.is_file() else None)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torchchat_core.chat_template import ChatTemplate, end_tokens, find_chat_template
+from torchchat_core.control_tokens import unnamed_control_tokens
 from torchchat_core.errors import TorchchatError
 from torchchat_core.generation_options import SAMPLING_DEFAULTS, SamplingOptions
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import read_json
 from torchchat_core.specs import ModelFiles, Tokenizer
+from torchchat_core.tokenizers.declared import SETTINGS, settings_beside
 from torchchat_core.tokenizers.loading import read_tokenizer
 
 
@@ -24,14 +26,17 @@ class TextFormat:
     template: ChatTemplate | None  # None: the model continues texts, and was not made for conversations
     end_ids: frozenset[int]  # each of them ends an answer
     defaults: Mapping[str, float | int]  # of SamplingOptions' fields, as the model's makers recommend
+    unnamed_control: Mapping[str, int] = field(default_factory=dict)  # text -> id of the tokenizer's control tokens
+    # that the model's files call ordinary text
 
 
 def read_text_format(files: ModelFiles, registry: Registry, config_vocab_size: int) -> TextFormat:
     """Reads a model's tokenizer, template, generation_config.json and config.json.
 
-    An answer ends at every end token that any of them names, and at the token that begins a text: a model that
-    chooses it has begun another one. Raises `TorchchatError` where one of the files is damaged, holds a value out
-    of range, or where text can encode to ids that the model does not have.
+    Added tokens that end answers, or that the template writes around messages, become control tokens of the tokenizer
+    whatever the files call them. An answer ends at every end token that any of them names, and at the token that begins
+    a text: a model that chooses it has begun another one. Raises `TorchchatError` where one of the files is damaged,
+    holds a value out of range, or where text can encode to ids that the model does not have.
     """
     tokenizer = read_tokenizer(files, registry)
     control_ids = set(tokenizer.special_tokens.values())  # a padding token that was added later does no harm
@@ -39,7 +44,12 @@ def read_text_format(files: ModelFiles, registry: Registry, config_vocab_size: i
         raise TorchchatError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config_vocab_size}: it "
                              "could be given tokens that it does not know",
                              "the tokenizer is another model's; pass the right one with --tokenizer-path")
-    settings = read_json(files.tokenizer_config) if files.tokenizer_config else {}
+    if tokenizer.adds_bos and (tokenizer.bos_id or 0) >= config_vocab_size:
+        raise TorchchatError(f"the tokenizer begins texts with the token {tokenizer.bos_id}, the model has only "
+                             f"{config_vocab_size}",
+                             "the tokenizer is another model's; pass the right one with --tokenizer-path")
+    own_settings = read_json(files.tokenizer_config) if files.tokenizer_config else {}
+    settings = settings_beside(files.root / SETTINGS, own_settings)
     template = find_chat_template(files, settings, tokenizer)
     end_ids = {token for token in (tokenizer.eos_id, tokenizer.bos_id) if token is not None} | tokenizer.end_ids
     if template is not None:
@@ -53,7 +63,11 @@ def read_text_format(files: ModelFiles, registry: Registry, config_vocab_size: i
         if path == files.generation_config:
             greedy = values.get("do_sample") is False
             defaults = {"temperature": 0.0} if greedy else _defaults(path, values)
-    return TextFormat(tokenizer, template, frozenset(end_ids), defaults)
+    end_ids = {token for token in end_ids if token < config_vocab_size}
+    unnamed = unnamed_control_tokens(tokenizer, template, end_ids)
+    if unnamed:
+        tokenizer = read_tokenizer(files, registry, unnamed)
+    return TextFormat(tokenizer, template, frozenset(end_ids), defaults, unnamed)
 
 
 def _end_ids(path: Path, declared: object, vocab_size: int) -> set[int]:

@@ -92,8 +92,10 @@ def test_safetensors_are_taken_and_no_second_copy_of_the_weights() -> None:
 
 def test_every_small_file_that_belongs_to_a_model_is_taken() -> None:
     small = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer.model.v3",
-             "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
-    assert chosen([*small, "model.safetensors", "LICENSE"]) == {*small, "model.safetensors"}
+             "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+             "additional_chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja"]
+    others = ["LICENSE", "additional_chat_templates/README.md"]
+    assert chosen([*small, "model.safetensors", *others]) == {*small, "model.safetensors"}
 
 
 def test_bin_files_are_taken_where_there_is_nothing_better() -> None:

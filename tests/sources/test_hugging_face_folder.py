@@ -251,6 +251,22 @@ def test_all_that_belongs_to_a_hugging_face_model_goes_along(testdata: Path, tmp
     assert (written["bos_token_id"], written["eos_token_id"], written["torch_dtype"]) == (1, 2, "float32")
 
 
+def test_named_chat_templates_and_small_files_go_along(testdata: Path, tmp_path: Path,
+                                                       isolated_registry: Registry) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    for path in (testdata / "hf/TinyStories-656K").iterdir():
+        shutil.copyfile(path, source / path.name)
+    texts = {"chat_template.jinja": "{{ messages }}", "additional_chat_templates/tool_use.jinja": "{{ tools }}",
+             "added_tokens.json": "{}"}
+    (source / "additional_chat_templates").mkdir()
+    for name, text in texts.items():
+        (source / name).write_text(text, "utf-8")
+    files, checkpoint = opened(source, isolated_registry)
+    write_folder(checkpoint, files, isolated_registry, tmp_path / "out", "fp32")
+    assert {name: (tmp_path / "out" / name).read_text("utf-8") for name in texts} == texts
+
+
 def test_a_template_that_was_found_by_the_models_name_is_written_down(testdata: Path, tmp_path: Path,
                                                                       isolated_registry: Registry) -> None:
     source = tmp_path / "Llama-2-tiny-chat"

@@ -104,12 +104,18 @@ def test_added_tokens_that_are_text_are_shown(write: Write) -> None:
     assert tokenizer.decode(ids) == "<think>x"
 
 
-def test_names_come_from_settings_then_from_the_map_beside_the_file(write: Write) -> None:
+def test_names_in_the_map_next_to_the_file_replace_settings_without_added_tokens_decoder(write: Write) -> None:
+    """As in `transformers`."""
     beside = {"special_tokens_map.json": {"bos_token": "<|start|>", "eos_token": {"content": "<|start|>"}}}
     path = write(byte_level(), beside)
     assert (read(path).bos_id, read(path).eos_id) == (0, 0)
-    named = read(path, bos_token={"content": "<|stop|>"}, eos_token="<|stop|>")
-    assert (named.bos_id, named.eos_id) == (1, 1)
+    names = {"bos_token": {"content": "<|stop|>"}, "eos_token": "<|stop|>"}
+    older, newer = read(path, **names), read(path, **names, added_tokens_decoder={})
+    assert (older.bos_id, older.eos_id, newer.bos_id, newer.eos_id) == (0, 0, 1, 1)
+    transformers = pytest.importorskip("transformers")
+    (path.parent / "tokenizer_config.json").write_text(json.dumps(names), "utf-8")
+    reference = transformers.PreTrainedTokenizerFast.from_pretrained(path.parent)
+    assert (reference.bos_token_id, reference.eos_token_id) == (0, 0)
 
 
 def test_without_names_there_is_no_bos_or_eos(write: Write) -> None:

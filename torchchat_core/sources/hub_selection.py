@@ -13,6 +13,8 @@ from torchchat_core.small_files import read_json
 from torchchat_core.sources.hub_reference import HubReference
 from torchchat_core.sources.local import (
     BESIDE_MODELS,
+    MORE_TEMPLATES,
+    MOST_TEMPLATES,
     SHARD,
     SINGLE_FILE_FORMATS,
     TOKENIZER_PATTERNS,
@@ -156,6 +158,9 @@ def _companions(sizes: Mapping[str, int], weights: tuple[str, ...]) -> tuple[str
         paths.append(f"{inner}/tokenizer.model")
     elif not tokenizers:
         paths += [f"{folder}/{name}" if folder else name for name in PARTS_OF_TOKENIZERS if name in beside]
+    templates = f"{folder}/{MORE_TEMPLATES}" if folder else MORE_TEMPLATES
+    named = [name for name in _names_in(sizes, templates) if name.endswith(".jinja")]
+    paths += [f"{templates}/{name}" for name in named[:MOST_TEMPLATES]]
     return tuple(path for path in paths if path not in weights)
 
 

@@ -68,6 +68,7 @@ def new_folder(config: ModelConfig, files: ModelFiles, registry: Registry, folde
         texts = _text_files(files, registry, tokenizer) if tokenizer is not None else {}
         texts |= _configs(raw, files, tokenizer, dtype)
         for name, content in texts.items():
+            (beside / name).parent.mkdir(exist_ok=True)
             (beside / name).write_bytes(content)
         yield beside
 
@@ -158,6 +159,7 @@ def _text_files(files: ModelFiles, registry: Registry, tokenizer: Tokenizer) -> 
     for source in (files.tokenizer_config, files.chat_template):
         if source is not None:
             texts[source.name] = read_file(source)
+    texts |= {f"{source.parent.name}/{source.name}": read_file(source) for source in files.more_chat_templates}
     settings = json.loads(texts["tokenizer_config.json"]) if "tokenizer_config.json" in texts else {}
     template = find_chat_template(files, settings, tokenizer)
     if template is not None and files.chat_template is None and not settings.get("chat_template"):

@@ -17,6 +17,7 @@ TOKENIZER_PATTERNS = ("tokenizer.json", "tokenizer.model*", "tok*.model", "*.tik
 SINGLE_FILE_FORMATS = {".safetensors": "safetensors", ".bin": "pytorch", ".pt": "pytorch", ".pth": "pytorch"}
 WHOLE_MODEL_FORMATS = ("gguf",)  # of files that hold configuration and tokenizer too
 BESIDE_MODELS = ("adapter_", "recipe_state")  # how files begin that are no models, though they look like them
+MORE_TEMPLATES, MOST_TEMPLATES = "additional_chat_templates", 64
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
 
@@ -122,11 +123,21 @@ def files_with_companions(ref: ModelRef, folder: Path, kind: str, weights: tuple
         tokenizer_config=_first([folder / "tokenizer_config.json"]),
         generation_config=_first([folder / "generation_config.json"]),
         chat_template=_first([folder / "chat_template.jinja"]),
+        more_chat_templates=_more_templates(folder),
     )
 
 
 def _tokenizers(folder: Path) -> list[Path]:
     return [path for pattern in TOKENIZER_PATTERNS for path in sorted(folder.glob(pattern))]
+
+
+def _more_templates(folder: Path) -> tuple[Path, ...]:
+    """The named chat templates, which `transformers` saves in a folder of their own."""
+    found = tuple(sorted(path for path in folder.glob(f"{MORE_TEMPLATES}/*.jinja") if path.is_file()))
+    if len(found) > MOST_TEMPLATES:
+        raise TorchchatError(f"{str(folder / MORE_TEMPLATES)!r} holds {len(found)} chat templates; {MOST_TEMPLATES} is "
+                             "the most", "delete those that are not needed")
+    return found
 
 
 def _first(paths: Iterable[Path]) -> Path | None:

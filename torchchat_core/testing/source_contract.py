@@ -289,7 +289,7 @@ class ModelSourceContract:
 
 def _paths(files: ModelFiles) -> list[Path]:
     found = [*files.weights, *files.tokenizer, files.config, files.tokenizer_config, files.generation_config,
-             files.chat_template]
+             files.chat_template, *files.more_chat_templates]
     return [path for path in found if path is not None]
 
 

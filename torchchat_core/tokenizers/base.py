@@ -11,7 +11,6 @@ from torchchat_core.errors import TorchchatError
 
 # What an id without a token adds to a text: models pad their vocabularies, and sampling may draw such an id.
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
-TOKEN_ID = re.compile(r"[0-9]{1,9}")
 
 
 class ByteTokenizer(ABC):
@@ -24,6 +23,7 @@ class ByteTokenizer(ABC):
     adds_prefix_space: bool = False
     end_ids: frozenset[int] = frozenset()
     chat_template: str | Sequence[Mapping[str, str]] | None = None
+    text_tokens: Mapping[str, int] = {}  # text -> id of added tokens that are no control tokens: found in any text
 
     def __init__(self, *, vocab_size: int, special_tokens: Mapping[str, int], bos_id: int | None, eos_id: int | None,
                  adds_bos: bool) -> None:
@@ -37,6 +37,17 @@ class ByteTokenizer(ABC):
     @abstractmethod
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text`, without BOS or EOS. With `special`, the texts of control tokens become their ids."""
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """Return the ids of a text that is given in parts: ordinary text, and control tokens as their ids.
+
+        Each part gets the ids that it has in `encode(text, special=True)` of the whole; the names of control tokens in
+        it are ordinary text. This implementation suits tokenizers for which no part depends on those next to it.
+        """
+        ids: list[int] = []
+        for part in parts:
+            ids += [part] if isinstance(part, int) else self.encode(part)
+        return ids
 
     @abstractmethod
     def token_bytes(self, token: int) -> bytes:
@@ -87,30 +98,3 @@ def well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
-
-
-def token_name(settings: Mapping[str, Any], key: str) -> str | None:
-    """The token text under `key` ("bos_token", ...), which is a string or an object with "content"; else None."""
-    value = settings.get(key)
-    if isinstance(value, Mapping):
-        value = value.get("content")
-    return value if isinstance(value, str) and value else None
-
-
-def added_tokens(settings: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
-    """Id -> (text, whether it is a control token) of tokenizer_config.json's added_tokens_decoder.
-
-    Raises `TorchchatError` where an entry is malformed.
-    """
-    declared = settings.get("added_tokens_decoder") or {}
-    if not isinstance(declared, Mapping):
-        raise TorchchatError(f"added_tokens_decoder is {declared!r:.60}; it has to be an object",
-                             "mend tokenizer_config.json, or download the model again")
-    found = {}
-    for key, value in declared.items():
-        content = value.get("content") if isinstance(value, Mapping) else None
-        if not TOKEN_ID.fullmatch(str(key)) or not isinstance(content, str):
-            raise TorchchatError(f"added_tokens_decoder has {key!r:.40}: {value!r:.60}; it maps token ids to objects "
-                                 "with \"content\"", "mend tokenizer_config.json, or download the model again")
-        found[int(key)] = (content, bool(value.get("special", False)))
-    return found

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
+import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torchchat_core.errors import TorchchatError
-from torchchat_core.small_files import read_json
-from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, token_name, well_formed
+from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, well_formed
+from torchchat_core.tokenizers.declared import SETTINGS, token_name
 from torchchat_core.tokenizers.faults import captured_panics
 from torchchat_core.tokenizers.library import Library
+from torchchat_core.tokenizers.whole_json import TOKEN_NAMES, whole_content
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 # Decoders that give a token the same text whatever follows it, so that text can be streamed.
 STEADY_DECODERS = frozenset({"ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"})
-TOKEN_NAMES = ("bos_token", "eos_token")
 ANCHOR = "a"  # a token before the one in question, which is then not at the start
 
 
@@ -32,12 +34,17 @@ class HuggingFaceReader:
         """The tokenizer of the file. Raises `TorchchatError` where the file is damaged, or where its decoder does
         not work token by token.
 
-        Names of BOS and EOS come from `settings`, else from a special_tokens_map.json beside the file; without
-        either, BOS is what the file itself puts before a text.
+        Tokens that `settings`, special_tokens_map.json and added_tokens.json next to the file declare count as if the
+        file listed them. Names of BOS and EOS come from there; without them, BOS is what the file puts before a text.
         """
-        content = read_json(path)
-        names = {key: token_name(settings, key) or _mapped_name(path, key) for key in TOKEN_NAMES}
-        return hugging_face_tokenizer(content, str(path), {**settings, **names})
+        content, settings = whole_content(path, settings)
+        return hugging_face_tokenizer(content, str(path), settings)
+
+    def standalone(self, path: Path, settings: Mapping[str, Any]) -> Mapping[str, bytes]:
+        """Return the tokenizer as files that need no others, by name. Raises `TorchchatError` as `read` does."""
+        content, settings = whole_content(path, settings)
+        return {name: json.dumps(value, ensure_ascii=False).encode()
+                for name, value in ((path.name, content), (SETTINGS, settings))}
 
 
 def hugging_face_tokenizer(content: Mapping[str, Any], place: str, settings: Mapping[str, Any]) -> HuggingFaceTokenizer:
@@ -82,6 +89,10 @@ class HuggingFaceTokenizer(ByteTokenizer):
             eos_id=library.token_to_id(names["eos_token"]) if names["eos_token"] else None,
             adds_bos=in_front[:1] == [bos] if adds_bos is None else bool(adds_bos),
         )
+        self.text_tokens = {token.content: number for number, token in added.items()
+                            if not token.special and token.content != unknown}
+        self._aliases: dict[int, str] = {}  # of control tokens
+        self._aliased: dict[int, int] = {}  # id of the alias -> id of the control token
         ids = self.encode("a")
         encoded_with_space = b"".join(map(self.token_bytes, ids)).startswith(b" ")
         self.adds_prefix_space = encoded_with_space and not library.decode(ids).startswith(" ")
@@ -89,6 +100,23 @@ class HuggingFaceTokenizer(ByteTokenizer):
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         with self._lock:
             return self._library.encode(well_formed(text), special=special)
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """As `ByteTokenizer.encode_parts`: the library encodes the whole, in which an alias stands for each control
+        token and the names of control tokens are ordinary text."""
+        with self._lock:
+            if not self._aliases:
+                self._add_aliases()
+            text = "".join(self._aliases[part] if isinstance(part, int) else well_formed(part) for part in parts)
+            ids = self._library.encode(text, special=False)
+        return [self._aliased.get(token, token) for token in ids]
+
+    def _add_aliases(self) -> None:
+        """Adds a token to the library for each control token, under a name that no text can guess."""
+        secret = secrets.token_hex(16)
+        self._aliases = {token: f"<{secret}:{token}>" for token in self.special_tokens.values()}
+        alias_ids = self._library.add_aliases(self._aliases)
+        self._aliased = {alias: token for token, alias in alias_ids.items()}
 
     def token_bytes(self, token: int) -> bytes:
         self._check(token)
@@ -168,8 +196,3 @@ def _unknown_token(model: dict[str, Any]) -> str | None:
         return entry[0] if isinstance(entry, list) and entry and isinstance(entry[0], str) else None
     return None
 
-
-def _mapped_name(path: Path, key: str) -> str | None:
-    """The name of a token by special_tokens_map.json, where it is beside `path`."""
-    beside = path.parent / "special_tokens_map.json"
-    return token_name(read_json(beside), key) if beside.is_file() else None

@@ -72,6 +72,16 @@ class Library:
         with self._named():
             return self._tokenizer.get_added_tokens_decoder()
 
+    def add_aliases(self, names: Mapping[int, str]) -> dict[int, int]:
+        """Add a token of each name that takes white space as the added token of that id does. Returns their ids."""
+        added = self.added_tokens()
+        with self._named():
+            self._tokenizer.add_tokens([
+                tokenizers.AddedToken(name, lstrip=added[token].lstrip, rstrip=added[token].rstrip, normalized=False,
+                                      special=False) for token, name in names.items()])
+            found = {token: self._tokenizer.token_to_id(name) for token, name in names.items()}
+        return {token: alias for token, alias in found.items() if alias is not None}
+
     def _named(self, fix: str | None = None) -> AbstractContextManager[None]:
         return named_faults(self._problem, fix)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,18 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import read_file, read_json
 from torchchat_core.specs import ModelFiles, Tokenizer, TokenizerInfo
+from torchchat_core.tokenizers.declared import with_control_tokens
 
 
-def read_tokenizer(files: ModelFiles, registry: Registry) -> Tokenizer:
+def read_tokenizer(files: ModelFiles, registry: Registry, control_tokens: Mapping[str, int] | None = None) -> Tokenizer:
     """The tokenizer of a model, read by the installed reader of lowest `order` that accepts one of its files.
 
-    Raises `TorchchatError` where the model has no tokenizer file that a reader knows, or where it is damaged.
+    `control_tokens` (text -> id) are control tokens whatever the files say. Raises `TorchchatError` where the model has
+    no tokenizer file that a reader knows, or where it is damaged.
     """
     info, reader, path = choose_tokenizer(files, registry)
-    return _read(reader, info, path, read_json(files.tokenizer_config) if files.tokenizer_config else {})
+    settings = read_json(files.tokenizer_config) if files.tokenizer_config else {}
+    return _read(reader, info, path, with_control_tokens(settings, control_tokens or {}))
 
 
 def choose_tokenizer(files: ModelFiles, registry: Registry) -> tuple[TokenizerInfo, Any, Path]:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
 from torchchat_core.errors import TorchchatError
-from torchchat_core.small_files import read_file, read_json
-from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, Splitter, added_tokens, token_name, well_formed
+from torchchat_core.small_files import read_file
+from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, Splitter, well_formed
+from torchchat_core.tokenizers.declared import (
+    SETTINGS,
+    added_tokens,
+    added_tokens_beside,
+    declared_tokens,
+    settings_beside,
+    token_name,
+    with_control_tokens,
+)
 
 SPACE = "\u2581"  # stands for a space inside pieces
 # In the wire format, fields that come later override those before: normalizer_spec.add_dummy_prefix = false.
@@ -29,10 +39,23 @@ class SentencePieceReader:
     def read(self, path: Path, settings: Mapping[str, Any]) -> SentencePieceTokenizer:
         """The tokenizer of the file. Raises `TorchchatError` where the file is damaged.
 
-        Tokens that `settings` (added_tokens_decoder) or an added_tokens.json beside the file add are honoured.
+        Tokens that `settings`, added_tokens.json and special_tokens_map.json next to the file declare are honored.
         """
-        added = {**_legacy_added_tokens(path), **added_tokens(settings)}
-        return sentencepiece_tokenizer(read_file(path), str(path), added, settings)
+        return self._read(path, read_file(path), settings)
+
+    def standalone(self, path: Path, settings: Mapping[str, Any]) -> Mapping[str, bytes]:
+        """Return the tokenizer as files that need no others, by name. Raises `TorchchatError` as `read` does."""
+        content = read_file(path)
+        settings = settings_beside(path, settings)
+        special = self._read(path, content, settings).special_tokens
+        control = {text: token for token, text in added_tokens_beside(path).items()} | dict(special)
+        whole = with_control_tokens(settings, control)
+        return {path.name: content, SETTINGS: json.dumps(whole, ensure_ascii=False).encode()}
+
+    def _read(self, path: Path, content: bytes, settings: Mapping[str, Any]) -> SentencePieceTokenizer:
+        settings = settings_beside(path, settings)
+        legacy = {token: (text, True) for token, text in added_tokens_beside(path).items()}
+        return sentencepiece_tokenizer(content, str(path), {**legacy, **added_tokens(settings)}, settings)
 
 
 def sentencepiece_tokenizer(content: bytes, place: str, added: Mapping[int, tuple[str, bool]],
@@ -68,7 +91,10 @@ class SentencePieceTokenizer(ByteTokenizer):
         unknown = int(library.unk_id())
         control.update((text, token) for token, (text, special) in added.items() if special and token != unknown)
         self._added = {token: text for token, (text, _) in added.items() if token >= self._size}
-        texts = {text: token for token, text in self._added.items() if text not in control}
+        control.update(self._named(library, settings, {text: token for token, text in self._added.items()}, control))
+        self._added |= {token: text for text, token in control.items() if token >= self._size}
+        texts = {text: token for token, (text, special) in added.items()
+                 if not special and token != unknown and text and text not in control}
 
         bos, eos = token_name(settings, "bos_token"), token_name(settings, "eos_token")
         adds_bos = settings.get("add_bos_token")
@@ -81,6 +107,10 @@ class SentencePieceTokenizer(ByteTokenizer):
         )
         self._names = {token: text.encode() for text, token in control.items()}
         self._words = {**control, **texts}
+        self.text_tokens = texts
+        self._strips_left, self._strips_right = (
+            {self._words[each.content] for each in declared_tokens(settings)
+             if each.flags.get(flag) and each.content in self._words} for flag in ("lstrip", "rstrip"))
         self._at_all = Splitter(self._words)
         self._at_texts = Splitter(texts)
         # Some models declare control tokens as pieces that the library finds in any text.
@@ -91,16 +121,48 @@ class SentencePieceTokenizer(ByteTokenizer):
         self._prefix_after_control = settings.get("legacy") is True
         self.adds_prefix_space = b"".join(map(self.token_bytes, self.encode("a"))).startswith(b" ")
 
+    def _named(self, library: sentencepiece.SentencePieceProcessor, settings: Mapping[str, Any],
+               added: Mapping[str, int], known: Collection[str]) -> dict[str, int]:
+        """Return text -> id of the tokens that `settings` name as control tokens without their ids.
+
+        One that is in a list and that the vocabulary lacks gets the next id, as in `transformers`. Of the names, BOS
+        and EOS count: a padding token may be an ordinary piece.
+        """
+        found: dict[str, int] = {}
+        ends = [name for key in ("bos_token", "eos_token") if (name := token_name(settings, key))]
+        listed = [each.content for each in declared_tokens(settings) if each.token is None and not each.by_name_alone]
+        for text in dict.fromkeys(text for text in (*ends, *listed) if text not in known):
+            token = added.get(text, library.piece_to_id(text))
+            if token == library.unk_id():
+                if text not in listed or text == library.id_to_piece(token):
+                    continue
+                token = max([self._size - 1, *added.values(), *found.values()]) + 1
+            found[text] = token
+        return found
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        splitter = self._at_all if special else self._at_texts
+        return self._encode((self._at_all if special else self._at_texts).split(well_formed(text)))
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        split: list[tuple[str | int, bool]] = []
+        for part in parts:
+            split += [(part, True)] if isinstance(part, int) else self._at_texts.split(well_formed(part))
+        return self._encode(split)
+
+    def _encode(self, parts: Sequence[tuple[str | int, bool]]) -> list[int]:
+        """Return the ids of texts and of tokens, which are ids or texts of `_words`."""
+        found = [self._words[part] if is_token and isinstance(part, str) else part for part, is_token in parts]
         ids: list[int] = []
         prefix = True
-        for part, is_token in splitter.split(well_formed(text)):
-            if is_token:
-                ids.append(self._words[part])
-                prefix = self._prefix_after_control or ids[-1] == self.bos_id
-            else:
-                ids += self._encode_ordinary(part, prefix)
+        for part, before, after in zip(found, [None, *found], [*found[1:], None], strict=False):
+            if isinstance(part, int):
+                ids.append(part)
+                prefix = self._prefix_after_control or part == self.bos_id
+                continue
+            text = part.lstrip() if before in self._strips_right else part
+            text = text.rstrip() if after in self._strips_left else text
+            if text:
+                ids += self._encode_ordinary(text, prefix)
         return ids
 
     def token_bytes(self, token: int) -> bytes:
@@ -141,16 +203,3 @@ def _table_of_bytes(library: sentencepiece.SentencePieceProcessor) -> list[bytes
 
 def _known(token: int) -> int | None:
     return token if token >= 0 else None  # the library says -1 for "none"
-
-
-def _legacy_added_tokens(path: Path) -> dict[int, tuple[str, bool]]:
-    """The control tokens of added_tokens.json (text -> id), where older models have it beside the model file."""
-    beside = path.parent / "added_tokens.json"
-    if not beside.is_file():
-        return {}
-    found = {}
-    for text, token in read_json(beside).items():
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 1_000_000_000:
-            raise TorchchatError(f"{beside} has {text!r:.40}: {token!r:.40}; it maps texts to token ids")
-        found[token] = (text, True)
-    return found

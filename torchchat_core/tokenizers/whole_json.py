@@ -1,0 +1,116 @@
+"""tokenizer.json together with the small files next to it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torchchat_core.errors import TorchchatError, quoted
+from torchchat_core.small_files import read_json
+from torchchat_core.tokenizers.declared import (
+    ADDED,
+    FIX,
+    SETTINGS,
+    Declared,
+    added_tokens_beside,
+    declared_tokens,
+    settings_beside,
+    token_name,
+)
+from torchchat_core.tokenizers.faults import captured_panics
+from torchchat_core.tokenizers.library import Library
+
+TOKEN_NAMES = ("bos_token", "eos_token")
+
+
+def whole_content(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the content of a tokenizer.json that lists every token that the small files declare, and all settings.
+
+    Raises `TorchchatError` where one of the files is damaged.
+    """
+    content, merged = read_json(path), settings_beside(path, settings)
+    return with_declared_tokens(content, merged, added_tokens_beside(path), path)
+
+
+def with_declared_tokens(content: dict[str, Any], settings: dict[str, Any], legacy: Mapping[int, str], path: Path
+                         ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return `content` (tokenizer.json) whose "added_tokens" hold the tokens of `settings` and `legacy` too.
+
+    They are added as `transformers` does it: a token that the vocabulary lacks gets the next id. Three things differ: a
+    token that any file calls special is special; one that only has a name ("pad_token") stays ordinary where ordinary
+    text encodes to it; and a name of a token that no vocabulary or list has names nothing. Raises `TorchchatError`
+    where a file states another id than the vocabulary has.
+    """
+    listed, model = content.get("added_tokens") or [], content.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list) or not isinstance(listed, list) \
+            or not all(isinstance(entry, dict) and isinstance(entry.get("content"), str) for entry in listed):
+        return content, settings  # damaged, which is named by whatever reads it
+    table = _AddedTable(content, path)
+    declared = declared_tokens(settings)
+    special = {each.content for each in declared if each.special}
+    for token, text in sorted(legacy.items()):
+        if text and text not in table.entries:
+            table.add(Declared(text, text in special, token, {"normalized": text not in special}), ADDED)
+    for each in declared:
+        if each.content:
+            table.add(each, SETTINGS)
+    names = {key: None for key in TOKEN_NAMES if token_name(settings, key) in table.without_row}
+    while table.entries and next(reversed(table.entries)) in table.without_row:
+        table.entries.popitem()  # needed only where the ids of others come after it
+    return {**content, "added_tokens": list(table.entries.values())}, {**settings, **names}
+
+
+class _AddedTable:
+    """The list "added_tokens" of a tokenizer.json, which grows."""
+
+    def __init__(self, content: dict[str, Any], path: Path) -> None:
+        self._content, self._path = content, path
+        self.entries = {entry["content"]: dict(entry) for entry in content.get("added_tokens") or ()}
+        self.without_row: set[str] = set()  # new tokens that are known by a name alone
+
+    @functools.cached_property
+    def _ids(self) -> dict[str, int]:
+        """Text -> id of the model's vocabulary."""
+        vocab = self._content["model"]["vocab"]
+        if isinstance(vocab, dict):
+            return vocab
+        return {entry[0]: token for token, entry in enumerate(vocab) if isinstance(entry, list) and entry}
+
+    @functools.cached_property
+    def _library(self) -> Library:
+        with captured_panics():
+            return Library(self._content, str(self._path))
+
+    def add(self, declared: Declared, file: str) -> None:
+        """Adds a token, or what `file` says of one that is there. Raises `TorchchatError` for another id."""
+        entry = self.entries.get(declared.content)
+        if entry is None:
+            token = self._ids.get(declared.content)
+            if declared.by_name_alone and token is not None and self._is_ordinary(declared.content, token):
+                return
+            if declared.by_name_alone and token is None:
+                self.without_row.add(declared.content)
+            token = self._next_id if token is None else token
+            self._next_id = max(self._next_id, token + 1)
+            if declared.token not in (None, token):
+                raise TorchchatError(f"{file} next to {self._path} gives the token {quoted(declared.content)} the id "
+                                     f"{declared.token}; {self._path.name} gives it {token}", FIX)
+            flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": not declared.special}
+            entry = {"id": token, "content": declared.content, **flags, **declared.flags}
+            self.entries[declared.content] = entry
+        elif declared.token is not None:
+            entry.update(declared.flags)
+        if not declared.by_name_alone:
+            self.without_row.discard(declared.content)
+        entry["special"] = bool(entry.get("special")) or declared.special
+
+    @functools.cached_property
+    def _next_id(self) -> int:
+        taken = [entry["id"] for entry in self.entries.values() if isinstance(entry.get("id"), int)]
+        return int(max([len(self._ids) - 1, *taken])) + 1
+
+    def _is_ordinary(self, text: str, token: int) -> bool:
+        """Return True where ordinary text encodes to the token: making it special would take it out of answers."""
+        return self._library.encode(text, special=False) == [token]
