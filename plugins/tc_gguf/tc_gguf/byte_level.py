@@ -17,8 +17,9 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
     ids = {text: token for token, text in enumerate(vocabulary.tokens)}
     return {
         "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [_added(token, text, type_) for token, (text, type_) in enumerate(
-            zip(vocabulary.tokens, vocabulary.types, strict=True)) if type_ in (CONTROL, UNKNOWN, USER_DEFINED)],
+        "added_tokens": [_added(token, text, type_, token in vocabulary.strips_right)
+                         for token, (text, type_) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
+                         if type_ in (CONTROL, UNKNOWN, USER_DEFINED)],
         "normalizer": None,
         "pre_tokenizer": as_tokenizer_json(kind.expressions),
         "post_processor": _post_processor(vocabulary),
@@ -29,9 +30,9 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
     }
 
 
-def _added(token: int, text: str, kind: int) -> dict[str, Any]:
-    return {"id": token, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-            "special": kind != USER_DEFINED}
+def _added(token: int, text: str, kind: int, strips_right: bool) -> dict[str, Any]:
+    return {"id": token, "content": text, "single_word": False, "lstrip": False, "rstrip": strips_right,
+            "normalized": False, "special": kind != USER_DEFINED}
 
 
 def _post_processor(vocabulary: Vocabulary) -> dict[str, Any] | None:

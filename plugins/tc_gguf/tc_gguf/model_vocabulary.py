@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,20 @@ from tc_gguf.sentencepiece_model import vocabulary_of_model_file
 from tc_gguf.tokenizer_json import is_byte_level, vocabulary_of_ranks, vocabulary_of_tokenizer_json
 from tc_gguf.vocabulary import CONTROL, SENTENCEPIECE, UNUSED, USER_DEFINED, Vocabulary, read_vocabulary
 from torchchat_core.chat_template import TURN_ENDS, ChatTemplate, end_tokens, find_chat_template
+from torchchat_core.control_tokens import unnamed_control_tokens
+from torchchat_core.conversation import render
 from torchchat_core.errors import TorchchatError
 from torchchat_core.small_files import read_file, read_json
 from torchchat_core.specs import ModelFiles, Tokenizer
+from torchchat_core.text_format import TextFormat
 from torchchat_core.tokenizers.base import UNKNOWN as UNKNOWN_BYTES
+from torchchat_core.tokenizers.declared import SETTINGS, settings_beside, with_control_tokens
 from torchchat_core.tokenizers.hugging_face import HuggingFaceReader
 from torchchat_core.tokenizers.sentencepiece_file import SentencePieceReader
 from torchchat_core.tokenizers.tiktoken_file import TiktokenReader
+from torchchat_core.tokenizers.whole_json import whole_content
+
+log = logging.getLogger(__name__)
 
 MESSAGE_END = "<|eom_id|>"
 # What a vocabulary has to encode as the model's own tokenizer does before it is written.
@@ -37,15 +45,19 @@ def vocabulary_of_model(files: ModelFiles, size: int) -> Vocabulary:
     """The vocabulary of the model's tokenizer, with `size` tokens, and its chat template.
 
     Raises `TorchchatError` where the model has no tokenizer, where GGUF has no words for it, or where it would encode
-    texts differently there.
+    texts differently there. Logs a warning where only conversations become other tokens.
     """
-    settings = read_json(files.tokenizer_config) if files.tokenizer_config else {}
+    own_settings = read_json(files.tokenizer_config) if files.tokenizer_config else {}
+    settings = settings_beside(files.root / SETTINGS, own_settings)
     vocabulary, tokenizer, path = _read(files, settings)
-    vocabulary = _of_size(_as_tokenizer_has_it(vocabulary, tokenizer), size, path)
-    _check(vocabulary, tokenizer, path)
     template = find_chat_template(files, settings, tokenizer)
+    ends = _end_ids(files, tokenizer, template)
+    if unnamed := unnamed_control_tokens(tokenizer, template, ends):
+        vocabulary, tokenizer, path = _read(files, with_control_tokens(settings, unnamed))
+    vocabulary = _of_size(_as_tokenizer_has_it(vocabulary, tokenizer), size, path)
+    _check(vocabulary, tokenizer, path, template)
     templates = vocabulary.templates or ({} if template is None else _by_name(template))
-    return dataclasses.replace(vocabulary, templates=templates, **_turn_ends(vocabulary, files, tokenizer, template))
+    return dataclasses.replace(vocabulary, templates=templates, **_turn_ends(vocabulary, ends, tokenizer))
 
 
 def _read(files: ModelFiles, settings: Mapping[str, Any]) -> tuple[Vocabulary, Tokenizer, Path]:
@@ -67,7 +79,7 @@ def _read(files: ModelFiles, settings: Mapping[str, Any]) -> tuple[Vocabulary, T
         return read_vocabulary(read_gguf(path)), tokenizer, path
     if isinstance(reader, TiktokenReader):
         return vocabulary_of_ranks(tokenizer), tokenizer, path
-    content = read_json(path) if isinstance(reader, HuggingFaceReader) else None
+    content = whole_content(path, settings)[0] if isinstance(reader, HuggingFaceReader) else None
     pieces = of_kind.get(SentencePieceReader)
     if pieces is not None and (content is None or not is_byte_level(content)):
         return vocabulary_of_model_file(read_file(pieces), str(pieces)), tokenizer, path
@@ -107,13 +119,34 @@ def _of_size(vocabulary: Vocabulary, size: int, path: Path) -> Vocabulary:
                                types=[*vocabulary.types, *(UNUSED for _ in more)][:size], scores=scores[:size], **kept)
 
 
-def _check(vocabulary: Vocabulary, tokenizer: Tokenizer, path: Path) -> None:
-    """Raises `TorchchatError` where the vocabulary does not encode samples as the model's own tokenizer does."""
+def _check(vocabulary: Vocabulary, tokenizer: Tokenizer, path: Path, template: ChatTemplate | None) -> None:
+    """Raises `TorchchatError` where the vocabulary does not encode samples as the model's own tokenizer does.
+
+    Logs a warning where it encodes a conversation differently: readers of GGUF files put a space after control tokens.
+    """
     written = tokenizer_of(vocabulary, str(path))
     for text in SAMPLES:
         if written.encode(text) != tokenizer.encode(text):
             raise TorchchatError(f"the tokenizer {path.name} cannot be written to a GGUF file: {text!r:.60} would "
                                  f"become {written.encode(text)!s:.60} instead of {tokenizer.encode(text)!s:.60}", FIX)
+    if template is None:
+        return
+    here, there = (_conversation(each, template) for each in (tokenizer, written))
+    if here != there:
+        log.warning("conversations become other tokens in the GGUF file than in the model's own files (%d instead of "
+                    "%d for a short one): readers of GGUF files put a space after each control token, and %s does not",
+                    len(there), len(here), path.name)
+
+
+def _conversation(tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
+    """Return the tokens of a conversation; none where the template refuses it."""
+    turns = (("user", "Hi"), ("assistant", "Hello"), ("user", "?"))
+    messages = [{"role": role, "content": text} for role, text in turns]
+    try:
+        text, encode = render(TextFormat(tokenizer, template, frozenset(), {}), messages)
+    except TorchchatError:
+        return []
+    return encode(text)
 
 
 def _by_name(template: ChatTemplate) -> Mapping[str, str]:
@@ -121,15 +154,19 @@ def _by_name(template: ChatTemplate) -> Mapping[str, str]:
     return {"default": template.source, **more}
 
 
-def _turn_ends(vocabulary: Vocabulary, files: ModelFiles, tokenizer: Tokenizer,
-               template: ChatTemplate | None) -> Mapping[str, Any]:
-    """The tokens beside EOS that end a turn and a message: GGUF has room for one of each."""
+def _end_ids(files: ModelFiles, tokenizer: Tokenizer, template: ChatTemplate | None) -> set[int]:
+    """The tokens that end an answer, besides BOS and EOS."""
     found = set(tokenizer.end_ids) | (set(end_tokens(template, tokenizer)) if template is not None else set())
     for path in (files.config, files.generation_config):
         declared = read_json(path).get("eos_token_id") if path is not None and path.suffix == ".json" else None
         found |= {token for token in (declared if isinstance(declared, list) else [declared])
                   if isinstance(token, int) and not isinstance(token, bool)}
-    names = {vocabulary.tokens[token]: token for token in sorted(found - {tokenizer.eos_id, tokenizer.bos_id})
+    return found
+
+
+def _turn_ends(vocabulary: Vocabulary, ends: Set[int], tokenizer: Tokenizer) -> Mapping[str, Any]:
+    """The tokens besides EOS that end a turn and a message: a GGUF file names one of each."""
+    names = {vocabulary.tokens[token]: token for token in sorted(ends - {tokenizer.eos_id, tokenizer.bos_id})
              if 0 <= token < len(vocabulary.tokens)}
     eom = names.pop(MESSAGE_END, None)
     in_order = [name for name in TURN_ENDS if name in names] or list(names)

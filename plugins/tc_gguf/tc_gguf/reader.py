@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,15 +11,20 @@ from typing import Any
 from tc_gguf.byte_level import tokenizer_json
 from tc_gguf.file import GgufFile, read_gguf
 from tc_gguf.sentencepiece_model import model_file
-from tc_gguf.vocabulary import SENTENCEPIECE, Vocabulary, has_vocabulary, read_vocabulary
+from tc_gguf.vocabulary import CONTROL, SENTENCEPIECE, UNUSED, USER_DEFINED, Vocabulary, has_vocabulary, read_vocabulary
 from torchchat_core.specs import Tokenizer
 from torchchat_core.tokenizers.base import ByteTokenizer
+from torchchat_core.tokenizers.declared import added_tokens
 from torchchat_core.tokenizers.hugging_face import hugging_face_tokenizer
 from torchchat_core.tokenizers.sentencepiece_file import sentencepiece_tokenizer
 
 
 class GgufTokenizerReader:
-    """A `specs.EmbeddedTokenizerReader`. Prompts made by a chat template get no space after control tokens."""
+    """A `specs.EmbeddedTokenizerReader`.
+
+    Where a SentencePiece vocabulary puts a space in front of texts, it puts one after each control and user-defined
+    token too, as llama.cpp does.
+    """
 
     def __init__(self) -> None:
         self._last: GgufFile | None = None  # what `accepts` read is not read again
@@ -31,13 +37,17 @@ class GgufTokenizerReader:
         self._last = read_gguf(path)
         return has_vocabulary(self._last)
 
-    def read(self, path: Path, settings: Mapping[str, Any]) -> Tokenizer:  # noqa: ARG002
+    def read(self, path: Path, settings: Mapping[str, Any]) -> Tokenizer:
         """The tokenizer in the file, with its end tokens and its chat template.
 
-        `settings` are not looked at: the file holds all of them itself. Raises `TorchchatError` where there is no
-        tokenizer in the file that is known here, or a damaged one.
+        Of `settings`, only control tokens count that the file has with the same ids. Raises `TorchchatError` where
+        there is no tokenizer in the file that is known here, or a damaged one.
         """
-        return tokenizer_of(self._vocabulary(path), str(path))
+        vocabulary = self._vocabulary(path)
+        control = {token for token, (text, special) in added_tokens(settings).items()
+                   if special and token < len(vocabulary.tokens) and vocabulary.tokens[token] == text}
+        types = [CONTROL if token in control else kind for token, kind in enumerate(vocabulary.types)]
+        return tokenizer_of(dataclasses.replace(vocabulary, types=types) if control else vocabulary, str(path))
 
     def extract(self, path: Path) -> Mapping[str, bytes]:
         """tokenizer.json or tokenizer.model, and tokenizer_config.json. Raises `TorchchatError` as `read` does."""
@@ -53,12 +63,24 @@ def tokenizer_of(vocabulary: Vocabulary, place: str) -> ByteTokenizer:
     settings = {**_names(vocabulary), "add_bos_token": vocabulary.adds_bos}
     tokenizer: ByteTokenizer
     if vocabulary.kind == SENTENCEPIECE:
-        tokenizer = sentencepiece_tokenizer(model_file(vocabulary, place), place, {}, settings)
+        settings |= {"legacy": True, "added_tokens_decoder": _added(vocabulary)}
+        unseen = [UNUSED if kind == USER_DEFINED else kind for kind in vocabulary.types]  # they are found before
+        content = model_file(dataclasses.replace(vocabulary, types=unseen), place)
+        tokenizer = sentencepiece_tokenizer(content, place, added_tokens(settings), settings)
     else:
         tokenizer = hugging_face_tokenizer(tokenizer_json(vocabulary), place, settings)
     tokenizer.end_ids = vocabulary.end_ids
     tokenizer.chat_template = _templates(vocabulary)
     return tokenizer
+
+
+def _added(vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:
+    """The tokens that tokenizer.model alone does not describe, as added_tokens_decoder."""
+    flags = {"lstrip": False, "normalized": False, "single_word": False}
+    return {str(token): {"content": text, "special": kind == CONTROL, "rstrip": token in vocabulary.strips_right,
+                         **flags}
+            for token, (text, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
+            if kind == USER_DEFINED or token in vocabulary.strips_right}
 
 
 def _templates(vocabulary: Vocabulary) -> str | list[dict[str, str]] | None:
@@ -78,7 +100,9 @@ def files_of(vocabulary: Vocabulary, place: str) -> Mapping[str, bytes]:
         settings["chat_template"] = _templates(vocabulary)
     if vocabulary.kind == SENTENCEPIECE:
         files = {"tokenizer.model": model_file(vocabulary, place)}
-        settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_prefix_space": vocabulary.adds_space}
+        settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_prefix_space": vocabulary.adds_space}
+        if added := _added(vocabulary):
+            settings["added_tokens_decoder"] = added
     else:
         files = {"tokenizer.json": _json(tokenizer_json(vocabulary))}
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}

@@ -52,6 +52,9 @@ def vocabulary_of_tokenizer_json(content: Mapping[str, Any], place: str) -> Voca
         scores = [float(-ranks[text]) if text in ranks else NEVER_MERGED for text in tokens]
         return Vocabulary(kind=SENTENCEPIECE, tokens=tokens, types=types, scores=scores,
                           unknown_id=types.index(UNKNOWN) if UNKNOWN in types else None)
+    if not merges:
+        raise TorchchatError(f"{place} has no merges, and readers of GGUF files open no byte-level vocabulary without",
+                             "export the model to another format: .pte or .pt2")
     pre = name_of(content.get("pre_tokenizer"), bool(model.get("ignore_merges")))
     normalizer = content.get("normalizer")
     if normalizer and (not isinstance(normalizer, dict) or normalizer.get("type") != "NFC"):

@@ -27,6 +27,19 @@ LARGEST_SCORE = 3.4e38  # of float32
 NONE = 0xFFFFFFFF  # an id that says that there is no such token
 USUAL = {"unknown": 0, "bos": 1, "eos": 2}  # of SENTENCEPIECE, where the file does not name them
 NAMED = ("bos", "eos", "unknown", "padding", "eot", "eom")  # tokenizer.ggml.NAME_token_id
+# llama.cpp takes tokens of these names for control tokens, whatever type the file gives them: what ends a text, a turn
+# or a message, and what frames code that is to be filled in.
+CONTROL_NAMES = frozenset((
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>",
+    "<turn|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<eos>", "<|tool_response>",
+    "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<\uff5cfim\u2581begin\uff5c>", "<PRE>", "\u2581<PRE>",
+    "<|code_prefix|>", "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<\uff5cfim\u2581hole\uff5c>", "<SUF>",
+    "\u2581<SUF>", "<|code_suffix|>", "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<\uff5cfim\u2581end\uff5c>",
+    "<MID>", "\u2581<MID>", "<|code_middle|>", "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "<|fim_repo|>",
+    "<fim-repo>", "<|repo_name|>", "<REPO>", "<reponame>", "<|file_sep|>"))
+# In files whose general.name contains one of these, special tokens take the white space after them, except some.
+STRIPPING_NAMES, NOT_STRIPPING = ("phi-3", "phi3"), ("<unk>", "<s>", "<|endoftext|>")
 FIX = "the file is damaged, or made by a faulty converter; pass the model's own tokenizer with --tokenizer-path"
 ELSEWHERE = "pass the model's own tokenizer.json or tokenizer.model with --tokenizer-path"
 
@@ -51,6 +64,7 @@ class Vocabulary:
     adds_eos: bool = False
     adds_space: bool = False  # in front of a text, of SENTENCEPIECE
     removes_extra_spaces: bool = False  # of SENTENCEPIECE
+    strips_right: frozenset[int] = frozenset()  # tokens that take the white space after them
     templates: Mapping[str, str] = field(default_factory=dict)  # Jinja; the usual one is called "default"
 
     @property
@@ -85,9 +99,21 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
     for token in (ids[f"{name}_id"] for name in ("bos", "eos", "eot", "eom")):
         if token is not None and types[token] != UNKNOWN:
             types[token] = CONTROL  # whatever the converter took it for: it is never a part of a text
+    for token, text in enumerate(tokens):
+        if text in CONTROL_NAMES and types[token] != UNKNOWN:
+            types[token] = CONTROL
     own = _sentencepiece_fields(file, len(tokens)) if kind == SENTENCEPIECE else _byte_level_fields(file, tokens)
     return Vocabulary(kind=kind, tokens=tokens, types=types, templates=_templates(file),
+                      strips_right=_stripping(file, tokens, types),
                       adds_eos=file.boolean("tokenizer.ggml.add_eos_token", False), **ids, **own)
+
+
+def _stripping(file: GgufFile, tokens: Sequence[str], types: Sequence[int]) -> frozenset[int]:
+    """The tokens that take the white space after them, which llama.cpp knows by the name of the model."""
+    if not any(name in file.text("general.name", "").lower() for name in STRIPPING_NAMES):
+        return frozenset()
+    return frozenset(token for token, (text, kind) in enumerate(zip(tokens, types, strict=True))
+                     if kind in (CONTROL, USER_DEFINED, UNKNOWN) and text not in NOT_STRIPPING)
 
 
 def _sentencepiece_fields(file: GgufFile, size: int) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from tc_gguf.exporter import GgufExporter
 from tc_gguf.file import read_gguf
 from tc_gguf.options import GgufOptions
 from tc_gguf.reader import GgufTokenizerReader
+from torchchat_core.chat_template import ChatTemplate
+from torchchat_core.conversation import render
 from torchchat_core.errors import TorchchatError
 from torchchat_core.models.config import RopeScaling
 from torchchat_core.models.rope_layout import half_split_rows
@@ -26,6 +28,7 @@ from torchchat_core.models.weights import build_model
 from torchchat_core.sources.local import LocalSource, files_of_single_file
 from torchchat_core.specs import Checkpoint, ExportRequest, ModelFiles, ModelRef
 from torchchat_core.testing.models import PROMPTS, greedy_tokens, reference_logits, seeded, tiny_config
+from torchchat_core.text_format import TextFormat
 from torchchat_core.tokenizers.hugging_face import HuggingFaceReader, byte_level_alphabet
 from torchchat_core.tokenizers.sentencepiece_file import SentencePieceReader
 from torchchat_core.tokenizers.tiktoken_file import TiktokenReader
@@ -314,6 +317,68 @@ def test_chat_template_and_ends_of_turns_come_back(folder: Callable[..., ModelFi
     assert written.chat_template == settings["chat_template"]
     assert read_gguf(path).text("tokenizer.chat_template.tool_use") == "{{ tools }}"
     assert read_gguf(path).integer("tokenizer.ggml.eom_token_id") == 259
+
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def chat_folder(testdata: Path, folder: Path, **settings: Any) -> ModelFiles:
+    """SentencePiece's file of stories260K with two tokens for ChatML, in the old way."""
+    (folder / "tokenizer.model").write_bytes((testdata / "hf/stories260K/tokenizer.model").read_bytes())
+    (folder / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 512, "<|im_end|>": 513}), "utf-8")
+    names = {"bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>", "chat_template": CHATML}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**names, **settings}), "utf-8")
+    return files_with(folder / "tokenizer.model")
+
+
+def conversation(files: ModelFiles, reader: Any, path: Path) -> list[int]:
+    settings = json.loads(files.tokenizer_config.read_text("utf-8")) if files.tokenizer_config else {}
+    template = ChatTemplate(CHATML, bos_token="<s>", eos_token="<|im_end|>")
+    text_format = TextFormat(reader.read(path, settings), template, frozenset(), {})
+    text, encode = render(text_format, [{"role": "user", "content": "hello there"}])
+    return encode(text)
+
+
+def test_conversations_of_older_sentencepiece_models_stay_the_same_tokens(
+        testdata: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """llama.cpp's tokens of the exported file are these too."""
+    files = chat_folder(testdata, tmp_path, legacy=True)
+    path = with_tokenizer(files, 514, tmp_path / "x.gguf")
+    expected = [512, 318, 419, 285, 13, 260, 306, 414, 383, 513, 410, 13, 512, 261, 419, 419, 293, 413, 303, 413, 13]
+    assert conversation(files, SentencePieceReader(), tmp_path / "tokenizer.model") == expected
+    assert conversation(files, GgufTokenizerReader(), path) == expected
+    assert not caplog.records
+
+
+def test_an_export_says_where_conversations_become_other_tokens(testdata: Path, tmp_path: Path,
+                                                                caplog: pytest.LogCaptureFixture) -> None:
+    with_tokenizer(chat_folder(testdata, tmp_path, legacy=False), 514, tmp_path / "x.gguf")
+    assert "a space after each control token" in caplog.text
+
+
+def test_tokens_that_only_small_files_declare_are_written(folder: Callable[..., ModelFiles], tmp_path: Path) -> None:
+    settings = {"chat_template": CHATML, "extra_special_tokens": ["<|im_start|>"]}
+    path = with_tokenizer(folder(tokenizer_config=settings), 261, tmp_path / "model.gguf")
+    assert GgufTokenizerReader().read(path, {}).special_tokens["<|im_start|>"] == 260
+
+
+def test_tokens_that_the_template_writes_are_written_as_control_tokens(folder: Callable[..., ModelFiles],
+                                                                       tmp_path: Path) -> None:
+    added = [*CONTENT["added_tokens"], {**CONTENT["added_tokens"][0], "id": 260, "content": "<|im_start|>"}]
+    changes = {"added_tokens": [{**token, "special": False} for token in added]}
+    files = folder(changes, tokenizer_config={"chat_template": CHATML, "eos_token": "<|endoftext|>"})
+    path = with_tokenizer(files, 261, tmp_path / "model.gguf")
+    written = GgufTokenizerReader().read(path, {})
+    assert written.special_tokens.items() >= {"<|im_start|>": 260, "<|im_end|>": 258}.items()
+    assert written.end_ids == {258}
+
+
+def test_a_byte_level_vocabulary_without_merges_is_refused(folder: Callable[..., ModelFiles], tmp_path: Path) -> None:
+    """llama.cpp does not load such a file either."""
+    with pytest.raises(TorchchatError, match="has no merges"):
+        with_tokenizer(folder({"model": {**CONTENT["model"], "merges": []}}), 260, tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
 
 
 def test_nfc_is_left_out(folder: Callable[..., ModelFiles], tmp_path: Path) -> None:

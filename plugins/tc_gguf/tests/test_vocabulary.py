@@ -14,8 +14,10 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer
 
+from tc_gguf.file import read_gguf
 from tc_gguf.pre_tokenizers import PRE_TOKENIZERS, as_tokenizer_json, name_of, pre_tokenizer
 from tc_gguf.reader import GgufTokenizerReader
+from tc_gguf.vocabulary import read_vocabulary
 from torchchat_core.errors import TorchchatError
 from torchchat_core.specs import Tokenizer
 from torchchat_core.testing.tokenizer_contract import DIFFICULT_TEXTS
@@ -152,7 +154,65 @@ def test_control_tokens_come_when_asked_for_and_user_defined_ones_always(made: C
 def test_user_defined_tokens_of_sentencepiece_are_found_in_text(made: Callable[..., Tokenizer]) -> None:
     changes = {"tokens": [*SPM["tokens"], "<tool>", "  "], "scores": [*SPM["scores"], 0.0, 0.0],
                "token_type": [*SPM["token_type"], 4, 4]}
-    assert made(SPM, **changes).encode("ab<tool>a  b") == [7, 8, 4, 9, 5]
+    assert made(SPM, **changes).encode("ab<tool>a  b") == [7, 8, 3, 4, 9, 3, 5]  # with a space after each of them
+
+
+def with_tokens(testdata: Path, path: Path, added: Sequence[tuple[str, int]], others: Mapping[str, Any],
+                types: Mapping[int, int] | None = None, **changes: Any) -> Tokenizer:
+    """The tokenizer of a file with the vocabulary of stories260K and added tokens of the given types."""
+    own = read_vocabulary(read_gguf(testdata / "tinyllamas/stories260K/stories260K.gguf"))
+    keys = {"model": "llama", "tokens": [*own.tokens, *(text for text, _ in added)],
+            "scores": [*own.scores, *(0.0 for _ in added)], "bos_token_id": 1, "eos_token_id": 2,
+            "token_type": [*((types or {}).get(token, kind) for token, kind in enumerate(own.types)),
+                           *(kind for _, kind in added)], **changes}
+    return GgufTokenizerReader().read(write(path, keys, others), {})
+
+
+@pytest.mark.parametrize(("text", "ids"), [
+    ("<|im_start|>hello there<|im_end|>\nhi", [512, 281, 306, 414, 383, 513, 410, 13, 415, 417]),
+    ("one<tool>two", [353, 411, 514, 259, 424, 414]), ("a  b", [261, 515, 268]),
+    (" a<tool> b", [410, 261, 514, 410, 268]), ("<s> a", [1, 410, 261]), ("a</s> b", [261, 2, 410, 268])])
+def test_a_space_follows_every_token_of_sentencepiece_as_in_llama_cpp(
+        text: str, ids: list[int], testdata: Path, tmp_path: Path) -> None:
+    """The ids are those of llama.cpp."""
+    tokens = [("<|im_start|>", 3), ("<|im_end|>", 3), ("<tool>", 4), ("  ", 4)]
+    assert with_tokens(testdata, tmp_path / "x.gguf", tokens, {}).encode(text, special=True) == ids
+
+
+@pytest.mark.parametrize(("text", "special", "plain"), [
+    ("a</s> b", [261, 2, 268], [261, 504, 492, 419, 505, 268]),
+    ("a</s>  \n b", [261, 2, 268], [261, 504, 492, 419, 505, 410, 410, 13, 268]),
+    (" </s>\nb", [410, 410, 2, 268], [410, 410, 504, 492, 419, 505, 13, 430]),
+    ("<|user|>\nhello<|end|>\n<|assistant|>\n", [515, 281, 306, 414, 514, 513], None),
+    ("<|user|> hello <|end|> x", [515, 281, 306, 414, 410, 514, 410, 444], None),
+    ("<s> a", [1, 410, 261], [410, 504, 419, 505, 261]), ("<|endoftext|> b", [512, 410, 268], None)])
+def test_phi3s_tokens_take_the_white_space_after_them_and_its_end_is_a_control_token_as_in_llama_cpp(
+        text: str, special: list[int], plain: list[int] | None, testdata: Path, tmp_path: Path) -> None:
+    """The ids are those of llama.cpp; </s> is a user-defined token in such files."""
+    tokens = [("<|endoftext|>", 3), ("<|assistant|>", 3), ("<|end|>", 3), ("<|user|>", 3)]
+    tokenizer = with_tokens(testdata, tmp_path / "x.gguf", tokens, {"general.name": "Phi-3 Mini 4k Instruct"}, {2: 4},
+                            eos_token_id=512)
+    assert tokenizer.encode(text, special=True) == special
+    assert plain is None or tokenizer.encode(text) == plain
+
+
+@pytest.mark.parametrize("name", ["</s>", "<|im_end|>", "<|endoftext|>", "<|fim_prefix|>", "<|eot_id|>"])
+def test_tokens_that_llama_cpp_knows_by_name_are_control_tokens_whatever_type_they_have(
+        name: str, made: Callable[..., Tokenizer]) -> None:
+    tokenizer = made(BPE, tokens=[*BYTES, "he", "ll", "hell", "<|end|>", name])
+    assert TOOL not in tokenizer.encode(f"a{name}b")
+    assert TOOL in tokenizer.encode(f"a{name}b", special=True)
+
+
+def test_the_files_of_a_vocabulary_encode_prompts_as_the_vocabulary_does(testdata: Path, tmp_path: Path) -> None:
+    tokens = [("<|im_start|>", 3), ("<|im_end|>", 3), ("<tool>", 4)]
+    tokenizer = with_tokens(testdata, tmp_path / "x.gguf", tokens, {"general.name": "phi-3"})
+    for name, data in GgufTokenizerReader().extract(tmp_path / "x.gguf").items():
+        (tmp_path / name).write_bytes(data)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
+    written = SentencePieceReader().read(tmp_path / "tokenizer.model", settings)
+    for text in ("<|im_start|>hello there<|im_end|>\nhi", "one<tool> two", "<s> a", "a</s> b"):
+        assert written.encode(text, special=True) == tokenizer.encode(text, special=True)
 
 
 def test_eos_is_a_control_token_whatever_type_it_has(made: Callable[..., Tokenizer]) -> None:
