@@ -301,6 +301,24 @@ def test_the_report_names_both_sides_and_limits_that_are_given_decide(testdata: 
     assert "\n  the largest difference of logits is " in done.out
 
 
+@pytest.mark.parametrize("change", [
+    {"chat_template": "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"}, {"add_bos_token": False}])
+def test_other_tokens_of_prompts_are_a_disagreement(change: dict[str, object], testdata: Path, tmp_path: Path) -> None:
+    from torchchat_core.measure.text import measured_text
+
+    (tmp_path / "other").mkdir()
+    for path in (testdata / "hf/TinyStories-656K").iterdir():
+        shutil.copyfile(path, tmp_path / "other" / path.name)
+    settings = json.loads((tmp_path / "other/tokenizer_config.json").read_text("utf-8"))
+    (tmp_path / "other/tokenizer_config.json").write_text(json.dumps({**settings, **change}), "utf-8")
+    one, other = (ModelRequest(model=str(path), device="cpu", dtype="fp32", executor="eager")
+                  for path in (testdata / "hf/TinyStories-656K", tmp_path / "other"))
+    found = verify(one, other, load_registry(), measured_text(None, 300), greedy_tokens=2)
+    assert found.same_tokens
+    assert found.objections == ("they make different tokens of prompts, of a conversation or of plain text",)
+    assert verify(one, one, load_registry(), measured_text(None, 300), greedy_tokens=2).agrees
+
+
 def test_a_second_model_that_holds_less_is_given_shorter_windows(testdata: Path, tmp_path: Path) -> None:
     shutil.copytree(testdata / "hf/stories260K", tmp_path / "short")
     config = json.loads((tmp_path / "short/config.json").read_text())

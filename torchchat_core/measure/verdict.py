@@ -63,7 +63,8 @@ def as_json(found: Verification) -> dict[str, Any]:
     if agreement["first_difference"] is not None:
         agreement["first_difference"]["texts"] = found.candidates
     return {"agree": found.agrees, "objections": found.objections, "first": _side(found.first),
-            "second": _side(found.second), "same_tokens": found.same_tokens, "window": found.window,
+            "second": _side(found.second), "same_tokens": found.same_tokens,
+            "same_prompts": found.same_prompts, "window": found.window,
             "text": {"name": found.text.name, "characters": found.text.read, "of_characters": found.text.whole},
             **agreement, "limits": dataclasses.asdict(found.limits)}
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
 
 from torchchat_core import progress
+from torchchat_core.conversation import encode_plain, render
 from torchchat_core.errors import TorchchatError
 from torchchat_core.measure.agreement import Agreement, AgreementSum, recorded
 from torchchat_core.measure.divergence import reference_file
@@ -22,8 +25,17 @@ from torchchat_core.pipeline import ModelRequest, OpenedModel, fetch_files, open
 from torchchat_core.plugins import Registry
 from torchchat_core.quantization.recipe import parse_recipe
 from torchchat_core.specs import ExecutorInfo
+from torchchat_core.text_format import TextFormat
 
 GREEDY_TOKENS = 32
+DAY = datetime(2031, 11, 9)  # for templates that write the date
+USER, ASSISTANT = {"role": "user", "content": "Hello, who are you?"}, {"role": "assistant", "content": "I am a model."}
+CONVERSATIONS: Sequence[Sequence[Mapping[str, Any]]] = (
+    (USER,), ({"role": "user", "content": "What are </s> and <|im_end|>?"}, ASSISTANT, USER),
+    ({"role": "system", "content": "Be brief."}, USER, ASSISTANT, USER))
+
+
+Prompts = tuple[tuple[int, ...] | None, ...]  # ids of each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +67,7 @@ class Verification:
     text: MeasuredText
     window: int  # tokens
     same_tokens: bool  # whether both tokenizers make the same tokens of the text
+    same_prompts: bool  # whether both make the same tokens of prompts: BOS and text, and conversations
     agreement: Agreement
     limits: Limits
     candidates: tuple[str, str] | None  # texts of the tokens where greedy continuations part first
@@ -63,6 +76,8 @@ class Verification:
     def objections(self) -> tuple[str, ...]:
         """Why they disagree, one sentence each; none where they agree."""
         tokens = () if self.same_tokens else ("their tokenizers make different tokens of the text",)
+        if self.same_tokens and not self.same_prompts:
+            tokens = ("they make different tokens of prompts, of a conversation or of plain text",)
         return (*tokens, *objections(self.agreement, self.limits))
 
     @property
@@ -106,6 +121,7 @@ class _Recording:
     side: Side
     text: MeasuredText
     ids: tuple[int, ...]
+    prompts: Prompts
     window: int
     exercise: tuple[Exercise, ...]
     vocab_size: int
@@ -129,6 +145,7 @@ class _Recording:
         one, other = (tokenizer.decode([token]) for token in apart.tokens) if apart else ("", "")
         return Verification(first=self.side, second=side, text=self.text, window=self.window, agreement=found,
                             same_tokens=tuple(tokenizer.encode(self.text.content)) == self.ids, limits=limits,
+                            same_prompts=_prompts(opened.text_format) == self.prompts,
                             candidates=(one, other) if apart else None)
 
 
@@ -142,8 +159,22 @@ def _recording(request: ModelRequest, registry: Registry, text: MeasuredText, wi
         reference = stack.enter_context(reference_file(positions, opened.model.vocab_size))
         _run_through(opened, exercise, recorded(opened.model, exercise, _scores(opened), reference))
         continuations = {each.index: each for each in exercise if isinstance(each, Continuation)}
-        return _Recording(side=Side.of(opened), text=text, ids=tuple(ids), window=size, exercise=exercise,
+        return _Recording(side=Side.of(opened), text=text, ids=tuple(ids), window=size,
+                          prompts=_prompts(opened.text_format), exercise=exercise,
                           vocab_size=opened.model.vocab_size, summed=AgreementSum(reference, continuations))
+
+
+def _prompts(text_format: TextFormat) -> Prompts:
+    """Return the ids of plain text, and of conversations; None for one that the template refuses."""
+    def ids(messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...] | None:
+        try:
+            text, encode = render(text_format, [dict(message) for message in messages],
+                                  variables={"strftime_now": DAY.strftime})
+        except TorchchatError:
+            return None
+        return tuple(encode(text))
+
+    return (tuple(encode_plain("Hello", text_format.tokenizer)), *map(ids, CONVERSATIONS))
 
 
 def _scores(opened: OpenedModel) -> bool:
