@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 
-from torchchat_core import progress
+from torchchat_core import memory, progress
 from torchchat_core.amounts import bytes_text, seconds_text
+from torchchat_core.cli import listing
 from torchchat_core.cli.completion import complete_model
-from torchchat_core.cli.listing import table
+from torchchat_core.cli.listing import how_it_fits, table
 from torchchat_core.cli.progress_bars import shown_progress
+from torchchat_core.models.catalogue import STARTING_MODEL, load_catalogue
 from torchchat_core.products import Product, products, record
 from torchchat_core.sources.inventory import ListedModel
 
@@ -85,6 +87,7 @@ def shelf(make_plugin: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     for name in ("COLUMNS", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(listing, "machine_memory", lambda: (16_000_000_000, 8_000_000_000))
     return make_plugin(SHELF, "shelf").module
 
 
@@ -134,12 +137,49 @@ def test_the_token_reaches_the_source_and_no_output(torchchat: Any, shelf: Any) 
 def test_list_shows_names_sizes_licences_and_what_is_here(torchchat: Any) -> None:
     torchchat("download", "small", "shelf:c")
     lines = torchchat("list").out.splitlines()
-    assert lines[0].split() == ["NAME", "SIZE", "LICENCE", "HERE"]
+    assert lines[0].split() == ["NAME", "SIZE", "FITS", "LICENSE", "HERE"]
     found = {line.split()[0]: re.split(r"\s{2,}", line)[1:] for line in lines[1:]}
-    assert found["embedded"] == ["-", "BSD-3-Clause", "yes"]
-    assert found["small"] == ["61 MB", "MIT", "3 kB"]
-    assert found["large-M"] == ["16.1 GB", "Llama 3.2 Community, gated", "-"]
-    assert found["shelf:c"] == ["-", "-", "3 kB"]
+    assert found["embedded"] == ["-", "yes", "BSD-3-Clause", "yes"]
+    assert found["small"] == ["61 MB", "yes", "MIT", "3 kB"]
+    assert found["large-M"] == ["16.1 GB", "int4", "Llama 3.2 Community, gated", "-"]
+    assert found["shelf:c"] == ["-", "yes", "-", "3 kB"]
+
+
+def test_list_shows_what_is_here_first_then_the_model_to_start_with(torchchat: Any) -> None:
+    torchchat("download", "small", "shelf:c")
+    lines = [re.split(r"\s{2,}", line) for line in torchchat("list").out.splitlines()[1:]]
+    assert {line[0] for line in lines[:3]} == {"embedded", "small", "shelf:c"}
+    assert lines[3] == ["qwen3-0.6b", "1.5 GB", "yes", "Apache-2.0", "- (start)"]
+    assert next(entry for entry in load_catalogue() if entry.alias == STARTING_MODEL).gated is False
+
+
+@pytest.mark.parametrize(("total", "quantizes", "fits"), [
+    (32_000_000_000, False, "yes"), (16_000_000_000, True, "int4"), (16_000_000_000, False, "no"),
+    (4_000_000_000, True, "no"), (0, True, None),
+])
+def test_a_model_fits_into_the_memory_as_it_is_or_quantized(total: int, quantizes: bool, fits: str | None) -> None:
+    assert how_it_fits(ListedModel(name="m", reference="r", bytes=16_060_522_496), total, quantizes) == fits
+    assert how_it_fits(ListedModel(name="m", reference="r"), total, quantizes) is None
+
+
+def test_on_a_terminal_the_list_ends_with_what_to_try(torchchat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torchchat("list").err == ""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    err = torchchat("list").err
+    assert "FITS: into the 16.0 GB of memory of this machine; int4: with --quantize linear:int4." in err
+    assert "torchchat chat qwen3-0.6b" in err
+
+
+def test_the_memory_of_a_container_is_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "CONTAINER_LIMITS", (tmp_path / "absent", limit))
+    limit.write_text("max")
+    whole = memory.machine_memory()[0]
+    assert whole > 1_000_000_000
+    limit.write_text("1000000")
+    assert memory.machine_memory()[0] == 1_000_000
+    assert memory.machine_memory()[1] <= 1_000_000
 
 
 def test_list_tells_scripts_the_same_in_json(torchchat: Any, tmp_path: Path) -> None:
@@ -147,7 +187,8 @@ def test_list_tells_scripts_the_same_in_json(torchchat: Any, tmp_path: Path) -> 
     found = rows(torchchat)
     assert found["small"] == {
         "name": "small", "reference": "shelf:a", "licence": "MIT", "gated": False, "bytes": 61_000_000,
-        "path": f"{tmp_path}/kept/a", "bytes_here": 3_000, "downloaded": True, "products": []}
+        "path": f"{tmp_path}/kept/a", "bytes_here": 3_000, "downloaded": True, "products": [],
+        "fits": "yes", "start": False}
     assert (found["large-M"]["path"], found["large-M"]["downloaded"], found["large-M"]["gated"]) == (None, False, True)
 
 
@@ -185,12 +226,12 @@ SHORT = ListedModel(name="llama3.2-1b", reference="r", licence="Llama 3.2 Commun
 
 
 def test_the_table_gives_up_the_licence_first_and_never_a_name() -> None:
-    wide, narrow, narrowest = ([*table([SHORT, LONG], width)] for width in (80, 44, 30))
-    assert wide[1] == "llama3.2-1b  2.5 GB  Llama 3.2 Community, gated  -"
-    assert wide[2:] == [LONG.name, "                  -  MIT                         -"]
-    assert narrow[1] == "llama3.2-1b  2.5 GB  Llama 3.2 Commun…  -"
-    assert narrowest[1] == "llama3.2-1b  2.5 GB  -"
-    assert max(len(line) for line in [*narrow, *narrowest] if line != LONG.name) <= 44
+    wide, narrow, narrowest = ([*table([SHORT, LONG], ["yes", None], width)] for width in (80, 50, 36))
+    assert wide[1] == "llama3.2-1b  2.5 GB  yes   Llama 3.2 Community, gated  -"
+    assert wide[2:] == [LONG.name, "                  -  -     MIT                         -"]
+    assert narrow[1] == "llama3.2-1b  2.5 GB  yes   Llama 3.2 Commun…  -"
+    assert narrowest[1] == "llama3.2-1b  2.5 GB  yes   -"
+    assert max(len(line) for line in [*narrow, *narrowest] if line != LONG.name) <= 50
 
 
 def test_the_catalogue_fits_into_80_columns(torchchat: Any, monkeypatch: pytest.MonkeyPatch) -> None:

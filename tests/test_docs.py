@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from torchchat_core import hookspecs
+from torchchat_core.models.catalogue import load_catalogue
 from torchchat_core.plugins import HOOKS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +36,26 @@ def test_every_hook_is_documented_and_has_a_test(hook: str) -> None:
 
 def test_the_specification_has_no_hook_that_the_registry_does_not_know() -> None:
     assert {name for name in dir(hookspecs) if name.startswith("torchchat_")} == set(HOOKS)
+
+
+def gated_names(text: str) -> set[str]:
+    """The gated models of the catalogue in the commands of a text."""
+    gated = {name for entry in load_catalogue() if entry.gated
+             for name in (entry.alias, entry.reference.removeprefix("hf:"), entry.reference.rpartition("/")[2])}
+    commands = "\n".join(re.findall(r"torchchat(?:-run)? [a-z].*", text)).replace("llama2.c", "")
+    return {name for name in gated if re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", commands)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_example_needs_the_permission_of_an_owner(document: Path) -> None:
+    assert gated_names("torchchat chat llama3\ntorchchat-run x.pt2") == {"llama3"}
+    assert gated_names(document.read_text(encoding="utf-8")) == set()
+
+
+def test_the_text_of_the_embedded_model_names_no_model_that_needs_permission() -> None:
+    book = tomllib.loads((ROOT / "tools/embedded_model/questions.toml").read_text(encoding="utf-8"))
+    told = [line for intent in book["intent"] for line in (*intent["answers"], *intent["keywords"])]
+    assert gated_names("\n".join([*told, f"torchchat chat {book['defaults']['model']}"])) == set()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

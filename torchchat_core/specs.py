@@ -108,8 +108,8 @@ def _holds_texts(value: object) -> bool:
 class CatalogueEntry:
     """One model that can be had by a short name. What the model is like stands in its own files, not here."""
 
-    alias: str  # "llama3.2-1b"
-    reference: str  # "hf:meta-llama/Llama-3.2-1B-Instruct"
+    alias: str  # "qwen3-0.6b"
+    reference: str  # "hf:Qwen/Qwen3-0.6B"
     licence: str = ""
     gated: bool = False  # whether its owner has to allow the download
     bytes: int | None = None  # of the files that are downloaded, about

@@ -18,6 +18,7 @@ import pytest
 
 from torchchat_core import builtins, progress
 from torchchat_core.errors import TorchchatError
+from torchchat_core.models.catalogue import STARTING_MODEL
 from torchchat_core.plugins import CORE, Registry
 from torchchat_core.sources import downloading, hub_fetching
 from torchchat_core.sources import hub as hub_module
@@ -324,6 +325,7 @@ def test_a_gated_repository_names_the_page_to_visit(hub: Any, tiny: dict[str, by
     assert "is gated" in error.message
     assert f"{hub.url}/{NAME}" in (error.fix or "")
     assert "--hf-token" in (error.fix or "")
+    assert f"such as {STARTING_MODEL}" in (error.fix or "")
     error = refused(token="hf_without")
     assert "has no permission yet" in error.message
     assert f"{hub.url}/{NAME}" in (error.fix or "")

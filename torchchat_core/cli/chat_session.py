@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torchchat_core.cli.flags import PATHS, generation_options, model_request
+from torchchat_core.cli.listing import in_order
 from torchchat_core.cli.opening import opened_model
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.conversation import Conversation, Message
@@ -51,8 +52,7 @@ def installed_models(registry: Registry) -> Models:
             yield opened, TokenSequence(session)
 
     def names() -> list[str]:
-        listed = take_inventory(registry).models
-        return [model.name for model in sorted(listed, key=lambda model: model.path is None)]
+        return [model.name for model in in_order(take_inventory(registry).models)]
 
     return Models(fetch, open_, names)
 

@@ -17,6 +17,7 @@ import click
 from torchchat_core import __version__
 from torchchat_core.cli.setting_values import check_setting_value
 from torchchat_core.errors import TorchchatError
+from torchchat_core.memory import machine_memory
 from torchchat_core.network import connection_fault, hub_endpoint
 from torchchat_core.plugins import CORE, Plugin, Registry
 from torchchat_core.settings import KEYS, Settings, config_path, load_settings, variable
@@ -108,7 +109,7 @@ def machine_checks() -> Iterator[Check]:
     flags = _cpu_flags()
     yield Check("processor", None, f"{platform.machine()}, {os.cpu_count()} cores, "
                                    f"{' '.join(flag for flag in CPU_FLAGS if flag in flags) or 'flags unknown'}")
-    total, available = _memory()
+    total, available = machine_memory()
     if total:
         free = f", {available / 2**30:.1f} GiB free" if available else ""
         yield Check("memory", None, f"{total / 2**30:.1f} GiB{free}")
@@ -249,16 +250,3 @@ def _cpu_flags() -> set[str]:
     except OSError:
         pass
     return set()
-
-
-def _memory() -> tuple[int, int]:
-    """(total, available) bytes; 0 where the system does not say."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
-        return tuple(int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))  # type: ignore[return-value]
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 0
-    except (AttributeError, ValueError, OSError):
-        return 0, 0

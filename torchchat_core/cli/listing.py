@@ -6,19 +6,26 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
 
 from torchchat_core.amounts import bytes_text
+from torchchat_core.memory import machine_memory
+from torchchat_core.models.catalogue import STARTING_MODEL
 from torchchat_core.plugins import Registry
 from torchchat_core.sources.inventory import ListedModel, take_inventory
+from torchchat_core.specs import QuantizerInfo
 
-HEADINGS = ("NAME", "SIZE", "LICENCE", "HERE")
+HEADINGS = ("NAME", "SIZE", "FITS", "LICENSE", "HERE")
 LONGEST_NAME = 28  # longer ones stand on a line of their own
 GAP = "  "
+RUNNING = 600_000_000  # bytes that a program takes beside the weights, with the KV cache of a short conversation
+LOADING = 1.1  # of the weights: the peak while they are loaded
+INT4 = 0.35  # of weights in 16 bits that linear:int4 leaves, embeddings included
 
 
 @click.command("list")
@@ -26,22 +33,60 @@ GAP = "  "
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def list_models(registry: Registry, /, downloaded: bool, as_json: bool) -> None:
-    """List the models that are known by name, which of them are here, and what was made of them.
+    """List the models that are here, what was made of them, and the models that can be downloaded by name.
 
-    SIZE is what a download takes, about; HERE is what is on this machine.
+    SIZE is about what a download takes. FITS says whether the memory of this machine holds the model: yes, no, or
+    int4 if it does with --quantize linear:int4. HERE is what is on this machine.
     """
     inventory = take_inventory(registry)
     for warning in inventory.warnings:
         click.echo(f"warning: {warning}", err=True)
-    models = [model for model in inventory.models if not downloaded or model.path is not None]
+    models = [model for model in in_order(inventory.models) if not downloaded or model.path is not None]
+    memory = machine_memory()[0]
+    quantizes = any(info.scheme == "linear:int4" for info in registry.infos(QuantizerInfo))
+    fits = [how_it_fits(model, memory, quantizes) for model in models]
     if as_json:
-        click.echo(json.dumps([_as_json(model) for model in models]))
-    else:
-        click.echo("\n".join(table(models, _width())))
+        click.echo(json.dumps([_as_json(model, how) for model, how in zip(models, fits, strict=True)]))
+        return
+    click.echo("\n".join(table(models, fits, _width())))
+    if sys.stdout is not None and sys.stdout.isatty():
+        for line in _notes(fits, memory):
+            click.echo(line, err=True)
 
 
-def _as_json(model: ListedModel) -> dict[str, Any]:
+def in_order(models: Iterable[ListedModel]) -> list[ListedModel]:
+    """Return the models that are here first, then the one to start with, then the others as they come."""
+    return sorted(models, key=lambda model: (model.path is None, model.name != STARTING_MODEL))
+
+
+def how_it_fits(model: ListedModel, memory: int, quantizes: bool) -> str | None:
+    """Return "yes", "no", or "int4" if the model fits once quantized; None if its size or the memory is not known."""
+    size = model.bytes or model.bytes_here or (_stored_bytes(model.path) if model.path is not None else None)
+    if not size or not memory:
+        return None
+    if size * LOADING + RUNNING <= memory:
+        return "yes"
+    return "int4" if quantizes and size * INT4 * LOADING + RUNNING <= memory else "no"
+
+
+def _stored_bytes(path: Path) -> int:
+    """Return the size of a model's file, or of the files in its folder."""
+    try:
+        return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else (path,)) if file.is_file())
+    except OSError:
+        return 0
+
+
+def _notes(fits: Sequence[str | None], memory: int) -> Iterator[str]:
+    """What a person at a terminal should know; a script reads the table alone."""
+    quantized = "; int4: with --quantize linear:int4" if "int4" in fits else ""
+    yield f"FITS: into the {bytes_text(memory)} of memory of this machine{quantized}."
+    yield f"A good first model, which anyone may download: torchchat chat {STARTING_MODEL}"
+
+
+def _as_json(model: ListedModel, fits: str | None) -> dict[str, Any]:
     return {**asdict(model), "path": str(model.path) if model.path else None, "downloaded": model.path is not None,
+            "fits": fits, "start": model.name == STARTING_MODEL,
             "products": [{"kind": made.kind, "path": made.path, "detail": made.detail} for made in model.products]}
 
 
@@ -52,19 +97,20 @@ def _width() -> int | None:
     return None
 
 
-def table(models: Sequence[ListedModel], width: int | None) -> Iterator[str]:
-    """The lines: a heading, and for each model its row and what was made of it.
+def table(models: Sequence[ListedModel], fits: Sequence[str | None], width: int | None) -> Iterator[str]:
+    """Yield the lines: a heading, and for each model its row and what was made of it.
 
-    Where `width` columns are too few, the licence gives way: first its end, then all of it. Names and paths are
-    never cut, since they are there to be copied.
+    If `width` columns are too few, the license is shortened, then left out. Names and paths are never cut, because
+    they are there to be copied.
     """
-    rows = [HEADINGS, *(_row(model) for model in models)]
-    name, size, licence, here = (max(len(row[column]) for row in rows if column or len(row[0]) <= LONGEST_NAME)
+    rows = [HEADINGS, *(_row(model, how or "-") for model, how in zip(models, fits, strict=True))]
+    name, size, fit, licence, here = (max(len(row[column]) for row in rows if column or len(row[0]) <= LONGEST_NAME)
                                  for column in range(len(HEADINGS)))
     if width is not None:
-        licence = min(licence, width - name - size - here - 3 * len(GAP))
+        licence = min(licence, width - name - size - fit - here - 4 * len(GAP))
     for row, model in zip(rows, [None, *models], strict=True):
-        columns = [f"{row[1]:>{size}}", *([_cut(row[2], licence)] if licence >= len(HEADINGS[2]) else []), row[3]]
+        columns = [f"{row[1]:>{size}}", row[2].ljust(fit),
+                   *([_cut(row[3], licence)] if licence >= len(HEADINGS[3]) else []), row[4]]
         if len(row[0]) > LONGEST_NAME:
             yield row[0]
         yield GAP.join([(row[0] if len(row[0]) <= LONGEST_NAME else "").ljust(name), *columns]).rstrip()
@@ -72,10 +118,11 @@ def table(models: Sequence[ListedModel], width: int | None) -> Iterator[str]:
                     for made in (model.products if model is not None else ()))
 
 
-def _row(model: ListedModel) -> tuple[str, str, str, str]:
-    here = "-" if model.path is None else "yes" if model.bytes_here is None else bytes_text(model.bytes_here)
+def _row(model: ListedModel, fits: str) -> tuple[str, str, str, str, str]:
+    missing = "- (start)" if model.name == STARTING_MODEL else "-"
+    here = missing if model.path is None else "yes" if model.bytes_here is None else bytes_text(model.bytes_here)
     licence = ", ".join(part for part in (model.licence, "gated" if model.gated else "") if part)
-    return model.name, bytes_text(model.bytes) if model.bytes is not None else "-", licence or "-", here
+    return model.name, bytes_text(model.bytes) if model.bytes is not None else "-", fits, licence or "-", here
 
 
 def _cut(text: str, width: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from urllib.parse import urlsplit
 
 from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.models.catalogue import STARTING_MODEL
 from torchchat_core.sources.downloading import ConnectionFailure, HTTPFailure, seconds_to_wait
 from torchchat_core.sources.hub_reference import HubReference, hub_endpoint
 
@@ -53,9 +54,10 @@ def _gated(failure: HTTPFailure, reference: HubReference, has_token: bool) -> To
     if has_token and failure.status != 401:
         return TorchchatError(f"{reference.repository} is gated, and this token's account has no permission yet",
                               f"visit {page} with that account and accept the conditions, then run the same command "
-                              "again")
+                              f"again; or use a model that anyone may download, such as {STARTING_MODEL}")
     return TorchchatError(f"{reference.repository} is gated: its owner asks everyone to accept conditions first",
-                          f"visit {page}, accept them, and give a token of that account by {GIVE_TOKEN}")
+                          f"visit {page}, accept them, and give a token of that account by {GIVE_TOKEN}; or use a "
+                          f"model that anyone may download, such as {STARTING_MODEL}")
 
 
 def _unknown(reference: HubReference, has_token: bool, known: tuple[str, ...]) -> TorchchatError:
