@@ -6,6 +6,7 @@ A constraint works on the bytes of tokens, and so holds for every tokenizer and 
 from __future__ import annotations
 
 import json
+import re
 import threading
 import weakref
 from typing import Any
@@ -15,15 +16,14 @@ import torch
 from torch import Tensor
 
 from torchchat_core.errors import TorchchatError
-from torchchat_core.generation_options import Grammar
-from torchchat_core.json_schemas import enforceable
+from torchchat_core.generation_options import CallGrammar, Grammar
+from torchchat_core.json_schemas import WHITE_SPACE, enforceable
 from torchchat_core.sampling import numbers
 from torchchat_core.specs import Tokenizer
 from torchchat_core.text_format import TextFormat
+from torchchat_core.tokenizers.stream import TextStream
+from torchchat_core.tool_calls import ToolCallReader
 
-# Between the parts of a JSON text: a space, or a new line and its indentation. A small model would go on and on where
-# any amount of white space is right.
-WHITE_SPACE = r"(\x20|\x0A[\x20]{0,32})"
 KEPT = 32  # compiled grammars of a vocabulary
 _vocabularies: weakref.WeakKeyDictionary[Tokenizer, dict[frozenset[int], _Vocabulary]] = weakref.WeakKeyDictionary()
 
@@ -96,6 +96,49 @@ class Constraint:
         return bool(self._matcher.is_stopped())
 
 
+class CallConstraint:
+    """Bind the calls in an answer to a grammar; all other text is free."""
+
+    def __init__(self, calls: CallGrammar, text_format: TextFormat) -> None:
+        """Raises `GrammarError` for a grammar that takes too much work."""
+        self._vocabulary = _vocabulary(text_format.tokenizer, text_format.end_ids)
+        self._grammar = calls.grammar
+        self._vocabulary.matcher(calls.grammar)
+        self._reader = ToolCallReader(calls.form, dict.fromkeys(calls.names), calls.thinking)
+        self._text = TextStream(text_format.tokenizer, at_start=False, shown=calls.form.marks(text_format.tokenizer))
+        self._begins = re.compile(calls.begins)
+        self._begun = 0  # the candidate of the reader that was seen to begin like a call
+        self._call: Constraint | None = None  # from there to the end of the call
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Return the logits [vocab], inside a call with -inf for every token that would break the grammar."""
+        return logits if self._call is None else self._call.apply(logits)
+
+    def accept(self, token: int) -> None:
+        """Count a token as said."""
+        self._reader.push(self._text.push(token))
+        opened = self._reader.opened
+        if opened is not None and self._begun == self._reader.candidates:
+            if self._call is not None:
+                self._call.accept(token)
+            return
+        self._call = None
+        if opened is not None and self._begins.match(opened):
+            self._begun = self._reader.candidates
+            self._call = self._after(opened)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing more can follow: never, as text can."""
+        return False
+
+    def _after(self, opened: str) -> Constraint | None:
+        """Return the constraint after what was said since the opener, or None where that is no call."""
+        matcher = self._vocabulary.matcher(self._grammar).deep_copy()
+        ids = self._vocabulary.ids(opened)
+        return None if ids is None or not matcher.consume_tokens(ids) else Constraint(matcher)
+
+
 def _compiled(grammar: Grammar) -> str:
     from llguidance import LLMatcher
 
@@ -147,10 +190,16 @@ class _Vocabulary:
     def __init__(self, tokenizer: Tokenizer, end_ids: frozenset[int]) -> None:
         from llguidance import LLTokenizer, TokenizerWrapper
 
-        self._tokens = LLTokenizer(TokenizerWrapper(_Tokens(tokenizer, end_ids)),
+        self._by_text = _Tokens(tokenizer, end_ids)
+        self._tokens = LLTokenizer(TokenizerWrapper(self._by_text),
                                    eos_token=sorted(end_ids) or [tokenizer.vocab_size])
         self._matchers: dict[Grammar, Any] = {}  # at their start; the one that was used last stands last
         self._lock = threading.Lock()  # of these
+
+    def ids(self, text: str) -> list[int] | None:
+        """Return tokens whose bytes are those of the text, or None where the vocabulary has none."""
+        ids = self._by_text(text)
+        return ids if b"".join(self._by_text.tokens[token] for token in ids) == text.encode() else None
 
     def matcher(self, grammar: Grammar) -> Any:
         """Not to be changed: several threads may have it."""

@@ -15,7 +15,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from torchchat_core.constraints import constraint_for
+from torchchat_core.constraints import CallConstraint, Constraint, constraint_for
 from torchchat_core.errors import TorchchatError
 from torchchat_core.generation_options import GenerationOptions
 from torchchat_core.memory import peak_rss_bytes
@@ -229,7 +229,7 @@ class Answer:
         self.clock = clock
         self._options = options
         self._sampler = Sampler(options.sampling, prompt, stream)
-        self._constraint = constraint_for(options.grammar, text_format) if options.grammar is not None else None
+        self._constraint = _constraint(options, text_format)
         self._decoder = TextStream(text_format.tokenizer, at_start=at_start, shown=options.shown)
         self._stops = StopMatcher(options.stop)
         # Whether the likeliest token is what `take` would choose, so that several answers can look for it at once.
@@ -291,6 +291,12 @@ class Answer:
             return []
         self._pieces.append(text)
         return [TextEvent(text=text)] if self._tells_text else []
+
+
+def _constraint(options: GenerationOptions, text_format: TextFormat) -> Constraint | CallConstraint | None:
+    if options.grammar is not None:
+        return constraint_for(options.grammar, text_format)
+    return CallConstraint(options.calls, text_format) if options.calls is not None else None
 
 
 def token_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:

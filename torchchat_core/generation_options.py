@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torchchat_core.errors import TorchchatError
 from torchchat_core.options import option, validate
+
+if TYPE_CHECKING:
+    from torchchat_core.tool_calls import ToolForm
 
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # that a model's makers may choose
 MAXIMUM_SEED = (1 << 64) - 1
@@ -49,6 +53,17 @@ class Grammar:
     source: str
 
 
+@dataclass(frozen=True)
+class CallGrammar:
+    """What the calls of functions in an answer have to be like; other text is free."""
+
+    form: ToolForm
+    names: tuple[str, ...]  # of the functions
+    begins: str  # a regular expression of what follows an opener of the form where a call has begun
+    grammar: Grammar  # of the call, which begins after the opener
+    thinking: str | None = None  # the mark with which the prompt opens the model's thinking
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
     """How long an answer may be, what ends it, what it has to be like, and how its tokens are chosen."""
@@ -57,6 +72,7 @@ class GenerationOptions:
     max_new_tokens: int | None = None  # None: until the model ends it or the context is full
     stop: tuple[str, ...] = ()
     grammar: Grammar | None = None
+    calls: CallGrammar | None = None  # has no effect with a grammar
     logprobs: int | None = None  # of each token, and of so many of the likeliest ones beside it; None: of none
     shown: frozenset[int] = frozenset()  # control tokens whose names belong to the text, such as that of a tool call
 

@@ -15,6 +15,9 @@ from urllib.parse import unquote
 
 from torchchat_core.errors import TorchchatError
 
+# Between the parts of a JSON text: a space, or a new line and its indentation. A small model would go on and on where
+# any amount of white space is right.
+WHITE_SPACE = r"(\x20|\x0A[\x20]{0,32})"
 LITERAL_KEYS = ("const", "enum", "default", "examples")  # of schemas: what they hold is data
 NAMED_KEYS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # name -> schema
 REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")

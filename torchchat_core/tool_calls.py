@@ -52,6 +52,7 @@ class ToolForm:
     closers: tuple[str, ...] = ()  # texts between calls and after them
     arguments: str = "arguments"  # the key of the arguments
     style: Literal["json", "named", "xml", "function"] = "json"
+    lists: bool = False  # several calls are a list
     bare: bool = False  # a call can also be an answer that begins with "{"
     opening: str = ""  # of an answer that has to be a call
 
@@ -64,9 +65,9 @@ class ToolForm:
 HERMES = ToolForm("hermes", ("<tool_call>",), ("</tool_call>",), opening="<tool_call>\n")
 QWEN_XML = ToolForm("qwen-xml", ("<tool_call>", "<function="), ("</tool_call>",), style="xml")
 FUNCTION_JSON = ToolForm("function-json", ("<function=",), ("</function>",), style="function")
-MISTRAL = ToolForm("mistral", ("[TOOL_CALLS]",), style="named")
+MISTRAL = ToolForm("mistral", ("[TOOL_CALLS]",), style="named", lists=True)
 LLAMA3 = ToolForm("llama3", ("<|python_tag|>",), (";",), arguments="parameters", bare=True)
-GRANITE = ToolForm("granite", ("<|tool_call|>", "<tool_call>"), ("<|/tool_call|>",))
+GRANITE = ToolForm("granite", ("<|tool_call|>", "<tool_call>"), ("<|/tool_call|>",), lists=True)
 FORMS = (HERMES, QWEN_XML, FUNCTION_JSON, MISTRAL, GRANITE, LLAMA3)
 
 
@@ -213,6 +214,8 @@ class ToolCallReader:
         return self._until(len(self._held) - (0 if final else _overlap(self._held, self._form.openers))) or None
 
     def _open(self, start: int, body: int) -> None:
+        if self._form.style == "xml" and self._held.startswith("<function=", start):
+            body = start  # it is a part of the call, as after <tool_call>
         self._candidate = _Candidate(start, body)
         self.candidates += 1
 
@@ -241,7 +244,7 @@ class ToolCallReader:
         if at == len(self._held):
             return None
         if self._form.style == "xml":
-            return self._read_xml(candidate, at)
+            return self._read_xml(at)
         if self._form.style == "function":
             return self._read_named(candidate, at, FUNCTION_NAME, FUNCTION_NAME_BEGINNING)
         if self._form.style == "named" and self._held[at] not in "[{":
@@ -279,13 +282,10 @@ class ToolCallReader:
         end = candidate.scan.end(self._held)
         return (None, None) if end is None else (parsed(self._held[at:end]), end)
 
-    def _read_xml(self, candidate: _Candidate, at: int) -> _Reading | None:
-        if self._held.startswith("<function=", candidate.start):
-            at = candidate.body
-        elif self._held.startswith("<function=", at):
-            at += len("<function=")
-        else:
+    def _read_xml(self, at: int) -> _Reading | None:
+        if not self._held.startswith("<function=", at):
             return None if "<function=".startswith(self._held[at:at + 16]) else NO_CALL
+        at += len("<function=")
         name = FUNCTION_NAME.match(self._held, at)
         if name is None:
             return None if FUNCTION_NAME_BEGINNING.fullmatch(self._held, at) else NO_CALL

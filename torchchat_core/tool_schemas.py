@@ -130,6 +130,14 @@ def value_kinds(schema: object, root: Mapping[str, Any], depth: int = 0) -> froz
     return None
 
 
+def resolved(schema: object, root: Mapping[str, Any], depth: int = 0) -> Mapping[str, Any]:
+    """Return the schema to which a reference into the definitions of `root` leads; other schemas as they are."""
+    if not isinstance(schema, Mapping):
+        return {}
+    target = _target(schema["$ref"], root) if isinstance(schema.get("$ref"), str) else None
+    return schema if target is None or depth > DEEPEST else resolved(target, root, depth + 1)
+
+
 def _target(reference: str, root: Mapping[str, Any]) -> object:
     """Return the part of a schema to which "#/$defs/NAME" leads, or None for references of other forms."""
     for key in ("$defs", "definitions"):

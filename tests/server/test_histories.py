@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai import OpenAI
+from openai import OpenAI, pydantic_function_tool
+from pydantic import BaseModel
 from starlette.testclient import TestClient
 
 NINE = re.compile("[A-Za-z0-9]{9}")
@@ -272,6 +273,68 @@ def test_thinking_that_the_prompt_opens_holds_no_calls(saying: Callable[..., Tes
     assert [call["function"]["name"] for call in found["message"]["tool_calls"]] == ["other"]
     assert [call["function"]["name"] for call in streamed(client, tools=TOOLS)[1]] == ["other"]
     assert response(client)["output"][1]["name"] == "other"
+
+
+# ---- strict functions ----------------------------------------------------------------------------------------------
+
+
+STRICT = [{**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS]  # type: ignore[dict-item]
+FORMS = {  # template, opener, and parts of a call around an argument
+    "Qwen-Qwen2.5-7B-Instruct": ("Ċ", "<tool_call>", '{"name": "get_time", "arguments": {"zone": "', '"}}',
+                                 "<|im_end|>"),
+    "meta-llama-Llama-3.1-8B-Instruct": ("Ċ", "", '{"name": "get_time", "parameters": {"zone": "', '"}}', "<|im_end|>"),
+    "mistralai-Mistral-Nemo-Instruct-2407": ("[/INST]", "[TOOL_CALLS]", '[{"name": "get_time", "arguments": {"zone": "',
+                                             '"}}]', "</s>"),
+}
+
+
+@pytest.fixture(params=FORMS)
+def wrong(request: pytest.FixtureRequest, saying: Callable[..., TestClient], testdata: Path) -> TestClient:
+    """A server whose model calls get_time with a zone that the schema does not have."""
+    before, opener, head, tail, end = FORMS[request.param]
+    marks = MISTRAL_TOKENS[:9] if end == "</s>" else CHATML
+    added = [*marks, *((text, False) for text in ("<tool_call>", head, "wrong", tail))]
+    row = [before, *([opener] if opener else []), head, "wrong", tail, end]
+    return saying(added, [row, ["x", tail]], template(testdata, request.param), end)
+
+
+def test_a_strict_call_that_the_model_begins_is_bound_to_its_schema(wrong: TestClient) -> None:
+    for tools, zone in ((TOOLS, "wrong"), (STRICT, "x")):
+        found = chat(wrong, tools=tools)
+        arguments = json.dumps({"zone": zone})
+        assert [call["function"] for call in found["message"]["tool_calls"]] == [
+            {"name": "get_time", "arguments": arguments}]
+        assert found["finish_reason"] == "tool_calls"
+        _, calls, reason = streamed(wrong, tools=tools)
+        assert ([call["function"]["arguments"] for call in calls], reason) == ([arguments], "tool_calls")
+        items = [{"type": "function", **tool["function"]} for tool in tools]  # type: ignore[dict-item]
+        assert response(wrong, tools=items)["output"][0]["arguments"] == arguments
+
+
+def test_an_answer_without_a_call_is_free_with_strict_functions(qwen: Callable[[str], TestClient]) -> None:
+    client = qwen(f"{THOUGHTS}Use <tool_call> for calls.")
+    assert chat(client, tools=STRICT)["message"]["content"] == f"{THOUGHTS}Use <tool_call> for calls."
+
+
+def test_the_official_client_parses_strict_calls(qwen: Callable[[str], TestClient]) -> None:
+    class GetTime(BaseModel):
+        zone: str
+
+    client = qwen('<tool_call>\n{"name": "GetTime", "arguments": {"zone": "x"}}\n</tool_call>')
+    official: Any = OpenAI(base_url=f"{client.base_url}/v1", api_key="none", http_client=client, max_retries=0)
+    found = official.chat.completions.parse(model="m", messages=QUESTION, tools=[pydantic_function_tool(GetTime)],
+                                            temperature=0).choices[0].message
+    assert found.tool_calls[0].function.parsed_arguments == GetTime(zone="x")
+    official.chat.completions.parse(model="m", tools=[pydantic_function_tool(GetTime)], max_tokens=50, messages=[
+        *QUESTION, found, {"role": "tool", "tool_call_id": found.tool_calls[0].id, "content": "1"}])
+
+
+def test_a_strict_schema_that_cannot_be_enforced_is_refused(client: TestClient) -> None:
+    tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "wrong"}}}
+    found = client.post("/v1/chat/completions", json={"model": "tiny", "messages": QUESTION, "tools": [tool]})
+    error = found.json()["error"]
+    assert (found.status_code, error["param"]) == (400, "tools")
+    assert "the JSON Schema cannot be used" in error["message"]
 
 
 # ---- messages of errors --------------------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ from typing import Any
 from starlette.responses import Response
 
 from torchchat_core.batching import Job
-from torchchat_core.constraints import constraint_for, schema_grammar
+from torchchat_core.constraints import check_grammar, constraint_for, schema_grammar
 from torchchat_core.conversation import TRANSCRIPT_STOP, Message, render, with_stop
 from torchchat_core.errors import TorchchatError
 from torchchat_core.generation import Event, FinishedEvent, TextEvent, TokenEvent
-from torchchat_core.generation_options import GenerationOptions, Grammar
+from torchchat_core.generation_options import CallGrammar, GenerationOptions, Grammar
 from torchchat_core.server.errors import ApiError, refused
 from torchchat_core.server.exchange import (
     Exchange,
@@ -36,6 +36,7 @@ from torchchat_core.server.schemas import (
 from torchchat_core.specs import Tokenizer
 from torchchat_core.text_format import TextFormat
 from torchchat_core.tool_calls import THINKING, ToolCall, ToolCallReader, ToolForm, opened_thinking, read_forced
+from torchchat_core.tool_grammars import call_grammar
 from torchchat_core.tool_profiles import ToolProfile, tool_profile
 from torchchat_core.tool_schemas import forced_schema
 
@@ -49,6 +50,7 @@ class ToolUse:
     tools: tuple[dict[str, Any], ...]  # as the template gets them
     forced: bool  # the answer has to be a call
     several: bool  # more than one call is welcome
+    strict: frozenset[str] = frozenset()  # names of functions whose arguments are bound by their schemas
     thinking: str | None = None  # the mark with which the prompt opens the model's thinking
 
     @property
@@ -188,6 +190,7 @@ def make_plan(exchange: Exchange, body: ChatRequest) -> Plan:
     exchange.check_prompt(prompt, "messages")
     options = exchange.options(
         body, body.max_completion_tokens or body.max_tokens, grammar=_grammar(body, tools, text_format),
+        calls=_call_grammar(tools, text_format) if tools else None,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         shown=tools.form.marks(text_format.tokenizer) if tools else frozenset(),
         param="max_tokens" if body.max_tokens else "max_completion_tokens")
@@ -232,9 +235,6 @@ def tool_use(body: ChatRequest, text_format: TextFormat) -> ToolUse | None:
     if form is None:
         raise ApiError(400, "the model's chat template knows no tools in a form that is known here", "tools",
                        "unsupported_parameter")
-    if choice == "auto" and any(tool.function.strict for tool in body.tools):
-        raise ApiError(400, "strict functions need a tool_choice that demands a call: \"required\" or a function",
-                       "tools", "unsupported_parameter")
     tools = tuple(tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in body.tools)
     if isinstance(choice, NamedTool):
         named = tuple(tool for tool in tools if tool["function"]["name"] == choice.function.name)
@@ -242,7 +242,8 @@ def tool_use(body: ChatRequest, text_format: TextFormat) -> ToolUse | None:
             raise ApiError(400, f"tool_choice names {choice.function.name!r}, which is none of the tools",
                            "tool_choice", "invalid_value")
         tools = named
-    return ToolUse(form, profile, tools, forced=choice != "auto", several=body.parallel_tool_calls is not False)
+    return ToolUse(form, profile, tools, forced=choice != "auto", several=body.parallel_tool_calls is not False,
+                   strict=frozenset(tool.function.name for tool in body.tools if tool.function.strict))
 
 
 def _grammar(body: ChatRequest, tools: ToolUse | None, text_format: TextFormat) -> Grammar | None:
@@ -254,6 +255,23 @@ def _grammar(body: ChatRequest, tools: ToolUse | None, text_format: TextFormat) 
     if isinstance(body.response_format, JsonSchemaChoice):
         return checked_grammar(body.response_format.json_schema.schema_, text_format, "response_format")
     return None
+
+
+def _call_grammar(tools: ToolUse, text_format: TextFormat) -> CallGrammar | None:
+    """What calls have to be like that the model chooses to make, where functions are strict."""
+    if tools.forced or not tools.strict:
+        return None
+    functions = {name: schema if name in tools.strict else None for name, schema in tools.functions.items()}
+    try:
+        for schema in functions.values():
+            if schema is not None:
+                schema_grammar(schema)  # its errors are about the schema alone
+        calls = call_grammar(tools.form, functions, text_format.tokenizer)
+        check_grammar(calls.grammar)
+        constraint_for(calls.grammar, text_format)
+        return replace(calls, thinking=tools.thinking)
+    except TorchchatError as error:
+        raise ApiError(400, str(error), "tools", "invalid_value") from None
 
 
 def checked_grammar(schema: dict[str, Any], text_format: TextFormat, param: str) -> Grammar:

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from torchchat_core.batching import Job
 from torchchat_core.errors import TorchchatError
 from torchchat_core.generation import Event, FinishedEvent, TokenEvent
-from torchchat_core.generation_options import GenerationOptions, Grammar, SamplingOptions
+from torchchat_core.generation_options import CallGrammar, GenerationOptions, Grammar, SamplingOptions
 from torchchat_core.server.engine import Answers, Engine
 from torchchat_core.server.errors import ApiError, ClientGone, refused, server_ends
 from torchchat_core.server.limits import Limits
@@ -77,8 +77,8 @@ class Exchange:
         return user or (self.request.client.host if self.request.client else "")
 
     def options(self, body: Sampling, max_new_tokens: int | None, *, grammar: Grammar | None = None,
-                logprobs: int | None = None, shown: frozenset[int] = frozenset(), param: str = "max_tokens"
-                ) -> GenerationOptions:
+                calls: CallGrammar | None = None, logprobs: int | None = None,
+                shown: frozenset[int] = frozenset(), param: str = "max_tokens") -> GenerationOptions:
         """Raises `ApiError` 400 for values that the model or the server does not take."""
         most = self.service.limits.max_output_tokens
         if most and (max_new_tokens or 0) > most:
@@ -94,7 +94,7 @@ class Exchange:
             sampling = SamplingOptions(**values, seed=None if body.seed is None else body.seed % (1 << 64),
                                        logit_bias=self._bias(body))
             return GenerationOptions(sampling=sampling, max_new_tokens=max_new_tokens or most or None, stop=stop,
-                                     grammar=grammar, logprobs=logprobs, shown=shown)
+                                     grammar=grammar, calls=calls, logprobs=logprobs, shown=shown)
         except TorchchatError as error:
             raise refused(error) from None
 
