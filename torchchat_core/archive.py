@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 
 ALIGNMENT = 64  # bytes, of the data of every entry that is added
 MAXIMUM_ENTRIES = 1 << 18
@@ -63,7 +63,7 @@ class Archive:
         """
         entry = self.entries.get(name)
         if entry is None:
-            raise TorchchatError(f"{self.path} has no entry {name!r}", DAMAGED)
+            raise TorchchatError(f"{self.path} has no entry {quoted(name)}", DAMAGED)
         if entry.header > self.file_bytes:  # no place that a file can be read at, perhaps
             raise TorchchatError(f"the entry {name!r} of {self.path} is not where the directory says", DAMAGED)
         with self.path.open("rb") as file:

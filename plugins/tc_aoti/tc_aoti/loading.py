@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import treespec_loads
 
 from tc_aoti.toolkit import gpu_architecture
 from torchchat_core import kernels
@@ -34,6 +35,7 @@ class LoadedProgram:
     """A compiled program, with the weights that it takes behind its other inputs."""
 
     def __init__(self, artifact: Artifact, fields: Fields, weights: Mapping[str, Tensor], folder: Path) -> None:
+        self._name = artifact.path.name
         names = fields.texts("weights")
         unknown = next((name for name in names if name not in weights), None)
         if unknown is not None:
@@ -53,9 +55,24 @@ class LoadedProgram:
                                  f"{str(error).partition(chr(10))[0]:.300}",
                                  f"it was compiled for PyTorch {artifact.manifest.versions.get('torch')}") from None
 
+        self._check_inputs(artifact, fields)
+
+    def _check_inputs(self, artifact: Artifact, fields: Fields) -> None:
+        """Raises `TorchchatError` if the compiled program takes another number of inputs than it would be given."""
+        takes = treespec_loads(self._runner.get_call_spec()[0]).num_leaves
+        several = fields.optional_number("tokens", 1, LARGEST_SIZE) is None  # then the rows are an input
+        gets = 2 + self.sees + several + 2 * artifact.manifest.config.num_layers + len(self.weights)
+        if takes != gets:
+            raise TorchchatError(f"{fields.where} takes {takes} inputs, but the file has {len(self.weights)} weights "
+                                 f"for it, which makes {gets} inputs", DAMAGED)
+
     def run(self, inputs: list[Tensor]) -> Tensor:
         """inputs as docs/artifacts.md has them, without the weights -> logits float32 [rows, vocab]."""
-        logits: Tensor = self._runner.run(inputs + self.weights)[0]
+        try:
+            logits: Tensor = self._runner.run(inputs + self.weights)[0]
+        except RuntimeError as error:  # whatever PyTorch and the program find wrong
+            raise TorchchatError(f"the program in {self._name} failed: {str(error).partition(chr(10))[0]:.300}",
+                                 "export the model again") from error
         return logits
 
 
@@ -109,10 +126,11 @@ def load_kernels(artifact: Artifact, runtime: Fields, folder: Path) -> None:
         if reason is not None:
             raise TorchchatError(f"{artifact.path.name} calls core's CPU kernels, and they cannot be loaded: {reason}",
                                  "python -m torchchat_core.kernels builds them, with a C++ compiler")
-    for name, schema in operators.items():
+    for name in operators:
+        schema = runtime.inner("operators").text(name)
         found = _schema(name)
         if found != schema:
-            raise TorchchatError(f"{artifact.path.name} calls the operator {schema}, and this torchchat has "
+            raise TorchchatError(f"{artifact.path.name} calls the operator {schema:.200}, and this torchchat has "
                                  f"{found or 'none of that name'}", "export the model again, with this torchchat")
 
 

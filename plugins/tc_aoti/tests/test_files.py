@@ -173,6 +173,10 @@ def test_another_pytorch_is_refused(stories: Path, monkeypatch: pytest.MonkeyPat
     (lambda runtime: next(iter(runtime["tensors"].values())).update(dtype="int4"), "'dtype'"),
     (lambda runtime: next(iter(runtime["tensors"].values())).update(entry="weights/none"), "has no entry"),
     (lambda runtime: runtime["programs"]["any"]["weights"].append("none"), "takes the weight 'none'"),
+    (lambda runtime: runtime["programs"]["any"]["weights"].pop(),
+     "'any' .* takes 61 inputs, but the file has 47 weights"),
+    (lambda runtime: runtime["programs"]["any"]["weights"].append("model.norm.weight"),
+     "has 49 weights .* makes 62 inputs"),
     (lambda runtime: runtime["programs"].pop("any"), "no program for several tokens"),
     (lambda runtime: runtime["programs"]["any"].update(library="programs/none.so"), "has no entry"),
 ])
