@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from torchchat_core import kernels
+from torchchat_core.kernels.build import library_path
 
 
 @pytest.fixture
@@ -63,7 +67,7 @@ def test_doctor_is_content_with_a_sound_installation(run: Any) -> None:
 
 
 @pytest.mark.parametrize(("changes", "detail", "fix"), [
-    ({"CXX": "true"}, "not compiled yet; true does it", "-m torchchat_core.kernels"),
+    ({"CXX": "true"}, "not compiled yet; true does it", "torchchat doctor --build-kernels"),
     ({"CXX": "nonesuch"}, "CXX is 'nonesuch', and there is no such program; PyTorch's serve", "set it to"),
     ({"TORCHCHAT_CPU_KERNELS": "off"}, "TORCHCHAT_CPU_KERNELS is off; PyTorch's serve", ""),
 ])
@@ -72,6 +76,24 @@ def test_doctor_says_whether_the_kernels_are_there(changes: dict[str, str], deta
     done = run("doctor", "--offline", "--json", **{**changes, "XDG_CACHE_HOME": str(tmp_path)})
     check = next(check for check in json.loads(done.stdout) if check["name"] == "cpu kernels")
     assert (check["ok"], detail in check["detail"], fix in (check["fix"] or "")) == (None, True, True), check
+
+
+def test_doctor_builds_the_kernels_or_says_why_it_cannot(run: Any, tmp_path: Path) -> None:
+    done = run("doctor", "--build-kernels", CXX="nonesuch", XDG_CACHE_HOME=str(tmp_path / "empty"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "error: CXX is 'nonesuch'" in done.stderr
+    if kernels.load() is None:
+        done = run("doctor", "--build-kernels")
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{library_path()}\n", "")
+
+
+def test_no_message_recommends_a_module_that_the_current_folder_can_replace() -> None:
+    root = Path(__file__).parents[1]
+    sources = [source for folder in ("torchchat_core", "plugins/*/tc_*", "apps/*/tc_*")
+               for source in root.glob(f"{folder}/**/*.py")]
+    unsafe = re.compile(r"(python|executable\}?) -m |executable, \"-[mc]\"")
+    found = [source.relative_to(root) for source in sources if unsafe.search(source.read_text(encoding="utf-8"))]
+    assert found == [Path("torchchat_core/__main__.py")]  # which says what it is
 
 
 @pytest.mark.parametrize(("code", "requires", "detail", "fix"), [

@@ -16,7 +16,8 @@ from typing import Any
 
 from torchchat_core.artifacts import WEIGHTS, Artifact
 from torchchat_core.errors import TorchchatError
-from torchchat_core.small_files import cache_folder, write_whole
+from torchchat_core.private_cache import foreign_fault
+from torchchat_core.small_files import cache_folder, make_folder, write_whole
 
 FOLDER = "checked"  # in the cache folder
 LARGE = 16 << 20  # bytes that are not read at every start
@@ -48,13 +49,14 @@ def check_all(artifact: Artifact) -> None:
     written = max(before["written"], before["changed"])
     if before == _identity(artifact) and time.time_ns() - written > SETTLED_NS:
         with contextlib.suppress(OSError, TorchchatError):  # then it is compared again the next time
-            record.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(record.parent)
             write_whole(record, json.dumps(before))
 
 
 def _remembered(artifact: Artifact) -> bool:
     try:
-        return bool(json.loads(_record(artifact).read_bytes()) == _identity(artifact))
+        record = _record(artifact)
+        return foreign_fault(record) is None and bool(json.loads(record.read_bytes()) == _identity(artifact))
     except (OSError, ValueError, RecursionError):
         return False
 

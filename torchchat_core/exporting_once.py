@@ -20,7 +20,8 @@ from torchchat_core import progress
 from torchchat_core.artifacts import ARTIFACT, has_manifest, this_machine
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
-from torchchat_core.small_files import cache_folder, expanded
+from torchchat_core.private_cache import make_code_folder, private_path
+from torchchat_core.small_files import expanded
 from torchchat_core.specs import ExecutorInfo, ExporterInfo, ModelFiles
 from torchchat_core.support import IN_MEMORY
 from torchchat_core.tokenizers.declared import ADDED, NAMES
@@ -42,7 +43,7 @@ def exported_once(request: ModelRequest, files: ModelFiles, registry: Registry
     if way is None:
         return None
     executor, qualified, exporter = way
-    path = cache_folder() / FOLDER / f"{_key(request, files, qualified, registry)}{exporter.suffix}"
+    path = private_path(FOLDER, f"{_key(request, files, qualified, registry)}{exporter.suffix}")
     if not has_manifest(path):
         _export(request, exporter, path, registry)
     plain = dataclasses.replace(request, executor=executor.name, device="fast", dtype=None, quantize=None, adapter=None,
@@ -69,7 +70,7 @@ def _export(request: ModelRequest, exporter: ExporterInfo, path: Path, registry:
     from torchchat_core.pipeline import export_model
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_code_folder(path.parent)
         with FileLock(path.with_suffix(".lock")), progress.task(f"exporting with {exporter.name}, once"):
             if not has_manifest(path):  # another process may have been faster
                 options = exporter.options() if exporter.options is not None else None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torchchat_core.errors import TorchchatError
-from torchchat_core.small_files import cache_folder, read_json, write_whole
+from torchchat_core.small_files import cache_folder, make_folder, read_json, write_whole
 
 RECORD = "fastest.json"
 
@@ -34,7 +34,7 @@ def remember_executor(reference: str, device: str, dtype: str, recipe: str | Non
     """
     records = {**_records(), _key(reference, device, dtype, recipe): executor}
     try:
-        cache_folder().mkdir(parents=True, exist_ok=True)
+        make_folder(cache_folder())
     except OSError as error:
         raise TorchchatError(f"cannot make {str(cache_folder())!r}: {error.strerror or error}") from None
     path = cache_folder() / RECORD

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torchchat_core.errors import TorchchatError
-from torchchat_core.small_files import cache_folder, read_json, write_whole
+from torchchat_core.small_files import cache_folder, make_folder, read_json, write_whole
 from torchchat_core.specs import ModelRef
 
 Kind = Literal["export", "quantised", "converted"]
@@ -45,7 +45,7 @@ def record(reference: str, kind: Kind, path: Path, detail: str = "") -> None:
     kept = [product for product in products() if product.path != made.path]
     content = json.dumps({"products": [asdict(product) for product in [*kept, made]]}, indent=1)
     with contextlib.suppress(TorchchatError, OSError):
-        cache_folder().mkdir(parents=True, exist_ok=True)
+        make_folder(cache_folder())
         write_whole(cache_folder() / RECORD, content + "\n")
 
 

@@ -62,6 +62,16 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "torchchat"
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it; the cache folder and those in it are for the user alone. Raises `OSError`."""
+    cache = cache_folder()
+    for folder in (*reversed(path.parents), path):
+        if folder == cache or folder.is_relative_to(cache):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        elif not folder.exists():
+            folder.mkdir(exist_ok=True)
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes text (as UTF-8) or bytes to `path` whole or not at all. Raises `TorchchatError` where that fails."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")

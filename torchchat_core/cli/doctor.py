@@ -40,9 +40,14 @@ class Check:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--offline", is_flag=True, help="Do not try the network.")
+@click.option("--build-kernels", is_flag=True, help="Only compile the CPU kernels, so that no model waits for it.")
 @click.pass_obj
-def doctor(registry: Registry, /, as_json: bool, offline: bool) -> int:
+def doctor(registry: Registry, /, as_json: bool, offline: bool, build_kernels: bool) -> int:
     """Check this machine and what is installed; status 1 where something that was asked for cannot work."""
+    if build_kernels:
+        path = str(_built_kernels())
+        click.echo(json.dumps({"kernels": path}) if as_json else path)
+        return 0
     checks = [check for section in _sections(registry, offline) for check in section()]
     if as_json:
         click.echo(json.dumps([asdict(check) for check in checks]))
@@ -53,6 +58,19 @@ def doctor(registry: Registry, /, as_json: bool, offline: bool) -> int:
             if check.fix:
                 click.echo(f"      {'':<18} try: {check.fix}")
     return int(any(check.ok is False for check in checks))
+
+
+def _built_kernels() -> Path:
+    """Compile the CPU kernels if they are not there yet; their file. Raises `TorchchatError` if that fails."""
+    from torchchat_core import kernels
+    from torchchat_core.cli.progress_bars import shown_progress
+    from torchchat_core.kernels.build import library_path
+
+    with shown_progress():
+        reason = kernels.load()
+    if reason is not None:
+        raise TorchchatError(reason)
+    return library_path()
 
 
 def _sections(registry: Registry, offline: bool) -> list[Callable[[], Iterator[Check]]]:
@@ -72,7 +90,8 @@ def torch_checks() -> Iterator[Check]:
     try:
         import torch
     except Exception as error:  # a broken build raises whatever it meets first
-        yield Check("torch", False, f"cannot be imported: {error}", f"{sys.executable} -m pip install --upgrade torch")
+        yield Check("torch", False, f"cannot be imported: {error}",
+                    f"{sys.executable} -P -m pip install --upgrade torch")
         return
     yield Check("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads, "
                                f"CPU kernels for {torch.backends.cpu.get_cpu_capability()}")
@@ -101,7 +120,7 @@ def kernel_check() -> Check:
     except TorchchatError as error:
         return Check(name, None, f"{error.message}; PyTorch's serve", error.fix)
     return Check(name, None, f"not compiled yet; {compiler} does it when a large model first needs them",
-                 f"{sys.executable} -m torchchat_core.kernels")
+                 "torchchat doctor --build-kernels")
 
 
 def machine_checks() -> Iterator[Check]:
@@ -142,7 +161,7 @@ def plugin_checks(registry: Registry) -> Iterator[Check]:
     for plugin in registry.plugins:
         if plugin.state == "failed":
             yield Check(plugin.qualified_name, False, plugin.reason or "failed",
-                        f"{sys.executable} -m pip install --force-reinstall {plugin.distribution}")
+                        f"{sys.executable} -P -m pip install --force-reinstall {plugin.distribution}")
         elif plugin.state == "disabled":
             yield Check(plugin.qualified_name, None, "left out")
         else:
@@ -157,7 +176,7 @@ def requirement_checks(plugin: Plugin) -> Iterator[Check]:
     wrong = list(_unmet(plugin.distribution))
     for requirement, found in wrong:
         yield Check(plugin.qualified_name, False, f"needs {requirement}; {found}",
-                    f"{sys.executable} -m pip install '{requirement}'")
+                    f"{sys.executable} -P -m pip install '{requirement}'")
     if not wrong:
         names = ", ".join(f"{info.name} ({info.kind})" for info in plugin.offers if info.kind != "command")
         core = plugin.distribution == CORE

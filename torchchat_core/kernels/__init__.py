@@ -1,7 +1,7 @@
 """Kernels of our own for the CPU, as operators `torch.ops.torchchat.*`.
 
 They are C++ (operators.cpp and the headers that it includes), compiled once for the installed PyTorch into the cache
-folder: by `python -m torchchat_core.kernels`, or when they are first needed. Where that cannot be done, `load` says
+folder: by `torchchat doctor --build-kernels`, or when they are first needed. Where that cannot be done, `load` says
 why, and callers use what PyTorch has.
 """
 
@@ -29,7 +29,7 @@ GGML_FORMATS = ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K")  # that unpack_ggml know
 WORTH_BUILDING = 200 << 20  # bytes of weights for which it is worth the time to compile the kernels
 
 
-NOT_BUILT = "the CPU kernels are not built yet: python -m torchchat_core.kernels"
+NOT_BUILT = "the CPU kernels are not built yet: torchchat doctor --build-kernels"
 OF_A_FILE = "this process has the CPU kernels that came with an exported file"
 
 _lock = threading.Lock()

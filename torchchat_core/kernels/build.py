@@ -17,7 +17,7 @@ import torch
 
 from torchchat_core import progress
 from torchchat_core.errors import TorchchatError
-from torchchat_core.small_files import cache_folder
+from torchchat_core.private_cache import code_folder, make_code_folder
 
 FOLDER = Path(__file__).parent
 # No -march: the code chooses when it runs. No contraction: products and sums are rounded one by one, as written.
@@ -36,7 +36,7 @@ def library_path() -> Path:
         digest.update(part.encode() + b"\0")
     for source in sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")]):
         digest.update(source.read_bytes() + b"\0")
-    return cache_folder() / "kernels" / digest.hexdigest()[:16] / "torchchat_kernels.so"
+    return code_folder("kernels", digest.hexdigest()[:16]) / "torchchat_kernels.so"
 
 
 def find_compiler() -> list[str]:
@@ -57,7 +57,7 @@ def find_compiler() -> list[str]:
 def build(path: Path) -> None:
     """Compiles the kernels to `path`, whole or not at all. Raises `TorchchatError` where that fails."""
     compiler = find_compiler()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_code_folder(path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, progress.task("building the CPU kernels, once"):
         made, libraries = Path(folder) / path.name, _torch_folder() / "lib"
         compile_one = [*compiler, *FLAGS, *OPENMP, f"-I{_torch_folder() / 'include'}", "-c"]

@@ -25,7 +25,7 @@ from torch import Tensor
 from torchchat_core.amounts import bytes_text
 from torchchat_core.errors import TorchchatError
 from torchchat_core.measure.perplexity import Block
-from torchchat_core.small_files import cache_folder
+from torchchat_core.small_files import cache_folder, make_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Reference:
 def reference_file(positions: int, vocab_size: int) -> Iterator[Reference]:
     """Room for what a reference says. Raises `TorchchatError` where the disk has too little of it."""
     folder, needed = cache_folder(), 4 * positions * vocab_size
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise TorchchatError(f"the figures of the first model need {bytes_text(needed)} in {folder}; "

@@ -36,7 +36,7 @@ def in_own_process(task: str, arguments: Mapping[str, Any], registry: Registry) 
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         order = {"task": task, "arguments": dict(arguments), "disabled": disabled, "result": str(result)}
-        done = subprocess.run([sys.executable, "-m", __name__], input=json.dumps(order).encode(), check=False,
+        done = subprocess.run([sys.executable, "-P", "-m", __name__], input=json.dumps(order).encode(), check=False,
                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=_environment())
         if not result.exists():
             raise TorchchatError(_end(done))

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from torchchat_core.small_files import cache_folder
+from torchchat_core.small_files import cache_folder, make_folder
 from torchchat_core.sources.hub_cache import COMMIT, DIGEST, CachedRepository, delete_folder
 from torchchat_core.sources.hub_reference import HubReference
 from torchchat_core.sources.local import files_of_folder, files_of_single_file
@@ -56,7 +56,7 @@ def assemble(entry: CatalogueEntry, reference: HubReference, token: str | None) 
     commit = fetch_files(reference, inner, token)
     snapshot = CachedRepository(reference.repository).snapshot(commit)
     with writing(_folder(entry)):
-        _folder(entry).mkdir(parents=True, exist_ok=True)
+        make_folder(_folder(entry))
         for file in entry.files:
             _put(parts[file].path if file in parts else snapshot / file, _folder(entry) / _name(file))
 

@@ -29,6 +29,7 @@ from urllib.parse import urlsplit
 from torchchat_core import __version__
 from torchchat_core.amounts import bytes_text
 from torchchat_core.errors import TorchchatError
+from torchchat_core.small_files import make_folder
 from torchchat_core.sources.url_file import check_encrypted, is_loopback
 
 TIMEOUT = 30.0  # seconds without a byte
@@ -358,7 +359,7 @@ def locked(path: Path, cancelled: threading.Event | None = None) -> Iterator[Non
     from filelock import FileLock, Timeout
 
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         lock = FileLock(path, mode=0o664)
         while not lock.is_locked:
             with suppress(Timeout):

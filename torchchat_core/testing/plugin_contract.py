@@ -129,7 +129,7 @@ class PluginContract:
 def _fresh_probe(plugin: str) -> tuple[float, list[str]]:
     """Milliseconds of CPU time that loading the plugin takes in a process of its own, and the modules it imports."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}
-    done = subprocess.run([sys.executable, "-c", PROBE, plugin], env=environment, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-P", "-c", PROBE, plugin], env=environment, capture_output=True, text=True,
                           timeout=300, check=False)
     last_line = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
     demand(done.returncode == 0, f"importing {plugin!r} fails in a fresh process: {last_line}",

@@ -21,7 +21,7 @@ from tc_aoti.toolkit import cuda_toolkit, gpu_architecture
 from torchchat_core import progress
 from torchchat_core.artifacts import this_machine
 from torchchat_core.errors import TorchchatError
-from torchchat_core.small_files import cache_folder
+from torchchat_core.private_cache import check_compiler_cache, code_folder, make_code_folder
 
 # Code for every x86 processor with AVX2, so that a file runs on other machines too; the kernels choose when they run.
 # Releases of PyTorch that cannot be told so compile for the processor that is there.
@@ -53,13 +53,14 @@ class Compiled:
 
 def compile_program(program: Program) -> Compiled:
     """Raises `TorchchatError` where the program cannot be traced for every length, or compiled."""
+    check_compiler_cache()
     try:
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with progress.task(f"tracing the program {program.name!r}"):
                 exported = _trace(program)
             options = OPTIONS if program.device.type == "cpu" else {**OPTIONS, **GPU_OPTIONS}
-            folder = cache_folder() / "aoti" / _key(exported, options, program.device)
+            folder = code_folder("aoti", _key(exported, options, program.device))
             if not folder.exists():
                 with (progress.task(f"compiling the program {program.name!r}"),
                       cuda_toolkit() if program.device.type == "cuda" else contextlib.nullcontext()):
@@ -112,7 +113,7 @@ def _operators(exported: ExportedProgram) -> dict[str, str]:
 def _compile(exported: ExportedProgram, folder: Path, options: dict[str, Any]) -> None:
     """Compiles beside `folder` and moves the result there, whole or not at all."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_code_folder(folder.parent)
         with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
             made, work = Path(beside) / "made", Path(beside) / "work"
             made.mkdir()

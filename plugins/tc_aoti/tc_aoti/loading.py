@@ -125,7 +125,7 @@ def load_kernels(artifact: Artifact, runtime: Fields, folder: Path) -> None:
         reason = kernels.load_from(library)
         if reason is not None:
             raise TorchchatError(f"{artifact.path.name} calls core's CPU kernels, and they cannot be loaded: {reason}",
-                                 "python -m torchchat_core.kernels builds them, with a C++ compiler")
+                                 "torchchat doctor --build-kernels")
     for name in operators:
         schema = runtime.inner("operators").text(name)
         found = _schema(name)

@@ -17,6 +17,7 @@ from tc_compile.failures import first_line
 from tc_compile.graphs import LIBRARY, ONE_ROW
 from tc_compile.signature import LayerSignature
 from torchchat_core.errors import TorchchatError
+from torchchat_core.private_cache import check_compiler_cache
 
 EXAMPLE_ROWS, EXAMPLE_CAPACITY = 3, 256
 # One thread for what is fused: it is a few microseconds of work for one token, and our operators have their threads.
@@ -47,6 +48,7 @@ class Step(nn.Module):
 
 def compile_layer(signature: LayerSignature, folder: Path) -> None:
     """Writes the compiled layer to `folder`. Raises `TorchchatError` where it cannot be traced or compiled."""
+    check_compiler_cache()
     try:
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

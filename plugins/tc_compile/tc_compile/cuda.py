@@ -25,6 +25,7 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.kv_cache import FIRST_CAPACITY, KVCache
 from torchchat_core.models.transformer import Attend, DecoderLayer, Transformer
+from torchchat_core.private_cache import check_compiler_cache
 
 Replay = Callable[[], None]
 Recorder = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]  # `CudaRecorder`
@@ -213,6 +214,7 @@ def compiled_decoder(module: Transformer, device: str, backend: str | Callable[.
 
     Raises `TorchchatError` where that fails; then the module is as it was.
     """
+    check_compiler_cache()
     layers = module.model.layers
     compile_layers_for_graphs(module, backend)
     decoder = GraphDecoder(module, device, record)

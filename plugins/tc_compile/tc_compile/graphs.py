@@ -12,7 +12,7 @@ from torch import Tensor
 from tc_compile.signature import LayerSignature
 from torchchat_core import progress
 from torchchat_core.errors import TorchchatError
-from torchchat_core.small_files import cache_folder
+from torchchat_core.private_cache import code_folder, make_code_folder
 
 LIBRARY, ONE_ROW = "layer.so", "one-row"
 
@@ -40,7 +40,7 @@ def find_graph(signature: LayerSignature) -> LayerGraph:
 
 def graph_folder(key: str) -> Path:
     """Where the graph with that key is, or would be."""
-    return cache_folder() / "compiled" / key
+    return code_folder("compiled", key)
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def _make(signature: LayerSignature, folder: Path) -> None:
     from tc_compile.compiling import compile_layer
 
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_code_folder(folder.parent)
         with tempfile.TemporaryDirectory(dir=folder.parent) as beside, progress.task("compiling the layers, once"):
             made = Path(beside) / "made"
             made.mkdir()
