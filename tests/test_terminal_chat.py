@@ -183,6 +183,23 @@ def test_another_model_continues_the_conversation(chat: Chat, scripted: Any) -> 
     assert "big on cpu" in chat.say("/model")
 
 
+@pytest.mark.parametrize("reason", [KeyboardInterrupt, MemoryError])
+def test_loading_that_is_interrupted_leaves_the_old_model(reason: type[BaseException], chat: Chat) -> None:
+    open_ = chat.session.models.open
+
+    def interrupted(flags: Mapping[str, Any]) -> Any:
+        if flags["model"] == "big":
+            raise reason
+        return open_(flags)
+
+    chat.session.models = Models(chat._fetch, interrupted, list)
+    chat.say("Hi")
+    with pytest.raises(reason):
+        chat.session.switch("big")
+    assert "Fine." in chat.say("And?")
+    assert len(chat.conversation.messages) == 4
+
+
 @pytest.mark.parametrize("name", ["unknown", "damaged"])
 def test_a_model_that_cannot_be_opened_leaves_the_old_one(name: str, chat: Chat) -> None:
     chat.say("Hi")
@@ -384,6 +401,7 @@ def test_on_a_real_terminal_ctrl_c_ends_the_answer_and_not_the_chat(tmp_path: Pa
     flags = ["-m", "torchchat_core", "chat", "--logit-bias", f"{mark}=9999"]  # says "!" until it is stopped
     process = pexpect.spawn(sys.executable, flags, encoding="utf-8", dimensions=(30, 120), timeout=60, env=environment)
     process.expect("on cpu")
+    process.expect("For real answers: torchchat chat qwen3-0.6b")
     process.expect(">")
     process.sendintr()
     process.expect("To leave, press Ctrl-D or type /bye.")

@@ -19,6 +19,7 @@ from torchchat_core.options import OptionDetail, detail_of
 from torchchat_core.small_files import expanded
 
 OVERWRITE = "--overwrite"
+NO_TEMPLATE = "This model has no chat template: it is given a plain transcript."
 SHOWN = 60  # characters of a message that was removed
 
 
@@ -142,6 +143,8 @@ class ChatCommands:
         session.switch(name)
         session.changed()
         self._display.line(session_line(session))
+        if session.opened.text_format.template is None:
+            self._display.line(NO_TEMPLATE)
         count = len(session.conversation.messages)
         if session.used is None:
             self._display.line("Its chat template refuses this conversation: /reset begins a new one.")

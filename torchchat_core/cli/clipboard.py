@@ -22,10 +22,11 @@ def copy_to_clipboard(text: str, terminal: TextIO | None) -> str:
     `terminal` receives an escape sequence if it is a terminal and no program can copy. Raises `TorchchatError` if
     there is no way to copy.
     """
-    content = text.encode("utf-8", errors="replace")
     for command, sentence in _programs(os.environ, sys.platform):
-        if _runs(command, content):
+        encoding = "utf-16" if command[0] == "clip.exe" else "utf-8"
+        if _runs(command, text.encode(encoding, errors="replace")):
             return sentence
+    content = text.encode("utf-8", errors="replace")
     encoded = base64.b64encode(content)
     if terminal is None or not terminal.isatty() or os.environ.get("TERM", "dumb") == "dumb":
         raise TorchchatError("there is no clipboard: none of wl-copy, xclip, xsel, pbcopy, clip.exe and tmux can copy, "

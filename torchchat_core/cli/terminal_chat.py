@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from torchchat_core.cli.answers import printable, statistics_line
-from torchchat_core.cli.chat_commands import ChatCommands, Leave, session_line
+from torchchat_core.cli.chat_commands import NO_TEMPLATE, ChatCommands, Leave, session_line
 from torchchat_core.cli.chat_completion import ChatCompleter
 from torchchat_core.cli.chat_input import block_is_open, is_block, parse_command, without_quotes
 from torchchat_core.cli.chat_session import ChatSession
@@ -23,6 +23,8 @@ from torchchat_core.cli.interrupt import interruptible, without_echo
 from torchchat_core.cli.markdown_stream import MarkdownStream
 from torchchat_core.errors import TorchchatError
 from torchchat_core.generation import FinishedEvent, NoticeEvent, TextEvent
+from torchchat_core.models.catalogue import STARTING_MODEL
+from torchchat_core.pipeline import DEFAULT_MODEL
 
 KEYS = "Enter sends, Alt-Enter begins a new line, Tab completes, Ctrl-C ends an answer, Ctrl-D leaves."
 HOW_TO_LEAVE = "To leave, press Ctrl-D or type /bye."
@@ -42,7 +44,10 @@ class TerminalChat:
         runs = session_line(self._session).removeprefix(name)
         self._console.print(f"[bold]{escape(name)}[/bold]{escape(runs)} /help lists the commands.", highlight=False)
         if self._session.opened.text_format.template is None:
-            self._console.print("This model has no chat template: it is given a plain transcript.", style="yellow")
+            self._console.print(NO_TEMPLATE, style="yellow")
+        if name == DEFAULT_MODEL:
+            self.line(f"This is a small demo. For real answers: torchchat chat {STARTING_MODEL}, or another of "
+                      "'torchchat list'.")
         reader: PromptSession[str] = PromptSession(
             history=_history(), key_bindings=_keys(), multiline=True, complete_while_typing=False,
             completer=ChatCompleter(self._commands.all, self._session.models.names), bottom_toolbar=self.status,
