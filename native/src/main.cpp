@@ -106,13 +106,29 @@ void report(const Error& error) {
 // The text, where it is UTF-8.
 const std::string& checked(const std::string& text, std::string_view what) {
     if (well_formed(text) == text) return text;
-    throw Error("the " + std::string(what) + " is not UTF-8 text", "convert it to UTF-8");
+    throw Error(std::string(what) + " is not UTF-8 text", "convert it to UTF-8");
+}
+
+// The text that a person wrote to a file or pipe, where it is UTF-8: without a byte order mark, lines ended by '\n'.
+std::string written_text(std::string_view content, std::string_view what) {
+    if (content.starts_with("\xEF\xBB\xBF")) content.remove_prefix(3);
+    const std::string read(content);
+    if (checked(read, what).find('\0') != std::string::npos) {  // as in UTF-16
+        throw Error(std::string(what) + " is not UTF-8 text", "convert it to UTF-8");
+    }
+    std::string text;
+    for (std::size_t at = 0; at < read.size(); ++at) {
+        if (read[at] == '\r' && at + 1 < read.size() && read[at + 1] == '\n') continue;
+        text += read[at] == '\r' ? '\n' : read[at];
+    }
+    return text;
 }
 
 std::string read_prompt() {
-    std::string text((std::istreambuf_iterator<char>(std::cin)), std::istreambuf_iterator<char>());
+    const std::string content((std::istreambuf_iterator<char>(std::cin)), std::istreambuf_iterator<char>());
+    std::string text = written_text(content, "the prompt");
     if (text.ends_with('\n')) text.pop_back();
-    return checked(text, "prompt");
+    return text;
 }
 
 int answer_once(const Model& model, const Arguments& arguments, const std::string& prompt) {
@@ -166,11 +182,13 @@ int converse(const Model& model, const Arguments& arguments) {
     chat.on_notice([](std::string_view text) { std::cerr << "notice: " << text << "\n"; });
     if (arguments.system) chat.set_system(*arguments.system);
     if (terminal) greet(model);
+    std::size_t number = 0;
     for (std::string line; read_line(line, terminal);) {
-        const std::string message(stripped(well_formed(line)));
+        const std::string what = "line " + std::to_string(++number) + " of standard input";
+        const std::string message(stripped(terminal ? well_formed(line) : written_text(line, what)));
         if (message.empty()) continue;
-        if (message == "/bye") break;
-        if (message == "/reset") {
+        if (message == "/bye" || message == "/exit" || message == "/quit") break;
+        if (message == "/reset" || message == "/clear") {
             chat.reset();
             std::cerr << "The conversation is empty.\n";
             continue;
@@ -198,8 +216,8 @@ int converse(const Model& model, const Arguments& arguments) {
 
 int run(const Arguments& arguments) {
     check_options(arguments.options);  // before a model is loaded
-    if (arguments.prompt) checked(*arguments.prompt, "prompt");
-    if (arguments.system) checked(*arguments.system, "system message");
+    if (arguments.prompt) checked(*arguments.prompt, "the prompt");
+    if (arguments.system) checked(*arguments.system, "the system message");
     const bool terminal = isatty(STDIN_FILENO) != 0;
     const bool chat = arguments.chat || (!arguments.prompt && terminal && !arguments.json && !arguments.raw);
     const Model model = Model::load(arguments.file, {.threads = arguments.threads});

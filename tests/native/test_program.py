@@ -74,6 +74,25 @@ def test_text_that_is_no_utf8_is_refused(arguments: tuple[bytes | str, ...], run
     assert b"is not UTF-8 text" in done.stderr
 
 
+@pytest.mark.parametrize("content", [b"Hi\nWh\xf9 not?\n", "Hi\nWho?\n".encode("utf-16"), b"H\x00i\x00\n\x00"])
+def test_a_chat_refuses_lines_that_are_not_utf8(content: bytes, runner: Path, embedded: Callable[[str], Path]) -> None:
+    done = subprocess.run([runner, embedded("pte"), "--chat", "--max-new-tokens", "3"], input=content,
+                          capture_output=True, check=False)
+    assert done.returncode == 1
+    assert b" of standard input is not UTF-8 text" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [(), ("--chat",)])
+def test_text_of_windows_is_the_same_text(flags: tuple[str, ...], runner: Path,
+                                          embedded: Callable[[str], Path]) -> None:
+    asked = [runner, embedded("pte"), "--json", "--temperature", "0", "--max-new-tokens", "3", *flags]
+    lines = [subprocess.run(asked, input=content, capture_output=True, check=True).stdout.splitlines()
+             for content in (b"Hi\nWho?\n", b"\xef\xbb\xbfHi\r\nWho?\r\n")]
+    counts = [[json.loads(line)["stats"]["prompt_tokens"] for line in answers] for answers in lines]
+    assert counts[0] == counts[1]
+    assert len(counts[0]) == (2 if flags else 1)
+
+
 def test_a_kv_cache_that_no_memory_holds_is_told(runner: Path, embedded: Callable[[str], Path], tmp_path: Path) -> None:
     path = tmp_path / "m.pt2"
     with zipfile.ZipFile(embedded("pt2")) as archive:
