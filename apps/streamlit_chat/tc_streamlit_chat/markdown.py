@@ -12,8 +12,13 @@ import re
 
 FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})", re.MULTILINE)
 CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
-FORMULA = re.compile(r"(?<!\\)(\$\$(?=\S|\n).+?\$\$|\$(?=[^\s\d$])[^$\n]*?(?<=[^\s\\])\$(?!\d))", re.DOTALL)
-BRACKETED = re.compile(r"\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)  # how many models write formulas
+FORMULA = re.compile(r"(?<!\\)\$(?=[^\s\d$])[^$\n]*?(?<=[^\s\\])\$(?!\d)")
+BRACKETED = re.compile(r"\\\((.+?)\\\)", re.DOTALL)  # how many models write formulas
+DISPLAYED = re.compile(r"\\\[\s*(\S.*?)\s*\\\]|(?<!\\)\$\$\s*([^\s$].*?)\s*\$\$", re.DOTALL)
+CONTAINER = re.compile(r"[ \t]*(?:>[ \t]?)*[ \t]*")  # what a line of a quotation or of a list starts with
+LIST_MARKER = re.compile(r"(?:[-*+]|\d{1,9}[.)])[ \t]+")
+BADGE = re.compile(r"\[!\[([^\]\n]*)\]\([^()\s]*(?:[ \t]+[^()\n]*)?\)\](?=\()")  # a picture that is a link already
+PICTURE = re.compile(r"!\[([^\]\n]*)\](?:\((<[^<>\n]*>|[^()\s]*(?:\([^()\s]*\)[^()\s]*)*)[^()\n]*\))?")
 JOINER = "\u2060"  # has no width, and no line ends at it
 DIRECTIVE = re.compile(r":(?=[a-z][a-z-]*\[)")
 SHORTCODE = re.compile(r":(?=(?!\d+:)[\w+-]+(?:/[\w-]+)?:)", re.ASCII)  # the time of day is none
@@ -65,7 +70,32 @@ def _spans(text: str) -> str:
 
 
 def _formulas(text: str) -> str:
-    text = BRACKETED.sub(lambda found: f"${found[1].strip()}$" if found[1] else f"$${found[2]}$$", text)
+    parts, position = [], 0
+    for match in DISPLAYED.finditer(text):
+        parts += [_inline_formulas(text[position : match.start()]), _display(text, match)]
+        position = match.end()
+    return "".join([*parts, _inline_formulas(text[position:])])
+
+
+def _display(text: str, match: re.Match[str]) -> str:
+    """Return a display formula as Markdown: on lines of its own, inside the list or quotation that it stands in."""
+    formula = (match[1] or match[2]).strip()
+    line = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
+    if line.lstrip().startswith("|"):  # a row of a table has one line
+        return f"${' '.join(formula.split())}$"
+    prefix = CONTAINER.match(line)[0]  # type: ignore[index]  # it matches the empty text
+    marker = LIST_MARKER.match(line, len(prefix))
+    before = prefix + " " * len(marker[0]) if marker else prefix
+    lines = ["$$", *(each.strip() for each in formula.splitlines() if each.strip()), "$$"]
+    block = "\n".join(before + each for each in lines)
+    starts_line = not line[len(before) :].strip()
+    rest = _line_rest(text, match.end())
+    return ((block[len(line) :] if starts_line else f"\n{before.rstrip()}\n{block}")
+            + (f"\n{before.rstrip()}\n{before}" if rest else ""))
+
+
+def _inline_formulas(text: str) -> str:
+    text = BRACKETED.sub(lambda found: f"${found[1].strip()}$", text)
     text = ADDRESS.sub(lambda found: found[0].replace("$", "%24"), text)  # the same address, and no formula
     parts, position = [], 0
     for match in FORMULA.finditer(text):
@@ -75,5 +105,12 @@ def _formulas(text: str) -> str:
 
 
 def _words(text: str) -> str:
+    text = PICTURE.sub(_link, BADGE.sub(r"[\1]", text))
     text = DIRECTIVE.sub(r"\\:", TAG.sub(r"\\<", re.sub(r"(?<!\\)\$", r"\\$", text)))
     return SHORTCODE.sub(f":{JOINER}", text)
+
+
+def _link(picture: re.Match[str]) -> str:
+    """Return a link in place of a picture: loading it from another host would reveal the reader's address."""
+    description, address = picture[1], picture[2]
+    return f"[{description or address}]({address})" if address else rf"\![{description}]"

@@ -263,13 +263,73 @@ def test_what_a_model_writes_does_nothing(page: Any, served: str) -> None:
               "![](http://attacker.example/x.png) [go](javascript:document.title='taken') costs $5 and $6")
     page.click("[data-testid=stBaseButton-primaryFormSubmit]")
     page.sees("costs $5 and $6")
-    page.one("[class*=st-key-info-]")  # all of it has been drawn
+    page.one("[class*=st-key-info-]")  # the whole answer has been drawn
     assert page.driver.title == "Who are you? \u00b7 torchchat"
     assert "<script>" in page.text
     asked = [json.loads(each["message"])["message"] for each in page.driver.get_log("performance")]
     urls = [each["params"]["response"]["url"] for each in asked if each["method"] == "Network.responseReceived"]
     assert urls
     assert all(url.startswith((served, "data:", "blob:", "chrome")) for url in urls), urls
+
+
+WRITTEN = """So \\[ x^2 \\] holds, and $$ y $$ too.
+
+```python
+print(1)
+```
+
+![a cat](https://example.org/cat.png)"""
+
+
+def test_an_answer_is_copied_and_its_parts_are_drawn(page: Any, served: str, kept: Conversations) -> None:
+    conversation = kept.create("Formulas", Configuration().to_json())
+    kept.add(conversation, "user", [("Show me", Details())])
+    kept.add(conversation, "assistant", [(WRITTEN, Details(model="small, eager", reason="stop"))])
+    page.open(f"{served}/?{NAMED}={conversation}")
+    page.sees("print(1)")
+    assert len(page.all(".katex-display")) == 2
+    assert [link.get_attribute("href") for link in page.all(".stChatMessage a")] == ["https://example.org/cat.png"]
+    language = "return getComputedStyle(document.querySelector('.stChatMessage .stCode'), '::before').content"
+    page.wait(lambda: page.driver.execute_script(language) == '"python"', "the language of the code block")
+    page.driver.execute_cdp_cmd("Browser.grantPermissions",
+                                {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
+    page.click("[class*=st-key-copy-] button")
+    copied = "const done = arguments[0]; navigator.clipboard.readText().then(done, error => done(String(error)))"
+    page.wait(lambda: page.driver.execute_async_script(copied) == WRITTEN, "the answer in the clipboard")
+
+
+def test_the_figures_of_an_answer_open_below_it(page: Any, served: str, kept: Conversations) -> None:
+    conversation = kept.create("Figures", Configuration().to_json())
+    for text in ("First", "Second"):
+        kept.add(conversation, "user", [(text, Details())])
+        kept.add(conversation, "assistant", [(f"{text} answer.", Details(model="small, eager", reason="stop"))])
+    page.open(f"{served}/?{NAMED}={conversation}")
+    page.sees("Second answer.")
+    page.click("[class*=st-key-info-] button")
+    figures = page.one("[class*=st-key-figures-]")
+    top, bottom = (page.driver.execute_script("return arguments[0].getBoundingClientRect().top", each)
+                   for each in (page.one("[class*=st-key-tools-]"), page.all("[class*=st-key-said-user]")[1]))
+    assert top < figures.rect["y"] - page.driver.execute_script("return scrollY") < bottom
+    page.click("[class*=st-key-info-] button")
+    page.wait(lambda: not page.all("[class*=st-key-figures-]"), "the end of the figures")
+
+
+CONTROLS = {"button", "textbox", "searchbox", "combobox", "link", "spinbutton", "switch", "tab", "radio"}
+
+
+def test_every_button_and_field_has_a_name_for_a_screen_reader(page: Any, served: str, kept: Conversations) -> None:
+    conversation = kept.create("Names", Configuration().to_json())
+    kept.add(conversation, "user", [("Hello", Details())])
+    kept.add(conversation, "assistant", [("Hello!", Details(model="small, eager", reason="stop")), ("Hi!", Details())])
+    for path in (f"/?{NAMED}={conversation}", "/compare", "/measure"):
+        page.open(served + path)
+        page.one("button[data-testid^=stBaseButton]")
+        page.wait(lambda: not page.all("[data-testid=stStatusWidget]"), "the end of drawing")
+        nodes = page.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+        names = [(each["role"]["value"], each.get("name", {}).get("value", "")) for each in nodes
+                 if not each["ignored"] and each["role"]["value"] in CONTROLS]
+        assert names
+        assert all(name.strip() and not re.search(r"\w_\w", name) for _, name in names), (path, names)
 
 
 def test_two_models_are_compared(page: Any, served: str, request: pytest.FixtureRequest) -> None:
@@ -326,6 +386,8 @@ def test_it_is_readable_in_light_and_dark_and_on_a_phone(page: Any, served: str,
         page.answers(1)
         assert contrast(page, "[class*=st-key-said-assistant] p") > 4.5
         assert page.driver.execute_script("return document.documentElement.scrollWidth") <= settings["width"]
+        avatars = [each.is_displayed() for each in page.all("[data-testid^=stChatMessageAvatar]")]
+        assert avatars == [name != "phone"] * 2
         pictured(page, request, f"chat-{name}")
     finally:
         page.scheme("light")

@@ -13,7 +13,7 @@ from tc_streamlit_chat.local import LocalModels
 from tc_streamlit_chat.markdown import plain
 from tc_streamlit_chat.pages import frame
 from tc_streamlit_chat.pages.conversation_list import conversation_list, more_menu
-from tc_streamlit_chat.pages.session import CURRENT, DRAFT, EDITED, NAMED, SETTINGS, show_conversation
+from tc_streamlit_chat.pages.session import CURRENT, DRAFT, EDITED, NAMED, OPENED, SETTINGS, show_conversation
 from tc_streamlit_chat.pages.settings import settings_dialog
 from tc_streamlit_chat.questions import Question, Said
 from tc_streamlit_chat.services import Services
@@ -209,7 +209,8 @@ def _message(services: Services, mine: Conversations, current: Conversation, mes
 
 
 def _edit_button(current: Conversation, message: StoredMessage, disabled: bool = False) -> None:
-    if st.button("Edit", icon=":material/edit:", type="tertiary", help="Edit this message",
+    kind = "message" if message.role == "user" else "answer"
+    if st.button("Edit", icon=":material/edit:", type="tertiary", help=f"Edit this {kind}",
                  key=f"edit-{current.id}-{message.id}", disabled=disabled):
         st.session_state[EDITED] = message.id
         st.rerun()
@@ -218,12 +219,18 @@ def _edit_button(current: Conversation, message: StoredMessage, disabled: bool =
 def _tools(services: Services, mine: Conversations, current: Conversation, message: StoredMessage, last: bool) -> None:
     """Figures, and what can be done with an answer."""
     place = f"{current.id}-{message.id}"
+    opened: set[int] = st.session_state.setdefault(OPENED, set())
     with st.container(key=f"tools-{place}", horizontal=True, gap="small"):
         if message.details.line:
             st.caption(plain(message.details.line), width="content")
-        with st.popover("Figures", icon=":material/info:", type="tertiary", help="Figures, and the text to copy",
-                        key=f"info-{place}"):
-            frame.show_details(message.details, message.content)
+        if message.content:
+            frame.copy_button(place, message.content)
+        has_figures = bool(message.details.table or message.details.notice)
+        label = "Hide figures" if message.id in opened else "Figures"
+        if has_figures and st.button(label, icon=":material/info:", type="tertiary", help="Figures of this answer",
+                                     key=f"info-{place}"):
+            opened ^= {message.id}
+            st.rerun()
         _edit_button(current, message)
         if last:
             if st.button("Regenerate", icon=":material/refresh:", type="tertiary", key=f"again-{place}",
@@ -232,6 +239,9 @@ def _tools(services: Services, mine: Conversations, current: Conversation, messa
                 st.rerun()
             if message.alternatives > 1:
                 _pager(mine, current, message)
+    if message.id in opened:
+        with st.container(key=f"figures-{place}", border=True):
+            frame.show_details(message.details)
 
 
 def _pager(mine: Conversations, current: Conversation, message: StoredMessage) -> None:

@@ -7,6 +7,7 @@ import logging
 import secrets
 from base64 import b64encode
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import ParamSpec
 
@@ -118,11 +119,17 @@ def show_progress(turn: Turn, sample: Sample) -> None:
         st.caption(f":material/hourglass_empty: {plain(turn.status.text)}\u2026")
 
 
-def show_details(details: Details, text: str) -> None:
-    """Every figure of an answer, and its text to copy."""
+def copy_button(key: str, text: str) -> None:
+    """Draw a button that copies a text; keyboard.js does it in the browser, without a run of the page."""
+    with st.container(key=f"copied-{key}", width="content"):
+        st.button("Copy", icon=":material/content_copy:", type="tertiary", help="Copy this answer", key=f"copy-{key}")
+        st.html(f'<span data-copied="{escape(text)}"></span>')
+
+
+def show_details(details: Details) -> None:
+    """Show every figure of an answer."""
     if details.notice:
         st.caption(plain(details.notice))
     rows = [f"| {plain(name)} | {plain(value)} |" for name, value in details.table]
     if rows:
         st.markdown("\n".join([rows[0], "|---|---|", *rows[1:]]))
-    st.code(text, language=None, wrap_lines=True)

@@ -1,4 +1,5 @@
-// What Streamlit's widgets lack: where typing goes, and a list that makes way on a phone. Added to the document once.
+// What Streamlit's widgets lack: where typing goes, a list that makes way on a phone, a button that copies an answer, and
+// the language of a code block. Added to the document once.
 (() => {
   if (window.torchchatKeyboard) return;
   window.torchchatKeyboard = true;
@@ -27,6 +28,8 @@
   new MutationObserver(() => {
     const scheme = getComputedStyle(document.querySelector(".stApp") ?? document.body).colorScheme;
     if (scheme !== "normal") document.documentElement.style.colorScheme = scheme;
+    for (const code of document.querySelectorAll(".stChatMessage .stCode code[class*=language-]"))
+      code.closest(".stCode").dataset.language = code.className.match(/language-(\S+)/)[1];
     const [newField, newEditor] = [document.querySelector(FIELD), document.querySelector(EDITOR)];
     if (newEditor && newEditor !== editor) focusEditor(newEditor);
     else if (newField && (newField !== field || (editor && !newEditor)) && !focused() && wide()) focusAtEnd(newField);
@@ -40,6 +43,27 @@
     if (event.target.closest?.(TAKES_KEYS) || document.querySelector("[role=dialog]")) return;
     event.stopImmediatePropagation();  // Streamlit has shortcuts of single letters, for those who write pages
     focusAtEnd(message);
+  }, true);
+
+  // Copying needs no run of the page. Pages of another host by http have no clipboard: a selection serves there.
+  async function copy(text) {
+    if (navigator.clipboard) return navigator.clipboard.writeText(text);
+    const field = document.body.appendChild(Object.assign(document.createElement("textarea"), {value: text}));
+    field.select();
+    const done = document.execCommand("copy");
+    field.remove();
+    if (!done) throw new Error("the browser does not copy");
+  }
+
+  document.addEventListener("click", event => {
+    const button = event.target.closest?.("[class*=st-key-copy-] button");
+    const source = button?.closest("[class*=st-key-copied-]")?.querySelector("[data-copied]");
+    if (!source) return;
+    event.stopImmediatePropagation();
+    copy(source.dataset.copied).then(() => {
+      button.dataset.done = "";
+      setTimeout(() => delete button.dataset.done, 1500);
+    });
   }, true);
 
   // A conversation that was chosen is to be seen, and written in.
