@@ -90,15 +90,15 @@ std::vector<Token> TextFormat::encode_disarmed(const std::string& text) const {
         std::ranges::copy_if(ids, std::back_inserter(found), [&](Token token) { return tokenizer->is_control(token); });
         if (found == expected) return ids;
     }
-    std::vector<Token> apart;  // a message held the text of a control token, or normalisation made one
+    std::vector<PromptPart> prompt;  // a message contains the text of a control token, or normalization made one
     for (const auto& part : parts) {
         if (part.is_word) {
-            apart.push_back(numbered[static_cast<std::size_t>(part.token)].second);
+            prompt.emplace_back(numbered[static_cast<std::size_t>(part.token)].second);
         } else {
-            std::ranges::copy(tokenizer->encode(armed(part.text), false), std::back_inserter(apart));
+            prompt.emplace_back(armed(part.text));
         }
     }
-    return apart;
+    return tokenizer->encode_parts(prompt);
 }
 
 void Conversation::set_system(std::string_view text) {

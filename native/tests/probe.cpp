@@ -47,7 +47,9 @@ class Tokenizers {
     json encode_disarmed(const json& question) const {
         json all = json::array();
         for (const auto& text : question.at("texts")) {
-            all.push_back(format_.encode_disarmed("[" + format_.disarmed(text.get_ref<const std::string&>()) + "]"));
+            all.push_back(format_.encode_disarmed(question.value("before", "[") +
+                                                  format_.disarmed(text.get_ref<const std::string&>()) +
+                                                  question.value("after", "]")));
         }
         return all;
     }

@@ -266,7 +266,7 @@ def test_words_say_what_the_other_side_is() -> None:
     (("embedded", "compile", "eager"), 2, "are both a executor"),
     (("embedded", "no-such-model/at-all.pte"), 1, "no file"),
     (("embedded", "--all", "--quantize", "cpu"), 2, "leave --quantize out"),
-    (("embedded", "bf16", "--min-top-1", "101"), 2, "0<=x<=100"),
+    (("embedded", "bf16", "--min-top-1", "101"), 2, "expected a number, 0 to 100"),
 ])
 def test_wrong_words_are_told(arguments: tuple[str, ...], code: int, message: str, torchchat: Run) -> None:
     done = torchchat("verify", *arguments)

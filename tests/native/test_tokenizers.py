@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+import tokenizers.decoders
+import tokenizers.models
+import tokenizers.pre_tokenizers
 from probing import Probe, ProbeError
 
 from torchchat_core.conversation import _disarmed, encode_disarmed
@@ -105,6 +109,53 @@ def test_control_tokens_in_messages_are_ordinary_text_as_in_python(path: str, te
     strings = [f"a{name}b" for name in names] + ["plain", "".join(names)] + texts(50, seed=3)
     expected = [encode_disarmed(f"[{_disarmed(text, tokenizer)}]", tokenizer) for text in strings]
     assert probe.ask("encode_disarmed", texts=strings) == expected
+
+
+def metaspace(folder: Path) -> Path:
+    """A tokenizer.json as `transformers` saves SentencePiece models with "legacy": false; </s> takes white space."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581[]/INSTabcdefghijklmno<>"]
+    vocab = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    steps = tokenizers.decoders
+    made.decoder = steps.Sequence([steps.Metaspace(prepend_scheme="first"), steps.ByteFallback(), steps.Fuse()])
+    made.add_tokens([tokenizers.AddedToken("abc"), tokenizers.AddedToken("s>x", normalized=False)])
+    made.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False, rstrip=text == "</s>")
+                             for text in ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")])
+    made.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", ["tokenizers/mistral-v3/tokenizer.model", "tokenizers/llama2/tokenizer.model",
+                                  "tinyllamas/stories260K/tok512.model", "metaspace"])
+def test_control_tokens_in_messages_change_no_token_around_them_as_in_python(
+        name: str, legacy: bool, testdata: Path, tmp_path: Path, probe: Probe) -> None:
+    path = metaspace(tmp_path) if name == "metaspace" else tmp_path / "tokenizer.model"
+    if name != "metaspace":
+        path.write_bytes((testdata / name).read_bytes())
+    flags = {"normalized": False, "single_word": False}
+    settings: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "legacy": legacy}
+    if name.startswith("tinyllamas"):  # tokens in small files, some of which take white space or are text
+        settings["added_tokens_decoder"] = {
+            "514": {"content": "[/INST]", "special": True, "lstrip": True, "rstrip": True, **flags},
+            "515": {"content": "tool", "special": False, "lstrip": False, "rstrip": True, **flags}}
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 512, "[INST]": 513}), "utf-8")
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "[/INST]"}), "utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    tokenizer = python_tokenizer(path)
+    reader: Any = HuggingFaceReader() if path.suffix == ".json" else SentencePieceReader()
+    (tmp_path / "alone").mkdir()
+    for file, data in reader.standalone(path, settings).items():
+        (tmp_path / "alone" / file).write_bytes(data)
+    found = probe.ask("open", files=files_of(tmp_path / "alone" / path.name))
+    assert found["special_tokens"] == dict(tokenizer.special_tokens)
+    assert (found["bos_id"], found["eos_id"]) == (tokenizer.bos_id, tokenizer.eos_id)
+    strings = ["Use <s>old</s> tags", " </s> x", "a", "[INST]", "abcs>x </s>s>xtool  b", "<|im_start|> [/INST] tool",
+               *texts(50, seed=4)]
+    before, after = "<s>[INST] ", " [/INST] </s>\u2003 b</s>[INST] tool [/INST]"
+    expected = [encode_disarmed(f"{before}{_disarmed(text, tokenizer)}{after}", tokenizer) for text in strings]
+    assert probe.ask("encode_disarmed", texts=strings, before=before, after=after) == expected
 
 
 # What real models' files have beside the byte-level BPE above: one entry each.

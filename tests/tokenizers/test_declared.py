@@ -104,6 +104,8 @@ DECLARED: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = [
         "eos_token": ADDED, "pad_token": {**ADDED, "content": START}}}),
     ("added_tokens.json", removed, {}, {"added_tokens.json": BOTH}),
     ("added_tokens.json and names", removed, {}, {"added_tokens.json": BOTH, "special_tokens_map.json": MAP}),
+    ("a list that replaces the flags of a name", moved, {"extra_special_tokens": [START, END]}, {
+        "special_tokens_map.json": {"eos_token": {**ADDED, "lstrip": True, "rstrip": True}}}),
     ("a padding token before the others", removed, {"extra_special_tokens": [START, END], "pad_token": START}, {}),
 ]
 

@@ -23,6 +23,8 @@ from torchchat_core.tokenizers.declared import (
 )
 
 SPACE = "\u2581"  # stands for a space inside pieces
+# What tokens take that are declared with "lstrip" or "rstrip": Unicode's property White_Space.
+WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 # In the wire format, fields that come later override those before: normalizer_spec.add_dummy_prefix = false.
 NO_PREFIX = b"\x1a\x02\x18\x00"
 
@@ -159,8 +161,8 @@ class SentencePieceTokenizer(ByteTokenizer):
                 ids.append(part)
                 prefix = self._prefix_after_control or part == self.bos_id
                 continue
-            text = part.lstrip() if before in self._strips_right else part
-            text = text.rstrip() if after in self._strips_left else text
+            text = part.lstrip(WHITE_SPACE) if before in self._strips_right else part
+            text = text.rstrip(WHITE_SPACE) if after in self._strips_left else text
             if text:
                 ids += self._encode_ordinary(text, prefix)
         return ids

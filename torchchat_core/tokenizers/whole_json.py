@@ -69,6 +69,7 @@ class _AddedTable:
         self._content, self._path = content, path
         self.entries = {entry["content"]: dict(entry) for entry in content.get("added_tokens") or ()}
         self.without_row: set[str] = set()  # new tokens that are known by a name alone
+        self._named: set[str] = set()  # new tokens without a stated id: a later declaration replaces their flags
 
     @functools.cached_property
     def _ids(self) -> dict[str, int]:
@@ -97,14 +98,22 @@ class _AddedTable:
             if declared.token not in (None, token):
                 raise TorchchatError(f"{file} next to {self._path} gives the token {quoted(declared.content)} the id "
                                      f"{declared.token}; {self._path.name} gives it {token}", FIX)
-            flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": not declared.special}
-            entry = {"id": token, "content": declared.content, **flags, **declared.flags}
+            entry = {"id": token, "content": declared.content, **self._flags(declared)}
             self.entries[declared.content] = entry
+            if declared.token is None:
+                self._named.add(declared.content)
         elif declared.token is not None:
             entry.update(declared.flags)
+        elif declared.content in self._named:
+            entry.update(self._flags(declared))
         if not declared.by_name_alone:
             self.without_row.discard(declared.content)
         entry["special"] = bool(entry.get("special")) or declared.special
+
+    @staticmethod
+    def _flags(declared: Declared) -> dict[str, bool]:
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": not declared.special}
+        return {**flags, **declared.flags}
 
     @functools.cached_property
     def _next_id(self) -> int:

@@ -98,4 +98,23 @@ bool is_space(char32_t code) {
            code == 0x3000;
 }
 
+std::size_t spaces_at_start(std::string_view text) {
+    std::size_t size = 0;
+    while (size < text.size()) {
+        const std::string_view character = text.substr(size, character_size(text[size]));
+        if (!is_space(code_point(character))) break;
+        size += character.size();
+    }
+    return size;
+}
+
+std::size_t without_spaces_at_end(std::string_view text) {
+    std::size_t end = 0, at = 0;
+    for (const std::string_view character : characters(text)) {
+        at += character.size();
+        if (!is_space(code_point(character))) end = at;
+    }
+    return end;
+}
+
 }  // namespace torchchat

@@ -25,25 +25,6 @@ bool starts_with_word(std::string_view text) {
     return is_word_character(text.substr(0, character_size(text[0])));
 }
 
-std::size_t spaces_at_start(std::string_view text) {
-    std::size_t size = 0;
-    while (size < text.size()) {
-        const std::string_view character = text.substr(size, character_size(text[size]));
-        if (!is_space(code_point(character))) break;
-        size += character.size();
-    }
-    return size;
-}
-
-std::size_t without_spaces_at_end(std::string_view text) {
-    std::size_t end = 0, at = 0;
-    for (const std::string_view character : characters(text)) {
-        at += character.size();
-        if (!is_space(code_point(character))) end = at;
-    }
-    return end;
-}
-
 AddedToken read_token(const nlohmann::json& entry) {
     const nlohmann::json* content = member(entry, "content");
     if (content == nullptr || !content->is_string()) {
@@ -86,20 +67,39 @@ AddedVocabulary::AddedVocabulary(const nlohmann::json* declared, const BpeModel&
 }
 
 std::vector<AddedVocabulary::Part> AddedVocabulary::split(std::string_view text, bool special) const {
+    return split(text, special, {});
+}
+
+std::vector<AddedVocabulary::Part> AddedVocabulary::split(std::span<const PromptPart> parts) const {
+    std::string text;
+    std::vector<Given> given;
+    for (const PromptPart& part : parts) {
+        if (const Token* token = std::get_if<Token>(&part)) {
+            given.push_back({text.size(), *token});
+            text += tokens_[by_id_.at(*token)].content;
+        } else {
+            text += well_formed(std::get<std::string>(part));
+        }
+    }
+    return split(text, false, given);
+}
+
+std::vector<AddedVocabulary::Part> AddedVocabulary::split(std::string_view text, bool special,
+                                                          std::span<const Given> given) const {
     std::vector<Part> result;
-    for (Part& part : cut(text, true, raw_, special)) {
+    for (Part& part : cut(text, true, raw_, special, given)) {
         if (part.is_token) {
             result.push_back(std::move(part));
             continue;
         }
         const std::string normalised = normalizer_ ? normalizer_(std::move(part.text)) : std::move(part.text);
-        for (Part& inner : cut(normalised, part.at_start, normalised_, special)) result.push_back(std::move(inner));
+        for (Part& inner : cut(normalised, part.at_start, normalised_, special, {})) result.push_back(std::move(inner));
     }
     return result;
 }
 
 std::vector<AddedVocabulary::Part> AddedVocabulary::cut(std::string_view text, bool at_start, const Splitter& words,
-                                                        bool special) const {
+                                                        bool special, std::span<const Given> given) const {
     std::vector<Part> parts;
     std::size_t begin = 0;
     const auto close = [&](std::size_t end) {
@@ -107,17 +107,21 @@ std::vector<AddedVocabulary::Part> AddedVocabulary::cut(std::string_view text, b
             parts.push_back({std::string(text.substr(begin, end - begin)), at_start && begin == 0, false, 0});
     };
     for (std::size_t at = 0; at < text.size();) {
-        const Splitter::Word* word = words.find_at(text, at);
-        if (word == nullptr) {
+        const bool is_given = !given.empty() && at == given.front().at;
+        const Splitter::Word* word = is_given ? nullptr : words.find_at(text, at);
+        const bool is_whole = word != nullptr && (given.empty() || at + word->first.size() <= given.front().at);
+        if (!is_given && !is_whole) {
             at += character_size(text[at]);
             continue;
         }
-        const AddedToken& added = tokens_[by_id_.at(word->second)];
-        std::size_t start = at, stop = at + word->first.size();
+        const AddedToken& added = tokens_[by_id_.at(is_given ? given.front().token : word->second)];
+        std::size_t start = at, stop = at + (is_given ? added.content.size() : word->first.size());
         at = stop;
-        if (added.special && !special) continue;
-        if (added.single_word && ((start > 0 && ends_with_word(text.substr(0, start))) ||
-                                  (stop < text.size() && starts_with_word(text.substr(stop))))) {
+        if (is_given) given = given.subspan(1);
+        if (added.special && !special && !is_given) continue;
+        if (!is_given && added.single_word &&
+            ((start > 0 && ends_with_word(text.substr(0, start))) ||
+             (stop < text.size() && starts_with_word(text.substr(stop))))) {
             continue;
         }
         if (added.takes_left) start = std::max(without_spaces_at_end(text.substr(0, start)), begin);

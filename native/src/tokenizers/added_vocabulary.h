@@ -2,6 +2,7 @@
 #pragma once
 
 #include <nlohmann/json_fwd.hpp>
+#include <span>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -10,6 +11,7 @@
 #include "tokenizers/bpe_model.h"
 #include "tokenizers/json_steps.h"
 #include "tokenizers/splitter.h"
+#include "tokenizers/tokenizer.h"
 
 namespace torchchat {
 
@@ -35,10 +37,20 @@ class AddedVocabulary {
     // The text cut at added tokens; at special ones where asked for.
     std::vector<Part> split(std::string_view text, bool special) const;
 
+    // The same of a text that is given in parts: cut at the control tokens that are given as such, and at no others.
+    std::vector<Part> split(std::span<const PromptPart> parts) const;
+
     const std::vector<AddedToken>& tokens() const { return tokens_; }
 
   private:
-    std::vector<Part> cut(std::string_view text, bool at_start, const Splitter& words, bool special) const;
+    struct Given {
+        std::size_t at;  // byte of the text where the token's content stands
+        Token token;
+    };
+
+    std::vector<Part> split(std::string_view text, bool special, std::span<const Given> given) const;
+    std::vector<Part> cut(std::string_view text, bool at_start, const Splitter& words, bool special,
+                          std::span<const Given> given) const;
 
     std::vector<AddedToken> tokens_;
     std::unordered_map<Token, std::size_t> by_id_;

@@ -80,18 +80,21 @@ class SentencePieceTokenizer final : public Tokenizer {
     }
 
     std::vector<Token> encode(std::string_view raw, bool special) const override {
-        const std::string text = well_formed(raw);
-        std::vector<Token> ids;
-        bool prefix = true;
-        for (const auto& part : (special ? at_all_ : at_texts_).split(text)) {
-            if (part.is_word) {
-                ids.push_back(part.token);
-                prefix = prefix_after_control_ || part.token == bos_id;
+        std::vector<PromptPart> parts;
+        cut(raw, special ? at_all_ : at_texts_, parts);
+        return encode_cut(parts);
+    }
+
+    std::vector<Token> encode_parts(std::span<const PromptPart> given) const override {
+        std::vector<PromptPart> parts;
+        for (const PromptPart& part : given) {
+            if (const auto* text = std::get_if<std::string>(&part)) {
+                cut(*text, at_texts_, parts);
             } else {
-                encode_ordinary(part.text, prefix, ids);
+                parts.push_back(part);
             }
         }
-        return ids;
+        return encode_cut(parts);
     }
 
     std::string token_bytes(Token token) const override {
@@ -103,6 +106,40 @@ class SentencePieceTokenizer final : public Tokenizer {
     }
 
   private:
+    static void cut(std::string_view raw, const Splitter& splitter, std::vector<PromptPart>& parts) {
+        const std::string text = well_formed(raw);
+        for (const auto& part : splitter.split(text)) {
+            if (part.is_word) {
+                parts.emplace_back(part.token);
+            } else {
+                parts.emplace_back(std::string(part.text));
+            }
+        }
+    }
+
+    std::vector<Token> encode_cut(std::span<const PromptPart> parts) const {
+        std::vector<Token> ids;
+        bool prefix = true;
+        for (std::size_t at = 0; at < parts.size(); ++at) {
+            if (const Token* token = std::get_if<Token>(&parts[at])) {
+                ids.push_back(*token);
+                prefix = prefix_after_control_ || *token == bos_id;
+                continue;
+            }
+            const auto is_one_of = [](const PromptPart& part, const std::set<Token>& tokens) {
+                const Token* token = std::get_if<Token>(&part);
+                return token != nullptr && tokens.contains(*token);
+            };
+            std::string_view text = std::get<std::string>(parts[at]);
+            if (at > 0 && is_one_of(parts[at - 1], strips_right_)) text.remove_prefix(spaces_at_start(text));
+            if (at + 1 < parts.size() && is_one_of(parts[at + 1], strips_left_)) {
+                text = text.substr(0, without_spaces_at_end(text));
+            }
+            if (!text.empty()) encode_ordinary(text, prefix, ids);
+        }
+        return ids;
+    }
+
     Token size() const { return static_cast<Token>(bytes_.size()); }
 
     void collect(const std::map<Token, AddedText>& added, std::map<std::string, Token, std::less<>>& texts) {
@@ -112,9 +149,14 @@ class SentencePieceTokenizer final : public Tokenizer {
         for (const auto& [token, entry] : added) {
             if (entry.is_control && token != library_->unk_id()) special_tokens.insert_or_assign(entry.text, token);
             if (token >= size()) added_.emplace(token, entry.text);
+            if (entry.strips_left) strips_left_.insert(token);
+            if (entry.strips_right) strips_right_.insert(token);
         }
-        for (const auto& [token, text] : added_) {
-            if (!special_tokens.contains(text)) texts.insert_or_assign(text, token);
+        for (const auto& [token, entry] : added) {
+            if (!entry.is_control && token != library_->unk_id() && !entry.text.empty() &&
+                !special_tokens.contains(entry.text)) {
+                texts.insert_or_assign(entry.text, token);
+            }
         }
         vocab_size = (added_.empty() ? size() - 1 : std::max(size() - 1, added_.rbegin()->first)) + 1;
     }
@@ -155,6 +197,7 @@ class SentencePieceTokenizer final : public Tokenizer {
     std::unique_ptr<Library> library_, without_prefix_;
     std::vector<std::string> bytes_;
     std::map<Token, std::string> names_, added_;
+    std::set<Token> strips_left_, strips_right_;  // tokens that take the white space next to them
     Splitter at_all_, at_texts_;
     Splitter found_by_library_;  // control tokens that are declared as pieces, which the library finds in any text
     bool wants_prefix_ = true, prefix_after_control_ = false;

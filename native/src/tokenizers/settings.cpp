@@ -35,7 +35,8 @@ std::map<Token, AddedText> added_tokens(const nlohmann::json& settings) {
         if (!is_id(key) || content == nullptr || !content->is_string()) {
             throw Error("added_tokens_decoder has " + shown(key) + ": it maps token ids to objects with \"content\"");
         }
-        found.emplace(std::stoi(key), AddedText{content->get<std::string>(), flag(value, "special", false)});
+        found.emplace(std::stoi(key), AddedText{content->get<std::string>(), flag(value, "special", false),
+                                                flag(value, "lstrip", false), flag(value, "rstrip", false)});
     }
     return found;
 }
@@ -47,7 +48,7 @@ std::map<Token, AddedText> legacy_added_tokens(const nlohmann::json& content) {
         if (token < 0 || token >= 1'000'000'000) {
             throw Error("added_tokens.json has " + shown(text) + ": it maps texts to token ids");
         }
-        found[static_cast<Token>(token)] = {text, true};
+        found[static_cast<Token>(token)] = {.text = text, .is_control = true};
     }
     return found;
 }

@@ -1,5 +1,7 @@
 #include "tokenizers/tokenizer.h"
 
+#include <algorithm>
+#include <iterator>
 #include <nlohmann/json.hpp>
 
 #include "error.h"
@@ -19,6 +21,18 @@ nlohmann::json optional_object(const TokenizerFiles& files, std::string_view nam
 }
 
 }  // namespace
+
+std::vector<Token> Tokenizer::encode_parts(std::span<const PromptPart> parts) const {
+    std::vector<Token> ids;
+    for (const PromptPart& part : parts) {
+        if (const Token* token = std::get_if<Token>(&part)) {
+            ids.push_back(*token);
+        } else {
+            std::ranges::copy(encode(std::get<std::string>(part), false), std::back_inserter(ids));
+        }
+    }
+    return ids;
+}
 
 std::string Tokenizer::decode(std::span<const Token> ids) const {
     TextStream stream(*this, true);

@@ -9,12 +9,16 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <variant>
 #include <vector>
 
 #include "text/utf8.h"
 #include "torchchat/torchchat.h"
 
 namespace torchchat {
+
+// A part of a prompt: ordinary text, or a control token.
+using PromptPart = std::variant<std::string, Token>;
 
 // Ids are whole numbers from 0 to `vocab_size` - 1. The same for every tokenizer as `ByteTokenizer` in Python.
 class Tokenizer {
@@ -28,6 +32,10 @@ class Tokenizer {
 
     // Ids of `text`, without BOS or EOS. With `special`, the texts of control tokens become their ids.
     virtual std::vector<Token> encode(std::string_view text, bool special) const = 0;
+    // Ids of a text that is given in parts: each part gets the ids that it has in `encode(text, true)` of the whole,
+    // and the names of control tokens in it are ordinary text. This one suits tokenizers whose parts do not depend on
+    // those next to them.
+    virtual std::vector<Token> encode_parts(std::span<const PromptPart> parts) const;
     // The bytes that one token adds to a text; for control tokens their name. Throws for an id outside the vocabulary.
     virtual std::string token_bytes(Token token) const = 0;
 

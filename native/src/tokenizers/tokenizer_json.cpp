@@ -82,8 +82,24 @@ class JsonTokenizer final : public Tokenizer {
     }
 
     std::vector<Token> encode(std::string_view text, bool special) const override {
+        return encode_split(added_.split(well_formed(text), special));
+    }
+
+    std::vector<Token> encode_parts(std::span<const PromptPart> parts) const override {
+        return encode_split(added_.split(parts));
+    }
+
+    std::string token_bytes(Token token) const override {
+        check(token);
+        const auto piece = pieces_.find(token);
+        if (piece == pieces_.end()) return std::string(replacement);
+        return is_control(token) ? contents_.at(token) : reader_.bytes(piece->second);
+    }
+
+  private:
+    std::vector<Token> encode_split(std::vector<AddedVocabulary::Part> parts) const {
         std::vector<Token> ids;
-        for (auto& part : added_.split(well_formed(text), special)) {
+        for (auto& part : parts) {
             if (part.is_token) {
                 ids.push_back(part.token);
                 continue;
@@ -95,14 +111,6 @@ class JsonTokenizer final : public Tokenizer {
         return ids;
     }
 
-    std::string token_bytes(Token token) const override {
-        check(token);
-        const auto piece = pieces_.find(token);
-        if (piece == pieces_.end()) return std::string(replacement);
-        return is_control(token) ? contents_.at(token) : reader_.bytes(piece->second);
-    }
-
-  private:
     std::optional<Token> find(const std::optional<std::string>& text) const {
         if (!text) return std::nullopt;
         for (const AddedToken& token : added_.tokens()) {
