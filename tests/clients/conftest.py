@@ -69,7 +69,7 @@ def address(testdata: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="session")
 def drive(address: str) -> Callable[..., str]:
-    """`drive(environment, driver, *arguments)`: the output of a driver that talks to the server."""
+    """`drive(environment, driver, *arguments)`: the last line that is printed by a driver that talks to the server."""
 
     def run(environment: str, driver: str, *arguments: str) -> str:
         python = ENVIRONMENTS / environment / "bin" / "python"
@@ -80,6 +80,6 @@ def drive(address: str) -> Callable[..., str]:
                               env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"),
                                    "LITELLM_LOCAL_MODEL_COST_MAP": "True", "OPENAI_AGENTS_DISABLE_TRACING": "1"})
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-        return done.stdout
+        return done.stdout.splitlines()[-1]  # litellm prints lines of its own before
 
     return run
