@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from torchchat_core.chat_template import ChatTemplate
+from torchchat_core.template_limits import stopped
 from torchchat_core.tool_calls import (
     FUNCTION_JSON,
     GRANITE,
@@ -189,6 +190,19 @@ def test_a_form_that_does_not_read_its_templates_call_is_not_used(source: str, f
                                                                   null_content: bool) -> None:
     profile = profile_of(source)
     assert (profile.form, profile.text_arguments, profile.null_content) == (form, text_arguments, null_content)
+
+
+def test_a_template_that_never_ends_is_not_tried_in_all_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate("{{ tools }}", bos_token=None, eos_token=None)
+    tries: list[object] = []
+
+    def render(_self: ChatTemplate, messages: object, **_variables: Any) -> str:
+        tries.append(messages)
+        raise stopped("it took too long")
+
+    monkeypatch.setattr(ChatTemplate, "render", render)
+    assert tool_profile(template).form is tool_profile(template).form is None
+    assert len(tries) <= 3
 
 
 def test_ids_get_the_form_that_a_template_demands() -> None:

@@ -192,10 +192,14 @@ def limited(given: int = 0) -> Iterator[None]:
         _budget.reset(token)
 
 
-def stopped(reason: str) -> TorchchatError:
-    """The error of a template that went too far."""
-    return TorchchatError(f"the chat template was stopped: {reason}",
-                          "a template of the model's own makers does not; get the model from them")
+class TemplateStoppedError(TorchchatError):
+    """A template went beyond a limit: it took too long or too much memory, or reached for what is not its own."""
+
+
+def stopped(reason: str) -> TemplateStoppedError:
+    """Return the error of a template that went too far."""
+    return TemplateStoppedError(f"the chat template was stopped: {reason}",
+                                "a template of the model's own makers does not; get the model from them")
 
 
 def _end_of_key(text: str, start: int) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torchchat_core.chat_template import ChatTemplate
 from torchchat_core.errors import TorchchatError
+from torchchat_core.template_limits import TemplateStoppedError
 from torchchat_core.tool_calls import (
     FORMS,
     FUNCTION_JSON,
@@ -38,6 +39,7 @@ FUNCTION = {"type": "function", "function": {"name": "probe_of_calls", "descript
                                      "count": {"type": "integer", "description": "A number."}},
     "required": ["text", "count"]}}}
 NAME = "probe_of_calls"
+MOST_STOPPED = 3
 _profiles: weakref.WeakKeyDictionary[ChatTemplate, ToolProfile] = weakref.WeakKeyDictionary()
 _random = random.Random()  # ids are no secrets
 
@@ -80,11 +82,18 @@ def _probed(template: ChatTemplate) -> ToolProfile:
     if "tool" not in template.source + (template.tool_source or ""):
         return ToolProfile()
     written: list[tuple[ToolProfile, str]] = []
+    stopped = 0
     for profile, messages in _conversations():
-        text = _rendered(template, messages, add_generation_prompt=False)
+        try:
+            text = _rendered(template, messages, add_generation_prompt=False)
+            question = _rendered(template, messages[:1], add_generation_prompt=True) or ""
+        except TemplateStoppedError:  # each of them can take as long as a template may
+            stopped += 1
+            if stopped == MOST_STOPPED:
+                break
+            continue
         if text is None:
             continue
-        question = _rendered(template, messages[:1], add_generation_prompt=True) or ""
         answer = text[_shared(text, question):]
         form = _form_of(text[text.rfind(QUESTION) + len(QUESTION):], answer)
         if form is not None:
@@ -118,6 +127,8 @@ def _conversations() -> Iterator[tuple[ToolProfile, list[dict[str, Any]]]]:
 def _rendered(template: ChatTemplate, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str | None:
     try:
         return template.render(messages, tools=[FUNCTION], add_generation_prompt=add_generation_prompt)
+    except TemplateStoppedError:
+        raise
     except TorchchatError:
         return None
 
