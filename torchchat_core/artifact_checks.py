@@ -51,6 +51,7 @@ def check_all(artifact: Artifact) -> None:
         with contextlib.suppress(OSError, TorchchatError):  # then it is compared again the next time
             make_folder(record.parent)
             write_whole(record, json.dumps(before))
+            record.chmod(0o600)
 
 
 def _remembered(artifact: Artifact) -> bool:

@@ -1,7 +1,7 @@
 """Exported files that stand alone: a runtime's own file, and behind or in it our entries, as docs/artifacts.md says.
 
 `write_artifact` puts them there, `open_artifact` reads them. A file is a stranger's until its manifest, its digests and
-the machine that it was made for have been looked at; an AOTInductor file is a program all the same, and runs as one.
+the machine that it was made for have been looked at; every such file is a program all the same, and runs as one.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def _identity(path: Path, files: ModelFiles, request: ModelRequest) -> list[str 
 
 
 def _versions(distribution: str) -> dict[str, str]:
-    """Of the distribution, of what it needs, and of core."""
+    """Return the versions of a distribution, of what it needs, of core and of PyTorch."""
     try:
         needed = [re.split(r"[^A-Za-z0-9._-]", text, maxsplit=1)[0]
                   for text in importlib.metadata.requires(distribution) or ()]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torchchat_core.artifact_checks import check_once
 from torchchat_core.artifacts import Artifact, Manifest, open_artifact
 from torchchat_core.errors import TorchchatError
+from torchchat_core.first_load import remember, try_first
 from torchchat_core.plugins import Registry
 from torchchat_core.quantization.recipe import parse_recipe, stored_recipe
 from torchchat_core.specs import ExecutorInfo, LoadedModel, LoadRequest, ModelFiles
@@ -43,9 +44,11 @@ def open_exported(request: ModelRequest, files: ModelFiles, registry: Registry) 
     if manifest.text is None:
         raise TorchchatError(f"{artifact.path.name} holds no tokenizer", "export it with torchchat export")
     text_format = text_format_of(manifest.text, registry)
+    try_first(artifact, executor.name, registry)
     model: LoadedModel = executor.make().load(
         LoadRequest(device=manifest.target.device, dtype=manifest.dtype, artifact=artifact.path))
     try:
+        remember(artifact)
         yield OpenedModel(name=files.ref.text, model=model, text_format=text_format, executor=executor,
                           max_seq_length=limit, weight_bytes=manifest.weight_bytes,
                           token_bytes=_token_bytes(manifest), schemes=tuple(manifest.schemes), recipe=stored_recipe(

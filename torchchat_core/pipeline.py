@@ -16,6 +16,7 @@ from torchchat_core.artifacts import exported_file
 from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.exporting_once import exported_once
 from torchchat_core.fastest import remembered_executor
+from torchchat_core.first_load import remember_export
 from torchchat_core.models.weights import TORCH_DTYPES, build_model
 from torchchat_core.plugins import Registry
 from torchchat_core.products import reference_of
@@ -164,6 +165,7 @@ def export_model(request: ModelRequest, exporter: ExporterInfo, path: Path, opti
         module=module, path=path, device=device, dtype=dtype, files=files, options=options,
         name=Path(files.ref.text).name, text=text, recipe=_recipe_content(wished, checkpoint), schemes=schemes,
         max_seq_length=limit))
+    remember_export(path)
     return files
 
 

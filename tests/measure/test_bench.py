@@ -21,8 +21,8 @@ from torchchat_core.measure.bandwidth import read_speed
 from torchchat_core.measure.benchmark import Failed, Row, fastest, passed_over, ways
 from torchchat_core.measure.benchmark_plot import draw_png, html_page
 from torchchat_core.measure.benchmark_report import as_csv, as_json, table_lines
-from torchchat_core.measure.processes import in_own_process, request_arguments, request_of
 from torchchat_core.measure.rates import Rate, Rates, Spread
+from torchchat_core.own_process import in_own_process, request_arguments, request_of
 from torchchat_core.pipeline import ModelRequest, open_model
 from torchchat_core.plugins import load_registry
 from torchchat_core.products import reference_of

@@ -19,10 +19,10 @@ import torch
 from torchchat_core.artifacts import exported_file, open_artifact
 from torchchat_core.errors import TorchchatError
 from torchchat_core.measure.bandwidth import read_speed
-from torchchat_core.measure.processes import in_own_process, request_arguments, request_of
 from torchchat_core.measure.rates import NEW_TOKENS, PROMPT_TOKENS, REPEATS, Rate, Rates, Spread, measure_rates
 from torchchat_core.measure.text import OWN_TEXT
 from torchchat_core.memory import peak_rss_bytes
+from torchchat_core.own_process import in_own_process, request_arguments, request_of
 from torchchat_core.pipeline import ModelRequest, OpenedModel, fetch_files, open_model
 from torchchat_core.plugins import Registry
 from torchchat_core.products import reference_of

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from torchchat_core.errors import TorchchatError
-from torchchat_core.measure.processes import in_own_process, request_arguments, request_of
 from torchchat_core.measure.text import measured_text
 from torchchat_core.measure.verdict import as_json
 from torchchat_core.measure.verifying import another, verify
+from torchchat_core.own_process import in_own_process, request_arguments, request_of
 from torchchat_core.pipeline import ModelRequest, choose_device, choose_dtype, export_model, has_device
 from torchchat_core.plugins import Registry
 from torchchat_core.specs import DEVICES, DTYPES, ExecutorInfo, ExporterInfo

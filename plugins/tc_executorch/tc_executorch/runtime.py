@@ -18,6 +18,7 @@ import torch
 
 from tc_executorch.machine import serial_products_in_pool
 from torchchat_core.errors import TorchchatError
+from torchchat_core.first_load import in_first_load
 
 _standard_error = threading.RLock()  # the process has one, which two threads must not exchange at a time
 REINSTALL = "pip install --force-reinstall tc-executorch"
@@ -57,9 +58,13 @@ def _library(folder: str, name: str) -> Path:
 def messages() -> Iterator[list[str]]:
     """What ExecuTorch writes to standard error inside the block, by lines, in place of showing it.
 
-    Some of it comes by way of Python's own stream, some past it.
+    Some of it comes by way of Python's own stream, some past it. In a process that only tries whether a file loads,
+    everything is shown, since it may be the last that the process says.
     """
     lines: list[str] = []
+    if in_first_load():
+        yield lines
+        return
     said = io.StringIO()
     with _standard_error, tempfile.TemporaryFile() as file:
         before = os.dup(2)

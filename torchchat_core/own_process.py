@@ -1,4 +1,4 @@
-"""Measuring in a process of its own, so that one crash or one full memory costs one row.
+"""Work in a process of its own, so that a crash or a full memory costs that work alone.
 
 A task is a function of `(registry, **arguments)` with plain arguments that returns a plain object (what JSON can say).
 """
@@ -27,19 +27,29 @@ if TYPE_CHECKING:
 Found = dict[str, Any]
 
 
-def in_own_process(task: str, arguments: Mapping[str, Any], registry: Registry) -> Found:
+class ProcessEnded(TorchchatError):
+    """The process ended, or was ended, before its task was done."""
+
+
+def in_own_process(task: str, arguments: Mapping[str, Any], registry: Registry, *, timeout: float | None = None,
+                   environment: Mapping[str, str] | None = None) -> Found:
     """What the task "package.module:function" returns in a new process with the same plugins.
 
-    Raises the `TorchchatError` that it raises, and one that says how the process ended where it did not live to tell.
+    `timeout` is in seconds; `environment` is added to ours. Raises the `TorchchatError` that the task raises, and
+    `ProcessEnded`, which says how the process ended, where it did not live to tell.
     """
     disabled = [plugin.qualified_name for plugin in registry.plugins if plugin.state == "disabled"]
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         order = {"task": task, "arguments": dict(arguments), "disabled": disabled, "result": str(result)}
-        done = subprocess.run([sys.executable, "-P", "-m", __name__], input=json.dumps(order).encode(), check=False,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=_environment())
+        try:
+            done = subprocess.run([sys.executable, "-P", "-m", __name__], input=json.dumps(order).encode(), check=False,
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=timeout,
+                                  env={**_environment(), **(environment or {})})
+        except subprocess.TimeoutExpired:
+            raise ProcessEnded(f"the process was ended after {timeout:g} s") from None
         if not result.exists():
-            raise TorchchatError(_end(done))
+            raise ProcessEnded(_end(done))
         told: Found = json.loads(result.read_text(encoding="utf-8"))
     if "error" in told:
         raise TorchchatError(told["error"], told["fix"])

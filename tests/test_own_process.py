@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from torchchat_core.measure.processes import in_own_process
+from torchchat_core.own_process import in_own_process
 from torchchat_core.plugins import load_registry
 
 
