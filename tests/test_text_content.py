@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from torchchat_core.conversation import encode_plain, render
+from torchchat_core.errors import TorchchatError
 from torchchat_core.exporting_once import _paths
 from torchchat_core.pipeline import ModelRequest, fetch_files
 from torchchat_core.plugins import Registry, load_registry
@@ -141,6 +142,16 @@ def test_a_named_template_of_its_own_file_is_for_conversations_with_tools(
         transformers = pytest.importorskip("transformers")
         reference = transformers.PreTrainedTokenizerFast.from_pretrained(files.root)
         assert with_tools == reference.apply_chat_template(messages, tools=[TOOL], tokenize=False)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "tool_use.jinja is empty"), (b"\xff", "tool_use.jinja is not UTF-8"), (b"a" * 70_000, "'tool_use' has 70000"),
+    (b"{% if %}", "'tool_use' is wrong in line 1")])
+def test_a_damaged_named_template_is_named(content: bytes, message: str, changed: Changed, registry: Registry) -> None:
+    files = with_named_templates(changed("hf/TinyStories-656K"), registry)
+    (files.root / "additional_chat_templates/tool_use.jinja").write_bytes(content)
+    with pytest.raises(TorchchatError, match=message):
+        read_text_format(files, registry, 2048)
 
 
 def test_a_cached_export_is_made_anew_when_a_small_file_changes(changed: Changed, registry: Registry) -> None:

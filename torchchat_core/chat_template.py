@@ -46,7 +46,7 @@ class ChatTemplate:
         self.bos_token = bos_token
         self.eos_token = eos_token
         self._template = _compiled(source)
-        self._tool_template = self._template if tool_source is None else _compiled(tool_source)
+        self._tool_template = self._template if tool_source is None else _compiled(tool_source, "tool_use")
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
@@ -132,17 +132,18 @@ def end_tokens(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(ids[0] for ids in found if len(ids) == 1)
 
 
-def _compiled(source: str) -> Template:
+def _compiled(source: str, name: str | None = None) -> Template:
+    what = "the chat template" if name is None else f"the chat template {name!r}"
     if len(source) > LONGEST_SOURCE:
-        raise TorchchatError(f"the chat template has {len(source)} characters; {LONGEST_SOURCE} is the most")
+        raise TorchchatError(f"{what} has {len(source)} characters; {LONGEST_SOURCE} is the most")
     try:
         with limited():
             return chat_environment().template(source)
     except TemplateSyntaxError as error:
-        raise TorchchatError(f"the chat template is wrong in line {error.lineno}: "
+        raise TorchchatError(f"{what} is wrong in line {error.lineno}: "
                              f"{shortened(error.message or '')}") from error
     except Exception as error:  # Python's own limits: nesting of brackets and of blocks
-        raise TorchchatError(f"the chat template cannot be compiled: {type(error).__name__}: "
+        raise TorchchatError(f"{what} cannot be compiled: {type(error).__name__}: "
                              f"{shortened(str(error))}") from error
 
 

@@ -29,8 +29,10 @@ def unnamed_control_tokens(tokenizer: Tokenizer, template: ChatTemplate | None, 
     found = {text: token for text, token in texts.items() if token in end_ids}
     if template is None or not texts.keys() - found.keys():
         return found
-    splitter = Splitter([*texts, *tokenizer.special_tokens])
-    written = {part for text in _conversations(template) for part, is_word in splitter.split(text) if is_word}
+    rendered = list(_conversations(template))
+    present = [name for name in (*texts, *tokenizer.special_tokens) if any(name in text for text in rendered)]
+    splitter = Splitter(present)
+    written = {part for text in rendered for part, is_word in splitter.split(text) if is_word}
     candidates = [text for text in written if text in texts and not WORD.fullmatch(text)]
     sought = list(_sought(template.source)) if candidates else []
     return found | {text: texts[text] for text in sorted(candidates) if not any(text in each for each in sought)}

@@ -204,6 +204,7 @@ DAMAGED: list[tuple[str, Any]] = [
     ("tokenizer_config.json", {"added_tokens_decoder": {"261": "<a>"}}),
     ("tokenizer_config.json", {"added_tokens_decoder": [entry("<a>")]}),
     ("tokenizer_config.json", {"added_tokens_decoder": {"261": entry(LONG)}}),
+    ("tokenizer_config.json", {"extra_special_tokens": ["\ud800"]}), ("added_tokens.json", {"\ud800": 261}),
     ("tokenizer_config.json", {"extra_special_tokens": 7}), ("tokenizer_config.json", {"pad_token": 7}),
 ]
 

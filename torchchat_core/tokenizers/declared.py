@@ -13,6 +13,7 @@ from torchchat_core.small_files import read_json
 
 SETTINGS, NAMES, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 TOKEN_ID = re.compile(r"[0-9]{1,9}")
+SURROGATE = re.compile("[\ud800-\udfff]")
 LARGEST_ID = 10_000_000  # real vocabularies have at most 300 thousand tokens
 MOST_TOKENS = 100_000  # that one of the files declares; real ones declare some thousand
 LONGEST_TOKEN = 1000  # characters
@@ -184,6 +185,8 @@ def _check_text(content: str, key: str, place: str) -> None:
     if len(content) > LONGEST_TOKEN:
         raise TorchchatError(f"{key} in {place} has a token of {len(content)} characters; {LONGEST_TOKEN} is the most",
                              FIX)
+    if SURROGATE.search(content):
+        raise TorchchatError(f"{key} in {place} has the token {quoted(content)}, which is not Unicode text", FIX)
 
 
 def _check_count(entries: Any, key: str, place: str) -> None:
