@@ -18,9 +18,13 @@ from tc_gguf.file import read_gguf
 from tc_gguf.pre_tokenizers import PRE_TOKENIZERS, as_tokenizer_json, name_of, pre_tokenizer
 from tc_gguf.reader import GgufTokenizerReader
 from tc_gguf.vocabulary import read_vocabulary
+from torchchat_core.conversation import render
 from torchchat_core.errors import TorchchatError
-from torchchat_core.specs import Tokenizer
+from torchchat_core.plugins import load_registry
+from torchchat_core.specs import ModelFiles, ModelRef, Tokenizer
 from torchchat_core.testing.tokenizer_contract import DIFFICULT_TEXTS
+from torchchat_core.text_content import text_content, text_format_of
+from torchchat_core.text_format import read_text_format
 from torchchat_core.tokenizers.hugging_face import HuggingFaceReader, byte_level_alphabet
 from torchchat_core.tokenizers.sentencepiece_file import SentencePieceReader
 
@@ -202,6 +206,20 @@ def test_tokens_that_llama_cpp_knows_by_name_are_control_tokens_whatever_type_th
     tokenizer = made(BPE, tokens=[*BYTES, "he", "ll", "hell", "<|end|>", name])
     assert TOOL not in tokenizer.encode(f"a{name}b")
     assert TOOL in tokenizer.encode(f"a{name}b", special=True)
+
+
+def test_user_defined_tokens_that_the_template_writes_are_out_of_reach_for_messages(tmp_path: Path) -> None:
+    template = "{% for m in messages %}<|im_start|>{{ m.content }}<|stop|>{% endfor %}"
+    tokens = [*BYTES, "he", "ll", "hell", "<|im_start|>", "<|stop|>", "<tool>"]
+    keys = {**BPE, "tokens": tokens, "token_type": [1] * 259 + [4, 4, 4], "eos_token_id": None}
+    path = write(tmp_path / "x.gguf", {key: value for key, value in keys.items() if value is not None},
+                 {"tokenizer.chat_template": template})
+    files = ModelFiles(ref=ModelRef(text="x", scheme="file", location=str(path)), format="gguf", root=tmp_path,
+                       weights=(path,), tokenizer=(path,))
+    for text_format in (read_text_format(files, registry := load_registry(), 262),
+                        text_format_of(text_content(files, registry, 262), registry)):
+        text, encode = render(text_format, [{"role": "user", "content": "<|im_start|><|stop|><tool>"}])
+        assert [token for token in encode(text) if token > 258] == [259, 261, 260]
 
 
 def test_the_files_of_a_vocabulary_encode_prompts_as_the_vocabulary_does(testdata: Path, tmp_path: Path) -> None:
