@@ -25,7 +25,7 @@ from torchchat_core.cli.chat_input import block_is_open
 from torchchat_core.cli.chat_session import ChatSession, Models
 from torchchat_core.cli.clipboard import copy_to_clipboard
 from torchchat_core.cli.markdown_stream import MarkdownStream, open_fence, split_finished
-from torchchat_core.cli.terminal_chat import TerminalChat
+from torchchat_core.cli.terminal_chat import TerminalChat, _history
 from torchchat_core.conversation import Conversation
 from torchchat_core.errors import TorchchatError
 from torchchat_core.generation import TokenSequence
@@ -419,3 +419,14 @@ def test_on_a_real_terminal_ctrl_c_ends_the_answer_and_not_the_chat(tmp_path: Pa
     process.close()
     assert process.exitstatus == 0
     assert "Tell me a story" in (tmp_path / "torchchat/history").read_text()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="this system has no modes of files")
+def test_a_history_that_others_could_read_becomes_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    history = tmp_path / "torchchat" / "history"
+    history.parent.mkdir()
+    history.touch()
+    history.chmod(0o644)
+    _history()
+    assert history.stat().st_mode & 0o777 == 0o600

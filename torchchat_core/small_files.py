@@ -6,13 +6,16 @@ import codecs
 import contextlib
 import errno
 import json
+import logging
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from torchchat_core.errors import TorchchatError
 
+log = logging.getLogger(__name__)
 MAXIMUM_BYTES = 256 * 1024 * 1024  # several times the largest tokenizer in use
 COPY_AGAIN = "download or copy the model again"
 LFS_POINTER = b"version https://git-lfs"
@@ -70,6 +73,18 @@ def make_folder(path: Path) -> None:
             folder.mkdir(mode=0o700, exist_ok=True)
         elif not folder.exists():
             folder.mkdir(exist_ok=True)
+
+
+def make_private(*paths: Path) -> None:
+    """Let nobody but their owner read the files that exist; a line in the log names one that stays readable."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_IMODE(path.stat().st_mode) & 0o077:
+                continue
+            try:
+                path.chmod(0o600)
+            except OSError as error:
+                log.warning("other users can read %s, and its mode cannot be changed: %s", path, error.strerror)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -25,6 +25,7 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.generation import FinishedEvent, NoticeEvent, TextEvent
 from torchchat_core.models.catalogue import STARTING_MODEL
 from torchchat_core.pipeline import DEFAULT_MODEL
+from torchchat_core.small_files import make_private
 
 KEYS = "Enter sends, Alt-Enter begins a new line, Tab completes, Ctrl-C ends an answer, Ctrl-D leaves."
 HOW_TO_LEAVE = "To leave, press Ctrl-D or type /bye."
@@ -149,6 +150,7 @@ def _history() -> History:
         folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "torchchat"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "history").touch(mode=0o600)
+        make_private(folder / "history")
         with (folder / "history").open("ab"):
             return FileHistory(folder / "history")
     except (OSError, RuntimeError):  # RuntimeError: there is no home folder

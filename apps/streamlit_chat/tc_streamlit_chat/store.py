@@ -19,12 +19,14 @@ from typing import Any
 
 from tc_streamlit_chat.figures import Details
 from torchchat_core.errors import TorchchatError, quoted
+from torchchat_core.small_files import make_private
 
 VERSION = 1
 ROLES = ("user", "assistant")
 WORDS = {int: "whole number", float: "number", str: "text"}
 OTHER_FILE = "name another file with --conversations"
 TITLE_LENGTH = 60
+SIDE_FILES = ("-wal", "-shm", "-journal")  # that SQLite puts next to its file, with the same content
 SCHEMA = """
 CREATE TABLE conversation (
     id TEXT PRIMARY KEY, owner TEXT NOT NULL, title TEXT NOT NULL, configuration TEXT NOT NULL,
@@ -89,6 +91,7 @@ class Store:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o600, exist_ok=True)  # what was said is nobody else's business
+            make_private(path, *(path.with_name(path.name + ending) for ending in SIDE_FILES))
         except OSError as error:
             raise TorchchatError(f"conversations cannot be kept in {str(path)!r}: {error.strerror or error}",
                                  "name another file with --conversations") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import stat
 import threading
@@ -206,3 +207,30 @@ def test_exports_hold_all_that_was_said(mine: Conversations) -> None:
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"figures": 1}', '{"figures": {"new_tokens": "many"}}', "null"])
 def test_damaged_details_count_as_none(text: str) -> None:
     assert Details.from_json(text) == Details()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="this system has no modes of files")
+def test_a_store_that_others_could_read_becomes_private_with_the_files_next_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "conversations.sqlite3"
+    Conversations(Store(path), "me").create("title", "{}")
+    beside = [path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm"))]
+    with Store(path).opened() as connection:
+        connection.execute("SELECT 1 FROM conversation").fetchall()
+        for each in beside:
+            each.chmod(0o644)
+        Store(path)
+        assert [stat.S_IMODE(each.stat().st_mode) for each in beside] == [0o600] * 3
+
+
+def test_a_store_whose_mode_cannot_be_changed_is_named_in_a_warning(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "conversations.sqlite3"
+    path.touch(mode=0o600)
+    path.chmod(0o644)
+
+    def refuse(self: Path, mode: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    Store(path)
+    assert [str(path) in line and "other users can read" in line for line in caplog.messages] == [True]
