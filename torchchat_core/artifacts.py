@@ -6,7 +6,6 @@ the machine that it was made for have been looked at; every such file is a progr
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -28,6 +27,7 @@ from torchchat_core.generation_options import SAMPLING_DEFAULTS, SamplingOptions
 from torchchat_core.manifest_fields import Fields, config_from_json
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.specs import DEVICES, DTYPES, ExportRequest, ModelFiles, TextContent
+from torchchat_core.unfinished import unfinished
 
 FORMAT, FORMAT_VERSION = "torchchat", 1
 FOLDER = "torchchat/"  # where our entries are, below the root folder of an archive that has one
@@ -102,15 +102,13 @@ def whole_file(path: Path) -> Iterator[Path]:
     Where anything fails, nothing is left of it, and a file that was there before stays. Raises `TorchchatError` where
     it cannot be written.
     """
-    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # runtimes look at the ending
     try:
-        yield beside
-        os.replace(beside, path)  # noqa: PTH105 - what the exporter contract makes fail
+        with unfinished(path) as folder:
+            beside = folder / path.name  # runtimes look at the ending
+            yield beside
+            os.replace(beside, path)  # noqa: PTH105 - what the exporter contract makes fail
     except OSError as error:
         raise TorchchatError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

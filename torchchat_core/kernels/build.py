@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from torchchat_core import progress
 from torchchat_core.errors import TorchchatError
 from torchchat_core.private_cache import code_folder, make_code_folder
+from torchchat_core.unfinished import unfinished
 
 FOLDER = Path(__file__).parent
 # No -march: the code chooses when it runs. No contraction: products and sums are rounded one by one, as written.
@@ -58,10 +58,10 @@ def build(path: Path) -> None:
     """Compiles the kernels to `path`, whole or not at all. Raises `TorchchatError` where that fails."""
     compiler = find_compiler()
     make_code_folder(path.parent)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder, progress.task("building the CPU kernels, once"):
-        made, libraries = Path(folder) / path.name, _torch_folder() / "lib"
+    with unfinished(path) as folder, progress.task("building the CPU kernels, once"):
+        made, libraries = folder / path.name, _torch_folder() / "lib"
         compile_one = [*compiler, *FLAGS, *OPENMP, f"-I{_torch_folder() / 'include'}", "-c"]
-        objects = {source: str(Path(folder) / f"{source.stem}.o") for source in sorted(FOLDER.glob("*.cpp"))}
+        objects = {source: str(folder / f"{source.stem}.o") for source in sorted(FOLDER.glob("*.cpp"))}
         with ThreadPoolExecutor() as pool:  # one compiler each
             for _ in pool.map(lambda each: _run([*compile_one, str(each[0]), "-o", each[1]]), objects.items()):
                 pass  # raises what it raised

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from torchchat_core.small_files import read_file, read_json
 from torchchat_core.sources.safetensors_writer import SHARD_BYTES, write_safetensors
 from torchchat_core.specs import Checkpoint, ModelFiles, Tokenizer
 from torchchat_core.tokenizers.loading import choose_tokenizer, read_tokenizer
+from torchchat_core.unfinished import unfinished
 
 # Beside a tokenizer's file, what belongs to it in folders of Hugging Face.
 TOKENIZER_COMPANIONS = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -102,17 +102,16 @@ def _appearing(folder: Path) -> Iterator[Path]:
     """A folder beside it that takes its name when the block ends well, and vanishes when it does not."""
     check_free(folder)
     folder = folder.absolute()
-    beside = folder.with_name(f".{folder.name[:100]}.{secrets.token_hex(4)}")
     try:
-        beside.mkdir()
-        yield beside
-        if folder.is_dir():
-            folder.rmdir()
-        beside.rename(folder)
+        with unfinished(folder) as work:
+            beside = work / folder.name
+            beside.mkdir()
+            yield beside
+            if folder.is_dir():
+                folder.rmdir()
+            beside.rename(folder)
     except OSError as error:
         raise TorchchatError(f"cannot write {str(folder)!r}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 # ---- weights ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torchchat_core import progress
 from torchchat_core.artifacts import this_machine
 from torchchat_core.errors import TorchchatError
 from torchchat_core.private_cache import check_compiler_cache, code_folder, make_code_folder
+from torchchat_core.unfinished import unfinished
 
 # Code for every x86 processor with AVX2, so that a file runs on other machines too; the kernels choose when they run.
 # Releases of PyTorch that cannot be told so compile for the processor that is there.
@@ -114,8 +114,8 @@ def _compile(exported: ExportedProgram, folder: Path, options: dict[str, Any]) -
     """Compiles beside `folder` and moves the result there, whole or not at all."""
     try:
         make_code_folder(folder.parent)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
-            made, work = Path(beside) / "made", Path(beside) / "work"
+        with unfinished(folder) as beside:
+            made, work = beside / "made", beside / "work"
             made.mkdir()
             work.mkdir()
             module = exported.module(check_guards=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from tc_compile.signature import LayerSignature
 from torchchat_core import progress
 from torchchat_core.errors import TorchchatError
 from torchchat_core.private_cache import code_folder, make_code_folder
+from torchchat_core.unfinished import unfinished
 
 LIBRARY, ONE_ROW = "layer.so", "one-row"
 
@@ -58,8 +58,8 @@ def _make(signature: LayerSignature, folder: Path) -> None:
 
     try:
         make_code_folder(folder.parent)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as beside, progress.task("compiling the layers, once"):
-            made = Path(beside) / "made"
+        with unfinished(folder) as beside, progress.task("compiling the layers, once"):
+            made = beside / "made"
             made.mkdir()
             compile_layer(signature, made)
             if not folder.exists():  # another process may have been faster

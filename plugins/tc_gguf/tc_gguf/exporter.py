@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from tc_gguf.model_vocabulary import vocabulary_of_model
 from tc_gguf.options import GgufOptions
 from tc_gguf.vocabulary_writer import write_vocabulary
 from torchchat_core import progress
+from torchchat_core.artifacts import whole_file
 from torchchat_core.errors import TorchchatError
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.rope_layout import half_split_rows, interleaved_rows
@@ -66,15 +65,8 @@ class GgufExporter:
         architecture = architecture_of(config)
         _warn_of_window(config)
         outputs = list(_outputs(request.module, config, architecture, kind))
-        beside = request.path.with_name(f".{request.path.name}.{os.getpid()}")
-        try:
+        with whole_file(request.path) as beside:
             _write(_described(config, architecture, kind, request.files), outputs, beside)
-            beside.replace(request.path)
-        except OSError as error:
-            raise TorchchatError(f"cannot write {str(request.path)!r}: {error.strerror or error}") from error
-        finally:
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
 
 
 def _warn_of_window(config: ModelConfig) -> None:
