@@ -105,6 +105,9 @@ def test_thinking_that_the_prompt_opens_ends_with_its_mark(size: int) -> None:
     assert read(HERMES, "never ends <tool_call>{}", size, "<think>") == ("never ends <tool_call>{}", [])
 
 
+DEEP = '<tool_call>{"name": "f", "arguments": {"a": ' + "[" * 900 + "]" * 900 + "}}"
+
+
 @pytest.mark.parametrize(("form", "text", "content", "names"), [
     (FUNCTION_JSON, 'Now <function=f>{"a": "</function>"}</function>\n<function=g>{}</function>', "Now ", "fg"),
     (FUNCTION_JSON, 'Use <function=NAME>, as in <function=h>{"a": 1}</function>.',
@@ -116,7 +119,8 @@ def test_thinking_that_the_prompt_opens_ends_with_its_mark(size: int) -> None:
     (LLAMA3, '<|python_tag|> is a token', "<|python_tag|> is a token", ""),
     (HERMES, '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>',
      '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>', ""),
-], ids=str)
+    (HERMES, DEEP, DEEP, ""),
+], ids=lambda value: str(getattr(value, "name", value))[:40])
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_forms_are_read_to_the_end_of_their_calls(form: ToolForm, text: str, content: str, names: str, size: int
                                                   ) -> None:

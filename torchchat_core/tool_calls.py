@@ -16,10 +16,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from torchchat_core.specs import Tokenizer
-from torchchat_core.tool_schemas import typed_value
+from torchchat_core.tool_schemas import read_json_value, typed_value
 
 NAMED_CALL = re.compile(r"([\w.-]{1,64})(?:\[CALL_ID\][^\[]{0,64})?\[ARGS\]\s*")
 NAMED_CALL_BEGINNING = re.compile(r"[\w.-]{0,64}(\[[A-Z_]{0,7}(\][^\[]{0,64}(\[[A-Z_]{0,4})?)?)?\]?\s*")
@@ -357,15 +357,11 @@ def json_text(value: object) -> str:
 
 
 def parsed(text: str) -> Any:
-    """Return the value of a JSON text, or None where it is not JSON. NaN and infinities are not."""
+    """Return the value of a JSON text, or None where `read_json_value` reads none."""
     try:
-        return json.loads(text, parse_constant=_not_json)
-    except (ValueError, RecursionError):
+        return read_json_value(text)
+    except ValueError:
         return None
-
-
-def _not_json(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _overlap(text: str, marks: Iterable[str]) -> int:

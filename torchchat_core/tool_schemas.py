@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import quote
 
 from torchchat_core.json_schemas import LITERAL_KEYS, NAMED_KEYS
@@ -13,6 +13,7 @@ KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", list: 
          type(None): "null"}
 SPELLINGS = {"True": True, "False": False, "None": None}  # Python's, which templates and models mix in
 DEEPEST = 8  # references that are followed
+MOST_LEVELS = 100  # of lists and objects in arguments
 
 
 def forced_schema(key: str, functions: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
@@ -99,14 +100,33 @@ def typed_value(text: str, name: str, schema: Mapping[str, Any]) -> Any:
     properties = schema.get("properties")
     kinds = value_kinds(properties.get(name) if isinstance(properties, Mapping) else None, schema)
     try:
-        value = SPELLINGS[text] if kinds is not None and text in SPELLINGS else json.loads(text)
-    except (ValueError, RecursionError):
+        value = SPELLINGS[text] if kinds is not None and text in SPELLINGS else read_json_value(text)
+    except ValueError:
         return text
     if kinds is None:
         return value
     kind = KINDS[type(value)]
     return value if kind != "string" and (kind in kinds or (kind == "integer" and "number" in kinds) or
                                           "string" not in kinds) else text
+
+
+def read_json_value(text: str) -> Any:
+    """Return the value of a JSON text. Raises `ValueError` for NaN and infinities, and for more than 100 levels."""
+    try:
+        value = json.loads(text, parse_constant=_not_json)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        level = [inner for each in level if isinstance(each, dict | list)
+                 for inner in (each.values() if isinstance(each, dict) else each)]
+        if not level:
+            return value
+    raise ValueError("it is nested too deeply")
+
+
+def _not_json(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
 
 
 def value_kinds(schema: object, root: Mapping[str, Any], depth: int = 0) -> frozenset[str] | None:

@@ -98,6 +98,15 @@ def test_a_response_and_its_result_go_back_to_a_template_that_checks_ids(nemo: T
     assert NINE.fullmatch(done["response"]["output"][0]["call_id"])
 
 
+def test_a_text_and_the_calls_after_it_are_one_message(nemo: TestClient) -> None:
+    """Templates that demand users and the assistant in turns refuse two messages."""
+    items = [*QUESTION, {"role": "assistant", "content": "Let me see."},
+             {"type": "function_call", "call_id": "c", "name": "get_time", "arguments": '{"zone": "x"}'},
+             {"type": "function_call_output", "call_id": "c", "output": "12:00"},
+             {"role": "assistant", "content": "Noon."}, {"role": "user", "content": "And now?"}]
+    assert response(nemo, input=items)["output"][0]["type"] == "function_call"
+
+
 @pytest.mark.parametrize("number", ["call_0123456789abcdef0123456789abcdef", "toolu_01A", "", "é" * 9, "a-b-c-d-e"])
 def test_ids_of_other_servers_are_brought_into_the_templates_form(nemo: TestClient, number: str) -> None:
     call = {"id": number, "type": "function", "function": {"name": "get_time", "arguments": '{"zone": "x"}'}}
@@ -131,6 +140,7 @@ def history(message: dict[str, Any] | None = None, call: dict[str, Any] | None =
     {"message": {"annotations": [{"type": "url_citation", "url_citation": {"url": "u"}}]}},
     {"message": {"provider_specific_fields": {"a": [1]}, "reasoning_content": "hm", "thinking_blocks": []},
      "function": {"provider_specific_fields": None}},
+    {"message": {"content": None, "tool_calls": None, "reasoning": "hm"}},
     {"message": {"reasoning": {"effort": 1}, "tool_call_id": None}, "call": {"type": None}},
     {"message": {"content": [{"type": "text", "text": "Hm", "cache_control": {"type": "ephemeral"}}]}},
     {"question": {"cache_control": {"type": "ephemeral"}, "tool_calls": None, "id": "m1"}},
@@ -197,7 +207,8 @@ def test_no_arguments_are_an_empty_object(saying: Callable[..., TestClient], tes
     response(client, input=items, max_output_tokens=1)
 
 
-@pytest.mark.parametrize("arguments", ["[1]", "not json", '"x"', "null", '{"a": NaN}', '{"a": 1', "[" * 100_000])
+@pytest.mark.parametrize("arguments", ["[1]", "not json", '"x"', "null", '{"a": NaN}', '{"a": 1', "[" * 100_000,
+                                       '{"a": ' + "[" * 900 + "]" * 900 + "}"], ids=lambda text: text[:20])
 def test_arguments_that_are_no_object_are_named(client: TestClient, arguments: str) -> None:
     found = client.post("/v1/chat/completions", json={"model": "tiny", "messages": history(
         function={"arguments": arguments})})

@@ -38,8 +38,9 @@ def template_messages(messages: ChatMessages, template: ChatTemplate | None) -> 
 
 def _template_message(message: SystemMessage | UserMessage | AssistantMessage | ToolMessage, profile: ToolProfile,
                       names: frozenset[str]) -> Message:
+    extra = message.model_extra or {}
     found: Message = {"role": "system" if message.role == "developer" else message.role,
-                      "content": _text(message.content), **_read_fields(message.model_extra or {}, names)}
+                      "content": _text(message.content), **_read_fields(extra, names)}
     if message.name is not None:
         found["name"] = message.name
     if isinstance(message, ToolMessage):
@@ -49,7 +50,7 @@ def _template_message(message: SystemMessage | UserMessage | AssistantMessage | 
         if message.tool_calls:
             found["tool_calls"] = [_template_call(call, profile) for call in message.tool_calls]
             found["content"] = found["content"] or (None if profile.null_content else "")
-        elif message.content is None and message.refusal is None and not any(map(found.get, REASONING)):
+        elif message.content is None and message.refusal is None and not any(map(extra.get, REASONING)):
             raise ApiError(400, "a message of the assistant has neither content nor tool_calls", "messages")
     return found
 

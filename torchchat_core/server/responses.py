@@ -195,15 +195,15 @@ def _messages(body: ResponsesRequest) -> Messages:
 
 
 def _add(messages: Messages, item: InputMessage | InputFunctionCall | InputFunctionOutput) -> None:
-    """Calls that stand side by side belong to one message of the assistant."""
+    """Add an item to the messages. A text of the assistant and the calls after it are one message."""
     if isinstance(item, InputFunctionOutput):
         messages.append(ToolMessage(role="tool", tool_call_id=item.call_id, content=_content(item.output)))
     elif isinstance(item, InputFunctionCall):
         call = MessageToolCall(id=item.call_id, type="function",
                                function=FunctionCall(name=item.name, arguments=item.arguments))
         last = messages[-1] if messages else None
-        if isinstance(last, AssistantMessage) and last.tool_calls:
-            last.tool_calls.append(call)
+        if isinstance(last, AssistantMessage):
+            last.tool_calls = [*(last.tool_calls or []), call]
         else:
             messages.append(AssistantMessage(role="assistant", tool_calls=[call]))
     elif item.role == "user":
