@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from torchchat_core.constraints import check_grammar, constraint_for, schema_grammar
+from torchchat_core.constraints import _failure, check_grammar, constraint_for, schema_grammar
 from torchchat_core.errors import TorchchatError
 from torchchat_core.generation import FinishedEvent, TokenSequence, generate
 from torchchat_core.generation_options import GenerationOptions, Grammar, SamplingOptions
@@ -41,6 +41,35 @@ def test_a_token_that_breaks_the_grammar_is_an_error(byte_format: TextFormat) ->
     constraint = constraint_for(schema_grammar({"type": "object"}), byte_format)
     with pytest.raises(TorchchatError, match="no token for what the answer has to go on with"):
         constraint.accept(ids("x")[0])
+
+
+class _Letters(TinyTokenizer):
+    """Bytes, except that no token has the given one."""
+
+    def token_bytes(self, token: int) -> bytes:
+        data = super().token_bytes(token)
+        return b"~" if data == b"\xc3" else data
+
+
+def test_an_answer_that_the_vocabulary_cannot_continue_is_told_in_our_words() -> None:
+    lacking = TextFormat(_Letters(), None, frozenset({1}), {})
+    constraint = constraint_for(schema_grammar({"const": "a\u00e9"}), lacking)
+    for token in ids('"a'):
+        constraint.accept(token)
+    with pytest.raises(TorchchatError, match="the model's vocabulary has no token") as caught:
+        constraint.apply(torch.zeros(259))
+    assert "NoExtension" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("reason", "message"), [
+    ("NoExtensionBias\n<non-verbose/>", "vocabulary has no token"),
+    ("lexer error: too many states: 19 >= 2\n<non-verbose/>", "more work than one token may"),
+    ("Parser Error: Current row has 3 items; max is 1; consider ...", "more work than one token may"),
+    ("panic: called `Result::unwrap()` on an `Err` value: PyErr", "cannot be followed"),
+])
+def test_words_of_the_grammar_library_become_ours(reason: str, message: str) -> None:
+    assert message in _failure(reason).message
+    assert "non-verbose" not in str(_failure(reason))
 
 
 def test_ids_beyond_the_tokenizer_are_never_permitted(byte_format: TextFormat) -> None:

@@ -24,6 +24,7 @@ from torchchat_core.text_format import TextFormat
 from torchchat_core.tokenizers.stream import TextStream
 from torchchat_core.tool_calls import ToolCallReader
 
+OVERWORKED = re.compile(r"too (many|big|complex)|max is|TooComplex|fuel|limit", re.IGNORECASE)  # in its messages
 KEPT = 32  # compiled grammars of a vocabulary
 _vocabularies: weakref.WeakKeyDictionary[Tokenizer, dict[frozenset[int], _Vocabulary]] = weakref.WeakKeyDictionary()
 
@@ -76,8 +77,7 @@ class Constraint:
         """
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
         if self._matcher.is_error():
-            raise GrammarError(f"the grammar of the answer failed: {_first_line(self._matcher.get_error())}",
-                               "make it simpler")
+            raise _failure(self._matcher.get_error())
         row = numbers(logits).copy()
         permitted = bits[: len(row)].astype(bool)
         if not permitted.any():
@@ -170,6 +170,15 @@ def _refused(grammar: Grammar, reason: str) -> TorchchatError:
 def _unsayable() -> GrammarError:
     return GrammarError("the model's vocabulary has no token for what the answer has to go on with",
                         "choose another model: this one cannot write such a text at all")
+
+
+def _failure(reason: str) -> GrammarError:
+    """Return the error for a grammar that failed during an answer; `reason` is in llguidance's internal words."""
+    if "NoExtension" in reason:
+        return _unsayable()
+    if OVERWORKED.search(reason):
+        return GrammarError("the grammar of the answer takes more work than one token may", "simplify the schema")
+    return GrammarError("the grammar of the answer cannot be followed any further", "simplify the schema")
 
 
 def _first_line(message: str) -> str:
