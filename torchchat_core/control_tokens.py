@@ -12,7 +12,7 @@ from torchchat_core.chat_template import ChatTemplate
 from torchchat_core.errors import TorchchatError
 from torchchat_core.specs import Tokenizer
 from torchchat_core.template_sandbox import chat_environment
-from torchchat_core.tokenizers.base import Splitter
+from torchchat_core.tokenizers.words import Words
 
 CONTENT = "\ue000"  # of the messages of a conversation that is rendered
 WORD = re.compile(r"\w+")
@@ -31,7 +31,7 @@ def unnamed_control_tokens(tokenizer: Tokenizer, template: ChatTemplate | None, 
         return found
     rendered = list(_conversations(template))
     present = [name for name in (*texts, *tokenizer.special_tokens) if any(name in text for text in rendered)]
-    splitter = Splitter(present)
+    splitter = Words(present)
     written = {part for text in rendered for part, is_word in splitter.split(text) if is_word}
     candidates = [text for text in written if text in texts and not WORD.fullmatch(text)]
     sought = list(_sought(template.source)) if candidates else []

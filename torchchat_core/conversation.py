@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from torchchat_core.small_files import read_text, write_whole
 from torchchat_core.specs import Tokenizer
 from torchchat_core.text_format import TextFormat
 from torchchat_core.tokenizers.stream import TextStream
+from torchchat_core.tokenizers.words import Words
 
 ROLES = ("system", "user", "assistant")
 MARK = "\ue0ff"  # of the private use area; it and a number stand for the text of a control token in a message
@@ -247,7 +249,7 @@ def encode_disarmed(text: str, tokenizer: Tokenizer) -> list[int]:
     Where a message contains the text of one, or the tokenizer finds one that the template did not write (normalization
     can make one), control tokens are passed to the tokenizer by their ids, and the rest is ordinary text.
     """
-    parts = _control_tokens(tokenizer).split(text) if tokenizer.special_tokens else [text]
+    parts = [part for part, _ in _control_tokens(tokenizer).parts(text)]
     if MARK not in text:
         ids = tokenizer.encode(text, special=True)
         control_ids = set(tokenizer.special_tokens.values())
@@ -279,12 +281,16 @@ def transcript(messages: Iterable[Mapping[str, str]]) -> str:
 
 def starts_with_control_token(text: str, tokenizer: Tokenizer) -> bool:
     """Whether a text can be encoded apart from what stands before it."""
-    return bool(tokenizer.special_tokens) and _control_tokens(tokenizer).match(text) is not None
+    return _control_tokens(tokenizer).starts(text)
 
 
-def _control_tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
-    longest_first = sorted(tokenizer.special_tokens, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+def _control_tokens(tokenizer: Tokenizer) -> Words:
+    return _words(tuple(tokenizer.special_tokens))
+
+
+@functools.lru_cache(maxsize=8)
+def _words(words: tuple[str, ...]) -> Words:
+    return Words(words)
 
 
 def _disarmed(value: Any, tokenizer: Tokenizer) -> Any:
@@ -295,9 +301,8 @@ def _disarmed(value: Any, tokenizer: Tokenizer) -> Any:
         return [_disarmed(inner, tokenizer) for inner in value]
     if not isinstance(value, str) or not tokenizer.special_tokens:
         return value
-    names = list(tokenizer.special_tokens)
-    return _control_tokens(tokenizer).sub(lambda found: MARK + chr(FIRST_NUMBER + names.index(found[0])),
-                                          value.replace(MARK, ""))
+    numbers = {name: FIRST_NUMBER + index for index, name in enumerate(tokenizer.special_tokens)}
+    return _control_tokens(tokenizer).replace(value.replace(MARK, ""), lambda name: MARK + chr(numbers[name]))
 
 
 def _armed(text: str, tokenizer: Tokenizer) -> str:

@@ -34,6 +34,7 @@ from torchchat_core.server.limits import Limits
 from torchchat_core.server.logs import log_failure
 from torchchat_core.server.metrics import CONTENT_TYPE, Metrics
 from torchchat_core.server.openapi import document
+from torchchat_core.server.prompts import LARGE_BODY, check_values
 from torchchat_core.server.request_ids import HEADER, SCOPE_KEY, RequestIds
 from torchchat_core.server.schemas import (
     ChatRequest,
@@ -95,6 +96,8 @@ def make_app(options: ServerOptions, registry: Registry) -> Starlette:
                 app.state.failure = cause if isinstance(cause, TorchchatError) else TorchchatError(error.message)
             yield
         finally:
+            for threads in (app.state.service.reader, app.state.service.encoder):
+                threads.shutdown(wait=False, cancel_futures=True)
             await shelf.close()
 
     endpoints = {path: _endpoint(kind, answer) for path, (kind, answer) in ENDPOINTS.items()}
@@ -221,11 +224,17 @@ def _host(address: str) -> str:
 def _endpoint(kind: type[Body], answer: Answer) -> Handle:
     async def handle(request: Request) -> Response:
         service: Service = request.app.state.service
-        body = parsed(kind, await read_body(request, service.limits.max_body_bytes))
+        content = await read_body(request, service.limits.max_body_bytes)
+        large = len(content) > LARGE_BODY
+        if large:  # away from the event loop, and one at a time
+            body = await asyncio.get_running_loop().run_in_executor(service.reader, parsed, kind, content)
+        else:
+            body = parsed(kind, content)
+        del content
         if getattr(body, "stream_options", None) is not None and not getattr(body, "stream", None):
             raise ApiError(400, "stream_options needs stream to be true", "stream_options", "invalid_value")
         model = getattr(body, "model", None)
-        exchange = Exchange(service, request, next(iter(service.shelf.entries)) if model is None else model)
+        exchange = Exchange(service, request, next(iter(service.shelf.entries)) if model is None else model, large)
         await exchange.open()
         streams = False
         try:
@@ -264,6 +273,7 @@ async def read_body(request: Request, most: int) -> bytes:
 
 def parsed(kind: type[Checked], body: bytes) -> Checked:
     """Raises `ApiError` 400 that names the field which is wrong."""
+    check_values(body)
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:

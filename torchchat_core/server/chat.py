@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,6 +25,7 @@ from torchchat_core.server.exchange import (
     usage,
 )
 from torchchat_core.server.messages import template_messages
+from torchchat_core.server.prompts import BoundedTokenizer
 from torchchat_core.server.schemas import (
     ChatRequest,
     JsonObjectChoice,
@@ -69,7 +69,7 @@ class Plan:
 
 
 async def answer(exchange: Exchange, body: ChatRequest) -> Response:
-    plan = await asyncio.to_thread(make_plan, exchange, body)
+    plan = await exchange.prepare(body.n or 1, make_plan, exchange, body)
     jobs = [Job(prompt=plan.prompt, options=plan.options, stream=index, client=exchange.client(body.user))
             for index in range(body.n or 1)]
     answers = exchange.submit(jobs, body.stream)
@@ -184,8 +184,8 @@ def make_plan(exchange: Exchange, body: ChatRequest) -> Plan:
     if tools and not tools.forced and not isinstance(body.response_format, TextFormatChoice | None):
         raise ApiError(400, "an answer that has to be JSON cannot call tools: leave out response_format or tools, or "
                             "set tool_choice to \"none\"", "response_format", "invalid_value")
-    prompt, thinking = chat_prompt(text_format, template_messages(body.messages, text_format.template), tools,
-                                   body.chat_template_kwargs or {})
+    messages = template_messages(body.messages, text_format.template)
+    prompt, thinking = chat_prompt(exchange.text_format("messages"), messages, tools, body.chat_template_kwargs or {})
     tools = replace(tools, thinking=thinking) if tools else None
     exchange.check_prompt(prompt, "messages")
     options = exchange.options(
@@ -216,6 +216,8 @@ def chat_prompt(text_format: TextFormat, messages: Sequence[Message], tools: Too
         thinking = opened_thinking(text)
         if tools and tools.forced:  # the call is the answer itself
             text += (f"\n{THINKING[thinking]}\n\n" if thinking else "") + tools.form.opening
+        if isinstance(text_format.tokenizer, BoundedTokenizer):
+            text_format.tokenizer.check_size(text)  # before it is looked through
         return encode(text), thinking
     except TorchchatError as error:
         raise refused(error, "messages") from None

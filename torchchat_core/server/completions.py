@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,8 +34,9 @@ SHORT = 1000  # characters that are encoded before another thread would begin to
 async def answer(exchange: Exchange, body: CompletionRequest) -> Response:
     tokenizer = exchange.engine.opened.text_format.tokenizer
     several = isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
-    exchange.engine.check_room((len(body.prompt) if several else 1) * (body.n or 1))  # before any work is done
-    prompts = await prompts_of(body.prompt, tokenizer)
+    answers_wanted = (len(body.prompt) if several else 1) * (body.n or 1)
+    exchange.engine.check_room(answers_wanted)  # before any work is done
+    prompts = await prompts_of(body.prompt, exchange, "prompt", answers_wanted)
     for prompt in prompts:
         exchange.check_prompt(prompt, "prompt")
     length = DEFAULT_LENGTH if body.max_tokens is None else body.max_tokens
@@ -64,11 +64,17 @@ async def answer(exchange: Exchange, body: CompletionRequest) -> Response:
                           "usage": usage(prompt_tokens, ends, jobs)})
 
 
-async def prompts_of(prompt: str | list[str] | list[int] | list[list[int]], tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of each of the prompts. Texts of control tokens in them are such, as in `generate --raw`."""
+async def prompts_of(prompt: str | list[str] | list[int] | list[list[int]], exchange: Exchange, param: str,
+                     count: int = 1) -> list[list[int]]:
+    """Token ids of each of the prompts. Texts of control tokens in them are such, as in `generate --raw`.
+
+    `param` is the field of the request, `count` the number of its answers. Raises `ApiError` 400 for a text that is too
+    long.
+    """
+    tokenizer = exchange.text_format(param).tokenizer
     if isinstance(prompt, str) and len(prompt) <= SHORT:
         return _encoded(prompt, tokenizer)
-    return await asyncio.to_thread(_encoded, prompt, tokenizer)
+    return await exchange.prepare(count, _encoded, prompt, tokenizer)
 
 
 def _encoded(prompt: str | list[str] | list[int] | list[list[int]], tokenizer: Tokenizer) -> list[list[int]]:

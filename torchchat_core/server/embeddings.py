@@ -25,7 +25,7 @@ async def answer(exchange: Exchange, body: EmbeddingRequest) -> Response:
         opened.executor.require("embed")
     except TorchchatError as error:
         raise ApiError(400, error.message, "model", "unsupported_parameter") from None
-    texts = await prompts_of(body.input, opened.text_format.tokenizer)
+    texts = await prompts_of(body.input, exchange, "input")
     for text in texts:
         exchange.check_prompt(text, "input")
     vectors = await exchange.watched(exchange.engine.call_for_each(embed, texts))

@@ -6,8 +6,9 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torchchat_core.batching import Batch, Failure, Job, Outcome
@@ -116,7 +117,7 @@ class Engine:
         self._condition = threading.Condition()
         self._new: list[Job] = []
         self._calls: deque[tuple[Callable[[LoadedModel], None], Future[Any]]] = deque()
-        self._others = 0  # requests that `call_for_each` works for
+        self._others = 0  # requests that `call_for_each` works for, and answers whose prompts are being made
         self._closing = False
         self._error: BaseException | None = None  # what ended the thread
         self._answers: dict[int, Answers] = {}  # id of a job -> where its events go
@@ -147,6 +148,16 @@ class Engine:
         if self.in_progress + count > most:
             raise ApiError(429, f"{self.in_progress} answers are in progress or wait; try again later",
                            code="queue_full")
+
+    @contextmanager
+    def reserved(self, count: int) -> Iterator[None]:
+        """Count so many answers as waiting, whose prompts are being made. Raises as `check_room` does."""
+        self.check_room(count)
+        self._others += count
+        try:
+            yield
+        finally:
+            self._others -= count
 
     def submit(self, jobs: Sequence[Job], told: Told = "tokens") -> Answers:
         """Has answers made, for a reader who is told of so much.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar, cast
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,9 +25,11 @@ from torchchat_core.server.engine import Answers, Engine
 from torchchat_core.server.errors import ApiError, ClientGone, refused, server_ends
 from torchchat_core.server.limits import Limits
 from torchchat_core.server.metrics import Metrics
+from torchchat_core.server.prompts import BoundedTokenizer
 from torchchat_core.server.schemas import Sampling, StreamOptions
 from torchchat_core.server.shelf import Shelf
 from torchchat_core.specs import Tokenizer
+from torchchat_core.text_format import TextFormat
 from torchchat_core.tokenizers.base import text_bytes
 
 Result = TypeVar("Result")
@@ -42,12 +46,18 @@ class Service:
     limits: Limits
     metrics: Metrics
     fingerprint: str
+    # Large requests are read one after the other, and so are their texts encoded.
+    reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "torchchat-bodies"))
+    encoder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "torchchat-prompts"))
 
 
 class Exchange:
     """One request, from the moment its model is in use until its answer is sent or its client has gone."""
 
-    def __init__(self, service: Service, request: Request, model: str) -> None:
+    def __init__(self, service: Service, request: Request, model: str, large: bool = False) -> None:
+        """`large`: the body is so large that it is not to be handled together with others."""
+        self.large = large
+        self._left = False
         self.service = service
         self.request = request
         self.model = model
@@ -63,9 +73,38 @@ class Exchange:
 
     def close(self) -> None:
         """Once, after `open`."""
+        self._left = True
         if self._answers is not None:
             self._answers.cancel()
         self.service.shelf.give_back(self.model)
+
+    async def prepare(self, count: int, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Run what makes prompts out of the request, away from the event loop. It counts as `count` answers that wait.
+
+        Raises `ApiError` 429 where too many wait, 504 where there is no time left, `ClientGone` when the client leaves.
+        """
+        loop = asyncio.get_running_loop()
+        with self.engine.reserved(count):
+            if not self.large:
+                return await loop.run_in_executor(None, function, *arguments)
+            try:
+                async with asyncio.timeout(self.service.limits.max_time):
+                    return await self.watched(loop.run_in_executor(self.service.encoder, function, *arguments))
+            except TimeoutError:
+                raise ApiError(504, "there was no time left for reading the request", code="timeout") from None
+
+    def text_format(self, param: str, least: int = 0) -> TextFormat:
+        """Return the model's text format with a tokenizer for prompts: it takes no more tokens than are possible, or
+        `least`."""
+        found = self.engine.opened.text_format
+        bounded = BoundedTokenizer(found.tokenizer, max(self.most_tokens, least), param, lambda: self._left)
+        return dataclasses.replace(found, tokenizer=cast(Tokenizer, bounded))
+
+    @property
+    def most_tokens(self) -> int:
+        """The length of the longest prompt."""
+        opened = self.engine.opened
+        return min(self.service.limits.max_prompt_tokens or opened.max_seq_length, opened.max_seq_length - 1)
 
     def submit(self, jobs: Sequence[Job], stream: bool | None) -> Answers:
         """Has answers made, whose places become free at the end of the exchange at the latest."""
@@ -109,8 +148,7 @@ class Exchange:
 
     def check_prompt(self, prompt: Sequence[int], param: str) -> None:
         """Raises `ApiError` 400 for a prompt that is empty, too long, or not of this model's tokens."""
-        opened = self.engine.opened
-        most = min(self.service.limits.max_prompt_tokens or opened.max_seq_length, opened.max_seq_length - 1)
+        opened, most = self.engine.opened, self.most_tokens
         if not prompt:
             raise ApiError(400, f"{param} has no tokens, and the model has none to begin a text with", param)
         if len(prompt) > most:

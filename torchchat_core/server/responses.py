@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -44,7 +43,7 @@ Messages = list[SystemMessage | UserMessage | AssistantMessage | ToolMessage]
 
 async def answer(exchange: Exchange, body: ResponsesRequest) -> Response:
     request = as_chat(body)
-    plan = await asyncio.to_thread(_renamed, exchange, request)
+    plan = await exchange.prepare(1, _renamed, exchange, request)
     job = Job(prompt=plan.prompt, options=plan.options, client=exchange.client(body.user))
     answers = exchange.submit([job], body.stream)
     choice = Choice(0, exchange.engine.opened.text_format.tokenizer, plan.tools, with_logprobs=False)

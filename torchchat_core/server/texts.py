@@ -13,15 +13,17 @@ from torchchat_core.server.exchange import Exchange, json_response
 from torchchat_core.server.messages import template_messages
 from torchchat_core.server.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
 
+MOST_TOKENS = 1 << 18  # of an answer, where the model itself takes less
+
 
 async def tokenize(exchange: Exchange, body: TokenizeRequest) -> Response:
-    tokens = await asyncio.to_thread(_tokens, exchange, body)
+    tokens = await exchange.prepare(1, _tokens, exchange, body)
     return json_response({"tokens": tokens, "count": len(tokens),
                           "max_model_len": exchange.engine.opened.max_seq_length})
 
 
 def _tokens(exchange: Exchange, body: TokenizeRequest) -> list[int]:
-    text_format = exchange.engine.opened.text_format
+    text_format = exchange.text_format("prompt" if body.messages is None else "messages", MOST_TOKENS)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either prompt or messages", "prompt", "invalid_value")
     if body.messages is not None:

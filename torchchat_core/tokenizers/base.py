@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torchchat_core.errors import TorchchatError
@@ -23,6 +22,7 @@ class ByteTokenizer(ABC):
     adds_prefix_space: bool = False
     end_ids: frozenset[int] = frozenset()
     chat_template: str | Sequence[Mapping[str, str]] | None = None
+    longest_token: int | None = None  # bytes of a text that a token stands for at most; None: it may be any number
     text_tokens: Mapping[str, int] = {}  # text -> id of added tokens that are no control tokens: found in any text
 
     def __init__(self, *, vocab_size: int, special_tokens: Mapping[str, int], bos_id: int | None, eos_id: int | None,
@@ -49,6 +49,13 @@ class ByteTokenizer(ABC):
             ids += [part] if isinstance(part, int) else self.encode(part)
         return ids
 
+    def encode_slices(self, text: str | Sequence[str | int], *, special: bool = False) -> Iterator[Sequence[int]]:
+        """Yield the ids of `encode(text, special=special)`, or of `encode_parts(text)`, a part of them at a time.
+
+        Tokenizers that can encode a long text slice by slice need no more memory than for a slice.
+        """
+        yield self.encode(text, special=special) if isinstance(text, str) else self.encode_parts(text)
+
     @abstractmethod
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one token adds to a text; for control tokens the UTF-8 of their name.
@@ -74,21 +81,6 @@ class ByteTokenizer(ABC):
 def text_bytes(tokenizer: Any, token: int) -> bytes:
     """`tokenizer.token_bytes(token)`, with U+FFFD for ids beyond the vocabulary."""
     return UNKNOWN if token >= tokenizer.vocab_size else bytes(tokenizer.token_bytes(token))
-
-
-class Splitter:
-    """Cuts text at the given words. Of words that begin alike, the longest is taken."""
-
-    def __init__(self, words: Iterable[str]) -> None:
-        longest_first = sorted((word for word in words if word), key=len, reverse=True)
-        self._pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
-
-    def split(self, text: str) -> list[tuple[str, bool]]:
-        """The parts of `text` that are not empty, each with whether it is one of the words."""
-        if self._pattern is None:
-            return [(text, False)] if text else []
-        parts = self._pattern.split(text)  # text, word, text, word, ..., text
-        return [(part, index % 2 == 1) for index, part in enumerate(parts) if part]
 
 
 def well_formed(text: str) -> str:

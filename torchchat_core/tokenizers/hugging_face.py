@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,16 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, well_formed
 from torchchat_core.tokenizers.declared import SETTINGS, token_name
 from torchchat_core.tokenizers.faults import captured_panics
+from torchchat_core.tokenizers.lengths import longest_token
 from torchchat_core.tokenizers.library import Library
+from torchchat_core.tokenizers.slicing import slices
 from torchchat_core.tokenizers.whole_json import TOKEN_NAMES, whole_content
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 # Decoders that give a token the same text whatever follows it, so that text can be streamed.
 STEADY_DECODERS = frozenset({"ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"})
+PATIENCE = 10.0  # seconds that such a text gets
+CAUTIOUS = (512, 64)  # characters in a slice and at its edges, where a regular expression may take exponential time
 ANCHOR = "a"  # a token before the one in question, which is then not at the start
 
 
@@ -59,7 +65,9 @@ def hugging_face_tokenizer(content: Mapping[str, Any], place: str, settings: Map
     with captured_panics():
         library = Library(content, place)
         to_bytes = _piece_reader(place, library, content.get("decoder"))
-        return HuggingFaceTokenizer(library, to_bytes, names, unknown, settings.get("add_bos_token"))
+        tokenizer = HuggingFaceTokenizer(library, to_bytes, names, unknown, settings.get("add_bos_token"))
+        tokenizer.longest_token = longest_token(content, library.vocabulary(), byte_level_alphabet())
+        return tokenizer
 
 
 class HuggingFaceTokenizer(ByteTokenizer):
@@ -104,12 +112,31 @@ class HuggingFaceTokenizer(ByteTokenizer):
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
         """As `ByteTokenizer.encode_parts`: the library encodes the whole, in which an alias stands for each control
         token and the names of control tokens are ordinary text."""
+        text = self._with_aliases(parts)
+        with self._lock:
+            ids = self._library.encode(text, special=False)
+        return [self._aliased.get(token, token) for token in ids]
+
+    def encode_slices(self, text: str | Sequence[str | int], *, special: bool = False) -> Iterator[Sequence[int]]:
+        whole = well_formed(text) if isinstance(text, str) else self._with_aliases(text)
+        special = special and isinstance(text, str)
+
+        deadline = time.monotonic() + PATIENCE if self._library.may_panic else math.inf
+
+        def encode(part: str) -> tuple[list[int], list[int]]:
+            if time.monotonic() > deadline:
+                raise self._library.too_slow()
+            with self._lock:
+                return self._library.encode_with_starts(part, special=special)
+
+        for ids in slices(whole, encode, *(CAUTIOUS if self._library.may_panic else ())):
+            yield ids if isinstance(text, str) else [self._aliased.get(token, token) for token in ids]
+
+    def _with_aliases(self, parts: Sequence[str | int]) -> str:
         with self._lock:
             if not self._aliases:
                 self._add_aliases()
-            text = "".join(self._aliases[part] if isinstance(part, int) else well_formed(part) for part in parts)
-            ids = self._library.encode(text, special=False)
-        return [self._aliased.get(token, token) for token in ids]
+        return "".join(self._aliases[part] if isinstance(part, int) else well_formed(part) for part in parts)
 
     def _add_aliases(self) -> None:
         """Adds a token to the library for each control token, under a name that no text can guess."""

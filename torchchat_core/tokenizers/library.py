@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from torchchat_core.tokenizers.faults import captured_panics, named_faults
+from torchchat_core.tokenizers.faults import TokenizerError, captured_panics, named_faults
 
 # A part of a regular expression: escaped, a class, an unbounded repetition, or one character.
 PATTERN_PART = re.compile(r"\\.|\[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\]|(?P<repeat>[*+]|\{\d*,\})[?+]?|.", re.DOTALL)
@@ -26,7 +26,7 @@ class Library:
     def __init__(self, content: Mapping[str, Any], place: str) -> None:
         """`place` is the name of the file in messages."""
         self._problem = f"the tokenizer in {place} fails"
-        self._may_panic = any(map(takes_exponential_time, _regular_expressions(content)))
+        self.may_panic = any(map(takes_exponential_time, _regular_expressions(content)))
         with named_faults(f"{place} cannot be read", "the file is damaged, or made by a later version of tokenizers"):
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
             self._tokenizer.no_truncation()
@@ -36,9 +36,16 @@ class Library:
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Return the ids of `text`, without what the file adds around it. Not for several threads at once."""
-        with captured_panics() if self._may_panic else nullcontext(), self._named():
+        with captured_panics() if self.may_panic else nullcontext(), self._named():
             self._tokenizer.encode_special_tokens = not special
             return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_with_starts(self, text: str, *, special: bool) -> tuple[list[int], list[int]]:
+        """Return the ids of `text`, and the character of it at which each of them starts."""
+        with captured_panics() if self.may_panic else nullcontext(), self._named():
+            self._tokenizer.encode_special_tokens = not special
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+            return list(found.ids), [start for start, _ in found.offsets]
 
     def added_around(self) -> list[int]:
         """Return the ids that the file adds around an empty text."""
@@ -81,6 +88,11 @@ class Library:
                                       special=False) for token, name in names.items()])
             found = {token: self._tokenizer.token_to_id(name) for token, name in names.items()}
         return {token: alias for token, alias in found.items() if alias is not None}
+
+    def too_slow(self) -> TokenizerError:
+        """Return the error for a text that the file's regular expressions take too long for."""
+        return TokenizerError(f"{self._problem}: its regular expressions take too long for this text",
+                              "choose another model, or shorten the text")
 
     def _named(self, fix: str | None = None) -> AbstractContextManager[None]:
         return named_faults(self._problem, fix)

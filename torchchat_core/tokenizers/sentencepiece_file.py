@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import sentencepiece
 
 from torchchat_core.errors import TorchchatError
 from torchchat_core.small_files import read_file
-from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, Splitter, well_formed
+from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, well_formed
 from torchchat_core.tokenizers.declared import (
     SETTINGS,
     added_tokens,
@@ -21,7 +23,12 @@ from torchchat_core.tokenizers.declared import (
     token_name,
     with_control_tokens,
 )
+from torchchat_core.tokenizers.faults import named_faults
+from torchchat_core.tokenizers.slicing import SLICE, slices
+from torchchat_core.tokenizers.words import Words
 
+# Text that normalizers make shorter: runs of white space, control and zero-width characters, ligatures, accents.
+SHORTENED = "a  b \t\n\x07\x7f\u200b\ufeff e\u0301 \ufb01 \uff21 \u3000 \u1112\u1161\u11ab  c  "
 SPACE = "\u2581"  # stands for a space inside pieces
 # What tokens take that are declared with "lstrip" or "rstrip": Unicode's property White_Space.
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
@@ -70,7 +77,7 @@ def sentencepiece_tokenizer(content: bytes, place: str, added: Mapping[int, tupl
     try:
         library = sentencepiece.SentencePieceProcessor(model_proto=content)
         without_prefix = sentencepiece.SentencePieceProcessor(model_proto=content + NO_PREFIX)
-        return SentencePieceTokenizer(library, without_prefix, added, settings)
+        return SentencePieceTokenizer(library, without_prefix, added, settings, place)
     except (RuntimeError, ValueError) as error:  # pieces that are no UTF-8 among them
         raise TorchchatError(f"{place} is no SentencePiece model, or a damaged one",
                              "download or copy the model again") from error
@@ -86,7 +93,8 @@ class SentencePieceTokenizer(ByteTokenizer):
 
     def __init__(self, library: sentencepiece.SentencePieceProcessor,
                  without_prefix: sentencepiece.SentencePieceProcessor,
-                 added: Mapping[int, tuple[str, bool]], settings: Mapping[str, Any]) -> None:
+                 added: Mapping[int, tuple[str, bool]], settings: Mapping[str, Any], place: str) -> None:
+        self._problem = f"the tokenizer in {place} fails"
         self._bytes = _table_of_bytes(library)
         self._size = len(self._bytes)
         control = {library.id_to_piece(token): token for token in range(self._size) if library.is_control(token)}
@@ -113,15 +121,25 @@ class SentencePieceTokenizer(ByteTokenizer):
         self._strips_left, self._strips_right = (
             {self._words[each.content] for each in declared_tokens(settings)
              if each.flags.get(flag) and each.content in self._words} for flag in ("lstrip", "rstrip"))
-        self._at_all = Splitter(self._words)
-        self._at_texts = Splitter(texts)
+        self._at_all = Words(self._words)
+        self._at_texts = Words(texts)
         # Some models declare control tokens as pieces that the library finds in any text.
-        self._found_by_library = Splitter(text for text, token in control.items()
+        self._found_by_library = Words(text for text, token in control.items()
                                           if token < self._size and not library.is_control(token))
         self._without_prefix = without_prefix
         self._with_prefix = without_prefix if settings.get("add_prefix_space") is False else library
         self._prefix_after_control = settings.get("legacy") is True
         self.adds_prefix_space = b"".join(map(self.token_bytes, self.encode("a"))).startswith(b" ")
+        self.longest_token = self._longest_token()
+
+    def _longest_token(self) -> int | None:
+        """Return the most bytes of a text that a token stands for; None where that has no bound: where text may be
+        unknown, or is made shorter before it is encoded."""
+        bytes_known = sum(map(self._without_prefix.is_byte, range(self._size))) == 256
+        kept = b"".join(map(self.token_bytes, self._without_prefix.encode(SHORTENED))) == SHORTENED.encode()
+        if not bytes_known or not kept or self._strips_left or self._strips_right:
+            return None
+        return max(map(len, (*self._bytes, *self._names.values(), *(text.encode() for text in self._added.values()))))
 
     def _named(self, library: sentencepiece.SentencePieceProcessor, settings: Mapping[str, Any],
                added: Mapping[str, int], known: Collection[str]) -> dict[str, int]:
@@ -146,26 +164,40 @@ class SentencePieceTokenizer(ByteTokenizer):
         return self._encode((self._at_all if special else self._at_texts).split(well_formed(text)))
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        return self._encode(self._split(parts))
+
+    def _split(self, parts: Sequence[str | int]) -> list[tuple[str | int, bool]]:
         split: list[tuple[str | int, bool]] = []
         for part in parts:
             split += [(part, True)] if isinstance(part, int) else self._at_texts.split(well_formed(part))
-        return self._encode(split)
+        return split
+
+    def encode_slices(self, text: str | Sequence[str | int], *, special: bool = False) -> Iterator[Sequence[int]]:
+        if isinstance(text, str):
+            yield from self._slices((self._at_all if special else self._at_texts).split(well_formed(text)))
+        else:
+            yield from self._slices(self._split(text))
 
     def _encode(self, parts: Sequence[tuple[str | int, bool]]) -> list[int]:
-        """Return the ids of texts and of tokens, which are ids or texts of `_words`."""
+        return list(itertools.chain.from_iterable(self._slices(parts, sliced=False)))
+
+    def _slices(self, parts: Sequence[tuple[str | int, bool]], sliced: bool = True) -> Iterator[Sequence[int]]:
+        """Yield the ids of texts and of tokens, which are ids or texts of `_words`."""
         found = [self._words[part] if is_token and isinstance(part, str) else part for part, is_token in parts]
-        ids: list[int] = []
         prefix = True
         for part, before, after in zip(found, [None, *found], [*found[1:], None], strict=False):
             if isinstance(part, int):
-                ids.append(part)
+                yield [part]
                 prefix = self._prefix_after_control or part == self.bos_id
                 continue
             text = part.lstrip(WHITE_SPACE) if before in self._strips_right else part
             text = text.rstrip(WHITE_SPACE) if after in self._strips_left else text
-            if text:
-                ids += self._encode_ordinary(text, prefix)
-        return ids
+            for segment, library in self._segments(text, prefix) if text else ():
+                if sliced and len(segment) > SLICE:
+                    yield from slices(segment, functools.partial(self._with_starts, library))
+                else:
+                    with named_faults(self._problem):
+                        yield library.encode(segment)
 
     def token_bytes(self, token: int) -> bytes:
         self._check(token)
@@ -175,8 +207,8 @@ class SentencePieceTokenizer(ByteTokenizer):
             return self._added[token].encode() if token in self._added else UNKNOWN
         return self._bytes[token]
 
-    def _encode_ordinary(self, text: str, prefix: bool) -> list[int]:
-        """Ids of text in which nothing is a control token, whatever the library takes it for."""
+    def _segments(self, text: str, prefix: bool) -> Iterator[tuple[str, sentencepiece.SentencePieceProcessor]]:
+        """Yield ordinary text in parts in which the library sees no control token, and what each is encoded by."""
         segments = [""]
         for part, is_control in self._found_by_library.split(text):
             if is_control:  # cut after the first character, so that the library does not see the whole
@@ -184,10 +216,21 @@ class SentencePieceTokenizer(ByteTokenizer):
                 segments.append(part[1:])
             else:
                 segments[-1] += part
-        ids: list[int] = (self._with_prefix if prefix else self._without_prefix).encode(segments[0])
+        yield segments[0], self._with_prefix if prefix else self._without_prefix
         for segment in segments[1:]:
-            ids += self._without_prefix.encode(segment)
-        return ids
+            yield segment, self._without_prefix
+
+    def _with_starts(self, library: sentencepiece.SentencePieceProcessor, text: str) -> tuple[list[int], list[int]]:
+        """Return the ids of `text`, and the character of it at which each of them starts."""
+        encode = getattr(library, "encode_as_immutable_proto", None) or library.encode_as_proto  # of earlier versions
+        with named_faults(self._problem):
+            pieces = encode(text).pieces
+        ids, starts = [piece.id for piece in pieces], [piece.begin for piece in pieces]
+        if len(text) < max((piece.end for piece in pieces), default=0):  # places of bytes
+            characters = {place: index for index, place in enumerate(
+                itertools.accumulate((len(character.encode()) for character in text), initial=0))}
+            starts = [characters[start] for start in starts]
+        return ids, starts
 
 
 def _table_of_bytes(library: sentencepiece.SentencePieceProcessor) -> list[bytes]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import tiktoken
 
 from torchchat_core.errors import TorchchatError
 from torchchat_core.small_files import read_file
-from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, Splitter, well_formed
+from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, well_formed
 from torchchat_core.tokenizers.declared import added_tokens, settings_beside, token_name
 from torchchat_core.tokenizers.faults import named_faults
+from torchchat_core.tokenizers.words import Words
 
 LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]{1,9}\r?\n")
 LLAMA3_RANKS = 128_000
@@ -71,24 +73,29 @@ class TiktokenTokenizer(ByteTokenizer):
                          bos_id=special_tokens.get(bos), eos_id=special_tokens.get(eos),
                          adds_bos=True if adds_bos is None else bool(adds_bos))
         self._first_control = len(ranks)
+        self.longest_token = max(map(len, (*ranks, *special_tokens)))
         self._names = {token: text.encode() for text, token in special_tokens.items()}
-        self._splitter = Splitter(special_tokens)
+        self._splitter = Words(special_tokens)
         # Control tokens stay out of the library: it is never to find one in ordinary text.
         self._library = tiktoken.Encoding("llama3", pat_str=SPLIT_PATTERN, mergeable_ranks=dict(ranks),
                                           special_tokens={})
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        text = well_formed(text)
-        parts = self._splitter.split(text) if special else [(text, False)]
-        ids: list[int] = []
-        for part, is_control in parts:
-            if is_control:
-                ids.append(self.special_tokens[part])
+        return list(itertools.chain.from_iterable(self.encode_slices(text, special=special)))
+
+    def encode_slices(self, text: str | Sequence[str | int], *, special: bool = False) -> Iterator[Sequence[int]]:
+        parts: Iterable[str | int] = [text] if isinstance(text, str) else text
+        if special and isinstance(text, str):
+            parts = (self.special_tokens[part] if is_control else part
+                     for part, is_control in self._splitter.parts(text))
+        for part in parts:
+            if isinstance(part, int):
+                yield [part]
             else:
-                for piece in _bounded_pieces(part):
+                for piece in _bounded_pieces(well_formed(part)):
                     with named_faults(self._problem):
-                        ids += self._library.encode_ordinary(piece)
-        return ids
+                        ids = self._library.encode_ordinary(piece)
+                    yield ids
 
     def token_bytes(self, token: int) -> bytes:
         self._check(token)
