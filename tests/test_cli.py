@@ -202,7 +202,7 @@ def test_a_device_that_is_not_there_is_told(torchchat: Any) -> None:
     (["generate", "--quantize", "linear:int9"], "--quantize: there is no recipe, file or scheme", "linear:int8"),
     (["generate", "--raw", "--system", "x"], "--system and --raw exclude each other", None),
     (["generate", "--profile", "a.txt"], "--profile is 'a.txt'", None),
-    (["server", "--port", "99999"], "--port is '99999'; expected a whole number, 0 to 65535", None),
+    (["server", "--port", "99999"], "--port is '99999'; expected a whole number from 0 to 65535", None),
     (["server", "--grace", "x"], "--grace is 'x'", None),
     (["server", "--model", "x="], "--model is 'x='", None),
     (["remove"], "MODEL is missing", "torchchat remove MODEL"),

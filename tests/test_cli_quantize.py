@@ -88,9 +88,32 @@ def test_an_unknown_device_is_refused_though_the_device_need_not_be_here(
 
 def test_where_no_layer_can_be_quantised_the_reasons_are_told(testdata: Path, tmp_path: Path,
                                                               capsys: pytest.CaptureFixture[str]) -> None:
-    model, recipe = str(testdata / "hf" / "stories260K"), '{"linear:a8w4dq": {"groupsize": 256}}'
+    model, recipe = str(testdata / "hf" / "stories260K"), '{"linear:a8w4dq": {"layers": ["*.down_proj"]}}'
     assert run("quantize", model, "--quantize", recipe, "--output-dir", str(tmp_path / "small")) == 1
-    assert "are not a multiple of the group size 256" in capsys.readouterr().err
+    assert "its 172 columns are not a multiple of the smallest group size, 32" in capsys.readouterr().err
+
+
+def test_a_group_size_that_does_not_divide_gives_way_to_the_largest_that_does(
+        testdata: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(testdata / "hf" / "stories260K")
+    assert run("quantize", model, "--quantize", "mobile", "--output-dir", str(tmp_path / "small"), "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    layers = {layer["name"]: layer for layer in report["layers"]}
+    assert layers["model.layers.0.self_attn.q_proj"]["scheme"] == "linear:a8w4dq"
+    assert layers["model.layers.0.self_attn.q_proj"]["reason"] == \
+        "groups of 64: its 64 columns are not a multiple of 256"
+    assert layers["model.layers.0.mlp.down_proj"]["scheme"] is None
+    assert report["bytes_after"] < report["bytes_before"] / 2
+    assert run("generate", str(tmp_path / "small"), "--prompt", "Once", "--max-new-tokens", "2") == 0
+
+
+def test_a_recipe_that_makes_the_model_larger_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = '{"precision": {"dtype": "fp32"}, "linear:int8": {"layers": ["model.layers.0.self_attn.q_proj"]}}'
+    assert run("generate", "embedded", "--quantize", recipe, "--prompt", "x", "--max-new-tokens", "1") == 0
+    told = capsys.readouterr().err
+    assert "warning: the recipe makes the model no smaller: 5.77 MB in its files, 11" in told
+    assert run("generate", "embedded", "--quantize", "cpu", "--prompt", "x", "--max-new-tokens", "1") == 0
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_a_plugin_that_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.exporting_once import exported_once
 from torchchat_core.fastest import remembered_executor
 from torchchat_core.first_load import remember_export
+from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import TORCH_DTYPES, build_model
 from torchchat_core.plugins import Registry
 from torchchat_core.products import reference_of
@@ -112,7 +113,7 @@ def open_model(request: ModelRequest, registry: Registry) -> Iterator[OpenedMode
     executor = _executor(request, files, device, dtype, schemes, made_by, registry, is_layered(checkpoint))
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
     windows = _calibration(request, files, checkpoint, registry)
-    report = recipe.apply(module, windows) if recipe is not None else None
+    report = _applied(recipe, module, windows, checkpoint, dtype) if recipe is not None else None
     sizes = stored_bytes(module), token_bytes(module)
     model: LoadedModel = executor.make().load(LoadRequest(device=device, dtype=dtype, module=module))
     try:
@@ -203,7 +204,7 @@ def quantise_model(request: ModelRequest, folder: Path, registry: Registry) -> t
     recipe = _settled(wished, request, checkpoint, registry, target, dtype)
     windows = _calibration(request, files, checkpoint, registry)
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
-    report = recipe.apply(module, windows)
+    report = _applied(recipe, module, windows, checkpoint, dtype)
     calibrated_on = request.calibration.described(windows) if request.calibration and windows else None
     write_quantised(module, wished.content, report, files, registry, folder, dtype, calibrated_on)
     return files, report
@@ -237,6 +238,14 @@ def _settled(wished: RecipeText | None, request: ModelRequest, checkpoint: Check
         return None
     refuse_quantised(checkpoint, "it is not quantised again")
     return wished.settle(registry, device, dtype, calibrated=request.calibration is not None)
+
+
+def _applied(recipe: Recipe, module: Transformer, windows: Calibration | None, checkpoint: Checkpoint, dtype: str
+             ) -> RecipeReport:
+    """Quantize the module; the report says what its weights take in the checkpoint's own dtype, too."""
+    report = recipe.apply(module, windows)
+    size = report.bytes_before * checkpoint.dtype.itemsize // TORCH_DTYPES[dtype].itemsize
+    return dataclasses.replace(report, bytes_in_files=size)
 
 
 def _calibration(request: ModelRequest, files: ModelFiles, checkpoint: Checkpoint, registry: Registry

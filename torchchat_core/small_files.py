@@ -51,6 +51,15 @@ def output_file(flag: str, text: str) -> Path:
                              "choose another folder") from None
 
 
+def existing_file(flag: str, text: str) -> Path:
+    """Return the file that the value of a flag names. Raises `TorchchatError` if there is none."""
+    path = expanded(text)
+    if not is_file(path):
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise TorchchatError(f"{flag}: the file {str(path)!r} {what}", "give the path of a file")
+    return path
+
+
 def is_file(path: Path) -> bool:
     """Whether there is such a file: none has a path that is too long, or in a folder that may not be looked into."""
     try:

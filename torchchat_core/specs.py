@@ -435,7 +435,7 @@ class LayerReport:
     scheme: str | None  # None: left alone, for `reason`
     bytes_before: int
     bytes_after: int
-    reason: str | None = None
+    reason: str | None = None  # why it was left alone, or in what it differs from the recipe
 
 
 @dataclass(frozen=True, kw_only=True)

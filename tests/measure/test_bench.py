@@ -20,7 +20,7 @@ from torchchat_core.measure import benchmark
 from torchchat_core.measure.bandwidth import read_speed
 from torchchat_core.measure.benchmark import Failed, Row, fastest, passed_over, ways
 from torchchat_core.measure.benchmark_plot import draw_png, html_page
-from torchchat_core.measure.benchmark_report import as_csv, as_json, table_lines
+from torchchat_core.measure.benchmark_report import COLUMNS, as_csv, as_json, cells, table_lines
 from torchchat_core.measure.rates import Rate, Rates, Spread
 from torchchat_core.own_process import in_own_process, request_arguments, request_of
 from torchchat_core.pipeline import ModelRequest, open_model
@@ -114,6 +114,9 @@ def _row(executor: str = "eager", decode: tuple[float, float] = (90.0, 110.0), r
 def test_the_bandwidth_is_what_tokens_read_and_the_share_that_of_the_memory() -> None:
     assert _row().bandwidth == 400_000
     assert _row().share == 0.4
+    assert dict(zip(COLUMNS, cells(_row()), strict=True))["share"] == ("40 %", 0.4)
+    cached = dataclasses.replace(_row(), memory_speed=_row().bandwidth / 1.5)
+    assert dict(zip(COLUMNS, cells(cached), strict=True))["share"][0] == "in cache"
 
 
 def test_compiling_is_what_first_times_take_beyond_later_ones() -> None:

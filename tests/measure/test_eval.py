@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,8 +121,9 @@ def test_a_multiple_choice_task_scores_as_computed_by_hand(opened: OpenedModel, 
     assert set(found["torchchat"]["versions"]) == {"torchchat", "torch", "lm_eval"}
 
 
-def test_a_task_with_answers_scores_as_computed_by_hand(opened: OpenedModel, testdata: Path, torchchat: Run,
-                                                        tmp_path: Path) -> None:
+def test_a_task_with_answers_scores_as_computed_by_hand(testdata: Path, torchchat: Run, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchchat_core.cli.progress_bars.LOGGED", 0.0)
     answered = json.loads(torchchat("generate", testdata / "hf/TinyStories-656K", *COMMON, "--raw", "--prompt",
                                     QUESTIONS[0], "--temperature", "0", "--max-new-tokens", "12", "--stop", ",",
                                     "--json").out)["text"]
@@ -293,3 +295,62 @@ def test_without_lm_eval_it_says_how_to_get_it(torchchat: Run, monkeypatch: pyte
     done = torchchat("eval")
     assert done.code == 1
     assert "try: pip install 'torchchat-core[eval]'" in done.err
+
+
+# ---- data of one's own in place of a task's ------------------------------------------------------------------------
+
+
+WIKI = " \n = First = \n \n Some text , with words . \n \n = = Section = = \n \n More .\n = Second = \n \n The end .\n"
+
+
+def test_a_plain_text_is_split_into_pages_as_lm_evals_copy_of_wikitext_is(tmp_path: Path) -> None:
+    from torchchat_core.measure.own_data import documents_of
+
+    (tmp_path / "wiki.raw").write_text(WIKI)
+    pages = [document["page"] for document in documents_of(tmp_path / "wiki.raw")]
+    assert [page.strip().split("\n")[0].strip() for page in pages] == ["= First =", "= Second ="]
+    assert "= = Section = =" in pages[0]
+    (tmp_path / "plain.txt").write_text("No headings here.\n\nNone.")
+    assert len(documents_of(tmp_path / "plain.txt")) == 1
+
+
+def test_the_pages_of_wikitext_2_are_62(testdata: Path) -> None:
+    from torchchat_core.measure.own_data import documents_of
+
+    assert len(documents_of(testdata / "text/wikitext2-test.raw")) == 62
+
+
+def test_the_default_task_needs_no_network_with_data(testdata: Path, torchchat: Run, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither does lm-eval ask git for a commit, which prints an error outside of a repository."""
+    monkeypatch.setattr("lm_eval.evaluator.get_git_commit_hash", lambda: pytest.fail("git is asked"))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network is used"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wiki.raw").write_text(WIKI)
+    done = torchchat("eval", testdata / "hf/TinyStories-656K", *COMMON, "--data", "wiki.raw", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["n-samples"]["wikitext"]["effective"] == 2
+    assert found["torchchat"]["data"] == "wiki.raw"
+    assert found["results"]["wikitext"]["word_perplexity,none"] > 1
+
+
+@pytest.mark.parametrize(("content", "name", "message"), [
+    ("", "a.raw", "is empty"), ("{", "a.jsonl", "is not JSON: .* at line 1, column 2"),
+    ("[]", "a.json", "no documents"),
+    ("3\n", "a.jsonl", "no documents"), ('{"nothing": 1}\n', "a.jsonl", "cannot be done with the documents in"),
+])
+def test_data_that_is_none_is_told(content: str, name: str, message: str, testdata: Path, torchchat: Run, tmp_path: Path
+                                   ) -> None:
+    (tmp_path / name).write_text(content)
+    done = torchchat("eval", testdata / "hf/stories260K", *COMMON, "--data", tmp_path / name)
+    assert done.code == 1
+    assert re.search(message, done.err), done.err
+    assert "try: " in done.err
+
+
+def test_data_goes_with_one_task_and_has_to_be_there(torchchat: Run) -> None:
+    done = torchchat("eval", "embedded", "--tasks", "wikitext,hellaswag", "--data", "x")
+    assert (done.code, "--data goes with one task" in done.err) == (2, True)
+    done = torchchat("eval", "embedded", "--data", "/nonexistent/x")
+    assert (done.code, "--data: the file '/nonexistent/x' does not exist" in done.err) == (1, True)

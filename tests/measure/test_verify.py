@@ -266,7 +266,7 @@ def test_words_say_what_the_other_side_is() -> None:
     (("embedded", "compile", "eager"), 2, "are both a executor"),
     (("embedded", "no-such-model/at-all.pte"), 1, "no file"),
     (("embedded", "--all", "--quantize", "cpu"), 2, "leave --quantize out"),
-    (("embedded", "bf16", "--min-top-1", "101"), 2, "expected a number, 0 to 100"),
+    (("embedded", "bf16", "--min-top-1", "101"), 2, "expected a number from 0 to 100"),
 ])
 def test_wrong_words_are_told(arguments: tuple[str, ...], code: int, message: str, torchchat: Run) -> None:
     done = torchchat("verify", *arguments)
@@ -282,7 +282,9 @@ def test_what_the_other_side_cannot_be_is_told_before_the_first_is_run(other: st
     assert " steps" not in done.err
 
 
-def test_models_of_different_vocabularies_are_refused(testdata: Path, torchchat: Run) -> None:
+def test_models_of_different_vocabularies_are_refused_before_one_is_run(testdata: Path, torchchat: Run,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchchat_core.measure.verifying.open_model", lambda *_: pytest.fail("a model is run"))
     done = torchchat("verify", testdata / "hf/stories260K", testdata / "hf/TinyStories-656K", *COMMON)
     assert done.code == 1
     assert "has a vocabulary of 2048 tokens" in done.err

@@ -16,7 +16,7 @@ from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.cli.values import Number
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
-from torchchat_core.small_files import expanded, output_file, write_whole
+from torchchat_core.small_files import existing_file, expanded, output_file, write_whole
 
 
 @click.command("eval", cls=Verb)
@@ -27,6 +27,9 @@ from torchchat_core.small_files import expanded, output_file, write_whole
               help="Documents of each task; below 1, that share of them [default: all].")
 @click.option("--num-fewshot", type=Number(minimum=0), metavar="N", help="Examples before each question [default: "
                                                                              "what the task says].")
+@click.option("--data", metavar="FILE",
+              help="Documents in place of the task's data set, so that nothing is downloaded: a plain text such as "
+                   "WikiText's wiki.test.raw, or JSON lines.")
 @click.option("--include-path", metavar="DIR", help="A folder of tasks of your own, as lm-eval's YAML files.")
 @click.option("--seed", type=Number(minimum=0, maximum=2**32 - 1), metavar="N",
               help="Seed of examples and of answers that a task draws by chance [default: lm-eval's own seeds].")
@@ -36,7 +39,8 @@ from torchchat_core.small_files import expanded, output_file, write_whole
 def evaluate(registry: Registry, /, **flags: Any) -> None:
     """Score MODEL on tasks of lm-eval: perplexity, multiple choice, questions with an answer.
 
-    It needs pip install 'torchchat-core[eval]'. The data of a task is downloaded once; no other model is.
+    It needs pip install 'torchchat-core[eval]'. The data of a task is downloaded once; without a network, --data FILE
+    gives it: torchchat eval MODEL --data wiki.test.raw
     """
     if find_spec("lm_eval") is None:
         raise TorchchatError("the tasks are those of lm-eval, which is not installed",
@@ -48,9 +52,12 @@ def evaluate(registry: Registry, /, **flags: Any) -> None:
     names = tuple(name for text in flags["tasks"] or ("wikitext",) for name in text.split(",") if name)
     if not names:
         raise click.UsageError("--tasks names no task")
+    if flags["data"] is not None and len(names) > 1:
+        raise click.UsageError("--data goes with one task")
+    data = existing_file("--data", flags["data"]) if flags["data"] is not None else None
     include = expanded(flags["include_path"]) if flags["include_path"] is not None else None
     wish = Wish(tasks=names, limit=flags["limit"], shots=flags["num_fewshot"], include=include,
-                seed=flags["seed"])
+                seed=flags["seed"], data=data)
     manager = wish.manager()
     with opened_model(flags, registry) as opened, shown_progress():
         found = run(opened, wish, manager, flags["quantize"])

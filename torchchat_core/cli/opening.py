@@ -27,7 +27,8 @@ def opened_model(flags: Mapping[str, Any], registry: Registry) -> Iterator[Opene
         with shown_progress():
             opened = stack.enter_context(open_model(model_request(flags), registry))
         if opened.quantisation is not None:
-            click.echo(quantisation_line(opened.quantisation), err=True)
+            for line in quantisation_lines(opened.quantisation):
+                click.echo(line, err=True)
         for line in kept_lines(opened):
             click.echo(line, err=True)
         yield opened
@@ -44,10 +45,15 @@ def kept_lines(opened: OpenedModel) -> Iterator[str]:
         yield f"notice: without the CPU kernels, layers with weights of so few bits are slow: {missing}"
 
 
-def quantisation_line(report: RecipeReport) -> str:
-    """What a recipe did, in one line; reasons only where they are all the same."""
+def quantisation_lines(report: RecipeReport) -> Iterator[str]:
+    """Yield what a recipe did, with the reasons only if they are all the same, and a warning if it saved nothing."""
     reasons = {layer.reason for layer in report.left}
     why = f" ({reasons.pop()})" if len(reasons) == 1 else ""
     left = f", left {len(report.left)} alone{why}" if report.left else ""
     count = f"{len(report.done)} layer{'' if len(report.done) == 1 else 's'}"
-    return f"quantised {count}{left}: {size_text(report.bytes_before)} -> {size_text(report.bytes_after)}"
+    yield f"quantised {count}{left}: {size_text(report.bytes_before)} -> {size_text(report.bytes_after)}"
+    before = report.bytes_before if report.bytes_in_files is None else report.bytes_in_files
+    if report.bytes_after >= before:
+        why = "; ".join(dict.fromkeys(layer.reason for layer in report.left if layer.reason))
+        yield f"warning: the recipe makes the model no smaller: {size_text(before)} in its files, " \
+              f"{size_text(report.bytes_after)} with the recipe" + (f" ({why})" if why else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -18,7 +19,8 @@ from torchchat_core.support import all_combinations, refusal
 def plugins(registry: Registry, /, matrix: bool, as_json: bool) -> None:
     """List the plugins: version, state, what each offers, and why one failed."""
     if matrix:
-        click.echo(json.dumps(matrix_rows(registry)) if as_json else matrix_table(registry), nl=as_json)
+        for line in [json.dumps(matrix_rows(registry))] if as_json else matrix_lines(registry):
+            click.echo(line)
         return
     if as_json:
         click.echo(json.dumps([_as_json(plugin) for plugin in registry.plugins]))
@@ -44,7 +46,27 @@ def matrix_rows(registry: Registry) -> list[dict[str, Any]]:
 
 
 def matrix_table(registry: Registry) -> str:
-    """The matrix as a Markdown table: a row for executor, file format and scheme, a column for each device."""
+    """Return the matrix as a Markdown table."""
+    headings, *rows = _matrix(registry)
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "".join("|" + "|".join(line) + "|\n" if line[0] == "---" else "| " + " | ".join(line) + " |\n"
+                   for line in lines)
+
+
+def matrix_lines(registry: Registry) -> Iterator[str]:
+    """Yield the matrix as a table with aligned columns; what repeats from row to row is printed once."""
+    headings, *rows = _matrix(registry)
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    before: Sequence[str] = ()
+    for row in [headings, *rows]:
+        repeated = next((place for place, text in enumerate(row[:2]) if before[place:place + 1] != [text]), 2)
+        shown = ["" if place < repeated else text for place, text in enumerate(row)]
+        yield "  ".join(text.ljust(width) for text, width in zip(shown, widths, strict=True)).rstrip()
+        before = row
+
+
+def _matrix(registry: Registry) -> list[list[str]]:
+    """Return headings and rows: a row for executor, file format and scheme, a column for each device."""
     cells: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for row in matrix_rows(registry):
         key = (row["executor"], "in memory" if row["format"] == "module" else row["format"], row["scheme"] or "none")
@@ -53,10 +75,6 @@ def matrix_table(registry: Registry) -> str:
         if row["refusal"] is None:
             fitting.append(row["dtype"])
     devices = sorted({device for by_device in cells.values() for device in by_device})
-    lines = ["| executor | model | quantisation | " + " | ".join(devices) + " |",
-             "|---|---|---|" + "---|" * len(devices)]
-    for key, by_device in cells.items():
-        if any(by_device.values()):
-            columns = [", ".join(by_device[device]) or "-" for device in devices]
-            lines.append("| " + " | ".join([*key, *columns]) + " |")
-    return "\n".join(lines) + "\n"
+    rows = [[*key, *(", ".join(by_device[device]) or "-" for device in devices)]
+            for key, by_device in cells.items() if any(by_device.values())]
+    return [["executor", "model", "quantisation", *devices], *rows]

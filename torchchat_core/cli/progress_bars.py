@@ -21,8 +21,8 @@ from torchchat_core.progress import Reporter, Task, Unit, shown_by
 if TYPE_CHECKING:
     from torchchat_core.cli.rich_bars import RichBars
 
-SMALL = 1_000_000  # bytes; a file below it gets no line in a log
 PATIENCE = 0.3  # seconds before bars appear: what is done by then is not worth a flicker
+LOGGED = 1.0  # seconds before a task gets lines in a log
 
 
 class Display(Reporter, Protocol):
@@ -52,13 +52,33 @@ def amount_text(done: int, total: int | None, unit: Unit) -> str:
 
 
 class LineTask:
-    """A task that tells its beginning and its end."""
+    """A task that prints a line after `LOGGED` seconds, and another at its end; a shorter one prints nothing."""
 
     def __init__(self, name: str, total: int | None, unit: Unit) -> None:
         self._name, self._total, self._unit = name, total, unit
         self._done = 0
         self._started = time.monotonic()
         self._lock = threading.Lock()
+        self._begun = self._ended = False
+        self._timer = threading.Timer(LOGGED, self._begin)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _begin(self) -> None:
+        with self._lock:
+            if not self._ended and not self._begun:
+                self._begun = True
+                click.echo(self.first_line(), err=True)
+
+    def end(self, completed: bool) -> None:
+        """Print the last line, if the task took long enough to have a first one."""
+        self._timer.cancel()
+        if time.monotonic() - self._started >= LOGGED:
+            self._begin()  # the timer's thread may not have run yet
+        with self._lock:
+            self._ended = True
+        if self._begun:
+            click.echo(self.last_line(completed), err=True)
 
     def advance(self, amount: int) -> None:
         with self._lock:
@@ -66,10 +86,6 @@ class LineTask:
 
     def set_total(self, total: int | None) -> None:
         self._total = total
-
-    @property
-    def is_small(self) -> bool:
-        return self._unit == "B" and self._total is not None and self._total < SMALL
 
     def first_line(self) -> str:
         if self._total is None:
@@ -85,17 +101,14 @@ class LineTask:
 
 
 class Lines:
-    """For logs and pipes: a line when a task begins, and one when it ends, but none for small files."""
+    """For logs and pipes: a line for a task that takes more than a second, and one when it ends."""
 
     def started(self, name: str, total: int | None, unit: Unit) -> LineTask:
-        task = LineTask(name, total, unit)
-        if not task.is_small:
-            click.echo(task.first_line(), err=True)
-        return task
+        return LineTask(name, total, unit)
 
     def finished(self, task: Task, completed: bool) -> None:
-        if isinstance(task, LineTask) and not task.is_small:
-            click.echo(task.last_line(completed), err=True)
+        if isinstance(task, LineTask):
+            task.end(completed)
 
     def close(self) -> None: ...
 

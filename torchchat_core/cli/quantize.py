@@ -14,7 +14,7 @@ from torchchat_core.amounts import size_text
 from torchchat_core.cli.completion import complete_scheme
 from torchchat_core.cli.flags import model_flags, model_request
 from torchchat_core.cli.help_sections import Verb
-from torchchat_core.cli.opening import quantisation_line
+from torchchat_core.cli.opening import quantisation_lines
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.cli.texts import text_flags
 from torchchat_core.cli.values import Number
@@ -94,7 +94,8 @@ def quantize(registry: Registry, /, **flags: Any) -> int:
         if not flags["as_json"]:
             for line in report_lines(report):
                 click.echo(line)
-            click.echo(quantisation_line(report), err=True)
+            for line in quantisation_lines(report):
+                click.echo(line, err=True)
             click.echo(folder)
         if measurement is not None:
             measurement.take_folder(folder, report)

@@ -21,7 +21,8 @@ COLUMNS = ("executor", "recipe", "runs on", "decode t/s", "prefill t/s", "TTFT",
 NAMES = COLUMNS[:3]
 NARROW = (("decode t/s", "prefill t/s", "TTFT", "reads", "share"), ("load", "compile", "memory", "per token"))
 NAME_WIDTH = 30
-LEGEND = "per token: weights that a token reads; reads: that times the decoding speed; share: of what the memory gives"
+LEGEND = "per token: weights that a token reads; reads: that times the decoding speed; share: of what the memory " \
+         "gives, or \"in cache\" if the weights are read faster than that"
 
 
 def table_lines(model: str, rows: Sequence[Row], failed: Sequence[Failed], width: int = WIDTH) -> Iterator[str]:
@@ -59,7 +60,7 @@ def cells(row: Row) -> list[tuple[str, float | str]]:
     """One row: each of `COLUMNS` as people read it, and as it sorts."""
     memory = row.peak_rss_bytes if row.peak_device_bytes is None else row.peak_device_bytes
     first = row.rates.first_token.median
-    share = "unknown" if row.share is None else f"{100 * row.share:.0f} %"
+    share = "unknown" if row.share is None else "in cache" if row.share > 1 else f"{100 * row.share:.0f} %"
     return [
         (row.executor, row.executor),
         (shortened(row.label or "-", NAME_WIDTH), row.label or ""),

@@ -6,7 +6,7 @@ import functools
 import logging
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import huggingface_hub.constants
 import lm_eval.api.task
+import lm_eval.evaluator
 import lm_eval.tasks
 from lm_eval import simple_evaluate
 from lm_eval import utils as windows
@@ -21,10 +22,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
 from torchchat_core import __version__
-from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.errors import TorchchatError, UsageError, did_you_mean, quoted
 from torchchat_core.generation_options import GenerationOptions, SamplingOptions
 from torchchat_core.measure.answering import Prompt, answers
 from torchchat_core.measure.likelihood import Request, likelihoods
+from torchchat_core.measure.own_data import FIX, documents_of, in_place_of_the_data_set
 from torchchat_core.network import connection_fault, hub_endpoint
 from torchchat_core.pipeline import OpenedModel
 
@@ -154,6 +156,7 @@ class Wish:
     limit: float | None = None  # documents of each task; below 1 a share of them
     shots: int | None = None  # examples before each question; None: as the task says
     include: Path | None = None  # folder of tasks of one's own
+    data: Path | None = None  # file whose documents take the place of the task's data set; with one task alone
     seed: int | None = None  # of examples, of documents that are drawn, and of answers; None: lm-eval's own
 
     @property
@@ -165,7 +168,7 @@ class Wish:
     def manager(self) -> TaskManager:
         """Knows all tasks. Raises `TorchchatError` for names of tasks that there are not."""
         if self.include is not None and not self.include.is_dir():
-            raise TorchchatError(f"there is no folder {str(self.include)!r}",
+            raise TorchchatError(f"--include-path: there is no folder {str(self.include)!r}",
                                  "name the folder of the tasks' YAML files")
         if self.include is not None:
             own = TaskManager(include_path=str(self.include), include_defaults=False)
@@ -178,7 +181,7 @@ class Wish:
         manager = TaskManager(include_path=str(self.include) if self.include is not None else None)
         for name in self.tasks:
             if name not in manager.all_tasks:
-                raise TorchchatError(f"lm-eval has no task {name!r}", did_you_mean(name, manager.all_tasks)
+                raise UsageError(f"--tasks: lm-eval has no task {quoted(name)}", did_you_mean(name, manager.all_tasks)
                                      or "lm-eval ls tasks lists them; --include-path takes a folder of your own")
         return manager
 
@@ -189,14 +192,20 @@ def evaluate(opened: OpenedModel, wish: Wish, manager: TaskManager, recipe: str 
     Raises `TorchchatError` where the data of a task cannot be had, and for tasks that the model cannot do.
     """
     fault = None
+    documents = documents_of(wish.data) if wish.data is not None else None
+    data = in_place_of_the_data_set(documents) if documents is not None else nullcontext()
+    network = offline_without_network() if documents is None else nullcontext()
     try:
-        with quiet(TALKATIVE), own_bars(), offline_without_network() as fault:
+        with quiet(TALKATIVE), own_bars(), without_git(), data, network as fault:
             found = simple_evaluate(model=TorchchatLM(opened, SEED if wish.seed is None else wish.seed),
                                     tasks=list(wish.tasks), num_fewshot=wish.shots, limit=wish.limit,
                                     task_manager=manager, log_samples=False, **wish.seeds)
     except TorchchatError:
         raise
     except Exception as error:
+        if documents is not None:
+            raise TorchchatError(f"the task {', '.join(wish.tasks)} cannot be done with the documents in {wish.data}: "
+                                 f"{type(error).__name__}: {str(error).strip():.200}", FIX) from error
         if not _is_about_data(error):
             raise
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -204,15 +213,16 @@ def evaluate(opened: OpenedModel, wish: Wish, manager: TaskManager, recipe: str 
         if not any(isinstance(each, ConnectionError) for each in _chain(error)):
             raise TorchchatError(f"the data of {', '.join(wish.tasks)} cannot be read: {first:.200}",
                                  "see what the task's dataset_path and dataset_kwargs say") from error
-        network = f"; there is no network ({fault}), and it is not kept here" if fault is not None else ""
-        raise TorchchatError(f"the data of {', '.join(wish.tasks)} cannot be had: {first:.200}{network}",
-                             "connect to the network once, after which it is kept; or evaluate a task of your own with "
-                             "--include-path, or torchchat perplexity on a text") from error
+        offline = f"; there is no network ({fault}), and it is not kept here" if fault is not None else ""
+        raise TorchchatError(f"the data of {', '.join(wish.tasks)} cannot be had: {first:.200}{offline}",
+                             "connect to the network once, after which it is kept; or give a file of documents with "
+                             "--data, a task of your own with --include-path, or use torchchat perplexity") from error
     if found is None:
         raise TorchchatError("lm-eval gave no results")
     ours = {"model": opened.name, "executor": opened.executor.name, "device": opened.model.device,
             "dtype": opened.model.dtype, "recipe": recipe, "schemes": list(opened.schemes),
-            "max_seq_length": opened.max_seq_length, "versions": _versions()}
+            "max_seq_length": opened.max_seq_length, "data": str(wish.data) if wish.data is not None else None,
+            "versions": _versions()}
     return {**found, "torchchat": ours}
 
 
@@ -228,6 +238,18 @@ def quiet(names: Sequence[str]) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def without_git() -> Iterator[None]:
+    """Within it, lm-eval does not ask git for the commit of the current folder, which is not the model's or its own:
+    outside of a repository, git prints "fatal: not a git repository"."""
+    before = lm_eval.evaluator.get_git_commit_hash
+    lm_eval.evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        lm_eval.evaluator.get_git_commit_hash = before
 
 
 @contextmanager

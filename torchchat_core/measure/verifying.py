@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Any
 
 from torchchat_core import progress
+from torchchat_core.artifacts import exported_file, open_artifact
 from torchchat_core.conversation import encode_plain, render
 from torchchat_core.errors import TorchchatError
 from torchchat_core.measure.agreement import Agreement, AgreementSum, recorded
@@ -21,7 +22,7 @@ from torchchat_core.measure.divergence import reference_file
 from torchchat_core.measure.limits import Limits, limits_for, objections
 from torchchat_core.measure.passages import Continuation, Exercise, Rows, exercises
 from torchchat_core.measure.text import MeasuredText, encoded, text_windows, window_size
-from torchchat_core.pipeline import ModelRequest, OpenedModel, fetch_files, open_model
+from torchchat_core.pipeline import ModelRequest, OpenedModel, fetch_files, open_checkpoint, open_model
 from torchchat_core.plugins import Registry
 from torchchat_core.quantization.recipe import parse_recipe
 from torchchat_core.specs import ExecutorInfo
@@ -92,26 +93,37 @@ def verify(first: ModelRequest, second: ModelRequest, registry: Registry, text: 
 
     Raises `TorchchatError` where one of the two cannot be run, and for models of different vocabularies.
     """
-    _check(second, registry)
+    _check(first, second, registry)
     longest = sys.maxsize
     while True:  # once more where the second model holds less than was recorded
         with ExitStack() as stack:
             recording = _recording(first, registry, text, window, greedy_tokens, longest, stack)
             with open_model(second, registry) as opened:
-                _refuse_another(recording, opened)
                 if opened.max_seq_length < recording.needed and window is None:
                     longest = opened.max_seq_length
                     continue
                 return recording.verification(opened, dict(limits or {}))
 
 
-def _check(request: ModelRequest, registry: Registry) -> None:
-    """What can be told before the first model is run, which may take minutes."""
-    fetch_files(request, registry)
-    if request.executor != "auto":
-        registry.find(ExecutorInfo, request.executor)
-    if request.quantize is not None:
-        parse_recipe(request.quantize, registry)
+def _check(first: ModelRequest, second: ModelRequest, registry: Registry) -> None:
+    """Raise `TorchchatError` for what can be told before the first model is run, which may take minutes."""
+    if second.executor != "auto":
+        registry.find(ExecutorInfo, second.executor)
+    if second.quantize is not None:
+        parse_recipe(second.quantize, registry)
+    (one, expected), (other, found) = (_vocabulary(request, registry) for request in (first, second))
+    if found != expected:
+        raise TorchchatError(f"{other} has a vocabulary of {found} tokens, {one} one of {expected}",
+                             "compare two ways to run the same model")
+
+
+def _vocabulary(request: ModelRequest, registry: Registry) -> tuple[str, int]:
+    """Return what the model is called, and how many tokens it knows; no weights are read."""
+    files = fetch_files(request, registry)
+    exported = exported_file(files)
+    config = open_artifact(exported).manifest.config if exported is not None else \
+        open_checkpoint(request, files, registry).config
+    return files.ref.text, config.vocab_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +136,6 @@ class _Recording:
     prompts: Prompts
     window: int
     exercise: tuple[Exercise, ...]
-    vocab_size: int
     summed: AgreementSum
 
     @property
@@ -161,7 +172,7 @@ def _recording(request: ModelRequest, registry: Registry, text: MeasuredText, wi
         continuations = {each.index: each for each in exercise if isinstance(each, Continuation)}
         return _Recording(side=Side.of(opened), text=text, ids=tuple(ids), window=size,
                           prompts=_prompts(opened.text_format), exercise=exercise,
-                          vocab_size=opened.model.vocab_size, summed=AgreementSum(reference, continuations))
+                          summed=AgreementSum(reference, continuations))
 
 
 def _prompts(text_format: TextFormat) -> Prompts:
@@ -187,13 +198,6 @@ def _run_through(opened: OpenedModel, exercise: Iterable[Exercise], rows: Iterab
     with progress.task(f"{opened.name}, {opened.executor.name}", total=total) as task:
         for each in rows:
             task.advance(len(each.logits))
-
-
-def _refuse_another(recording: _Recording, opened: OpenedModel) -> None:
-    if opened.model.vocab_size != recording.vocab_size:
-        raise TorchchatError(f"{opened.name} has a vocabulary of {opened.model.vocab_size} tokens, "
-                             f"{recording.side.model} one of {recording.vocab_size}",
-                             "compare two ways to run the same model")
 
 
 def another(request: ModelRequest, model: str) -> ModelRequest:

@@ -21,7 +21,7 @@ from torchchat_core.models.attention import RowAttention
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.quantization.gptq import InputStatistics, quantise_for_inputs
 from torchchat_core.quantization.layers import WeightFormat
-from torchchat_core.quantization.replacing import Refusal, left_alone, reason_to_leave, replace_layer
+from torchchat_core.quantization.replacing import Refusal, fit_groups, left_alone, reason_to_leave, replace_layer
 from torchchat_core.specs import Calibration, LayerReport, QuantReport
 
 TOKENS_AT_ONCE = 4096
@@ -29,10 +29,14 @@ HEAD = "lm_head"
 
 
 def calibrate_layers(model: Transformer, scheme: str, form: WeightFormat, calibration: Calibration,
-                     refusal: Refusal = lambda *_: None, negative_scales: bool = True) -> QuantReport:
-    """Replaces every linear layer by one with weights in `form`, chosen by GPTQ; `refusal` says why not."""
+                     refusal: Refusal = lambda *_: None, negative_scales: bool = True, whole_groups: bool = False
+                     ) -> QuantReport:
+    """Replaces every linear layer by one with weights in `form`, chosen by GPTQ; `refusal` says why not, and
+    `whole_groups` is as for `quantise_layers`."""
     linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    reasons = {name: reason_to_leave(layer, refusal) for name, layer in linear.items()}
+    fitted = {name: fit_groups(form, layer.in_features, whole_groups) for name, layer in linear.items()}
+    reasons = {name: reason_to_leave(layer, refusal) or (fitted[name][1] if fitted[name][0] is None else None)
+               for name, layer in linear.items()}
     reports = {name: left_alone(name, linear[name], reason) for name, reason in reasons.items() if reason}
     wanted = [name for name in linear if name not in reports]
     with torch.no_grad(), progress.task(f"calibrating, {scheme}", total=len(wanted)) as task:
@@ -41,18 +45,22 @@ def calibrate_layers(model: Transformer, scheme: str, form: WeightFormat, calibr
             inside = {name: linear[name] for name in wanted if name.startswith(block.prefix)}
             for names, statistics in _stages(model, block, inside, batches):
                 for name in names:
-                    reports[name] = _replaced(model, name, linear[name], scheme, form, statistics, negative_scales)
+                    reports[name] = _replaced(model, name, linear[name], scheme, fitted[name], statistics,
+                                              negative_scales)
                     task.advance(1)
             if block.prefix != HEAD:
                 _advance(model, block, inside, batches)
     return QuantReport(layers=tuple(reports[name] for name in linear))
 
 
-def _replaced(model: Transformer, name: str, layer: nn.Linear, scheme: str, form: WeightFormat,
-              statistics: InputStatistics, negative_scales: bool) -> LayerReport:
-    if not statistics.finite:
+def _replaced(model: Transformer, name: str, layer: nn.Linear, scheme: str,
+              fitted: tuple[WeightFormat | None, str | None], statistics: InputStatistics, negative_scales: bool
+              ) -> LayerReport:
+    form, note = fitted
+    if form is None or not statistics.finite:
         return left_alone(name, layer, "the text gives it inputs that are not finite")
-    return replace_layer(model, name, scheme, quantise_for_inputs(layer.weight, statistics, form, negative_scales))
+    weights = quantise_for_inputs(layer.weight, statistics, form, negative_scales)
+    return replace_layer(model, name, scheme, weights, note)
 
 
 # ---- the text on its way through the model ------------------------------------------------------------------------

@@ -87,6 +87,7 @@ class RecipeReport:
     layers: tuple[LayerReport, ...]
     bytes_before: int  # of all weights; those that layers share count once
     bytes_after: int
+    bytes_in_files: int | None = None  # of all weights in the dtype of the checkpoint; None: not known
 
     @property
     def done(self) -> tuple[LayerReport, ...]:

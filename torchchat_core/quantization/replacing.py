@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from torchchat_core import progress
 from torchchat_core.models.transformer import Transformer
-from torchchat_core.quantization.layers import IntegerWeights, QuantizedEmbedding, QuantizedLinear, WeightFormat
+from torchchat_core.quantization.layers import (
+    GROUP_STEP,
+    IntegerWeights,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    WeightFormat,
+)
 from torchchat_core.quantization.rounding import quantise
 from torchchat_core.specs import LayerReport, QuantReport
 
@@ -19,10 +27,12 @@ Rounding = Callable[[Tensor, WeightFormat, bool], IntegerWeights]  # of a matrix
 
 
 def quantise_layers(model: nn.Module, scheme: str, form: WeightFormat, refusal: Refusal = lambda *_: None,
-                    negative_scales: bool = True, rounding: Rounding = quantise) -> QuantReport:
+                    negative_scales: bool = True, rounding: Rounding = quantise, whole_groups: bool = False
+                    ) -> QuantReport:
     """Replaces every layer of the scheme's kind by one with weights in `form`, unless `refusal` says why not.
 
-    A weight that another layer shares stays with that one as it is.
+    A weight that another layer shares stays with that one as it is. With `whole_groups`, a layer whose columns are not
+    a multiple of the group size gets the largest smaller one that divides them, and is left alone if none does.
     """
     kind = KINDS[scheme.partition(":")[0]]
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kind)]
@@ -30,9 +40,13 @@ def quantise_layers(model: nn.Module, scheme: str, form: WeightFormat, refusal: 
     size = sum(_weight(layer).nbytes for _, layer in layers)
     with torch.no_grad(), progress.task(f"quantising, {scheme}", total=size, unit="B") as task:
         for name, layer in layers:
-            reason = reason_to_leave(layer, refusal)
-            reports.append(left_alone(name, layer, reason) if reason is not None else replace_layer(
-                model, name, scheme, rounding(_weight(layer), form, negative_scales)))
+            fitted, note = fit_groups(form, _weight(layer).shape[1], whole_groups)
+            reason = reason_to_leave(layer, refusal) or (None if fitted is not None else note)
+            if fitted is None or reason is not None:
+                reports.append(left_alone(name, layer, str(reason)))
+            else:
+                weights = rounding(_weight(layer), fitted, negative_scales)
+                reports.append(replace_layer(model, name, scheme, weights, note))
             task.advance(_weight(layer).nbytes)
     return QuantReport(layers=tuple(reports))
 
@@ -54,13 +68,16 @@ def left_alone(name: str, layer: nn.Module, reason: str) -> LayerReport:
     return LayerReport(name=name, scheme=None, bytes_before=size, bytes_after=size, reason=reason)
 
 
-def replace_layer(model: nn.Module, name: str, scheme: str, weights: IntegerWeights) -> LayerReport:
-    """Puts `weights` in the place of those of a linear or embedding layer; a bias stays as it is."""
+def replace_layer(model: nn.Module, name: str, scheme: str, weights: IntegerWeights, note: str | None = None
+                  ) -> LayerReport:
+    """Puts `weights` in the place of those of a linear or embedding layer; a bias stays as it is. The report has the
+    `note` as its reason."""
     layer = model.get_submodule(name)
     smaller = QuantizedEmbedding(weights, _weight(layer).dtype) if isinstance(layer, nn.Embedding) \
         else QuantizedLinear(weights, layer.get_parameter("bias") if layer.bias is not None else None)
     model.set_submodule(name, smaller)
-    return LayerReport(name=name, scheme=scheme, bytes_before=stored_bytes(layer), bytes_after=stored_bytes(smaller))
+    return LayerReport(name=name, scheme=scheme, bytes_before=stored_bytes(layer), bytes_after=stored_bytes(smaller),
+                       reason=note)
 
 
 def _weight(layer: nn.Module) -> Tensor:
@@ -79,8 +96,16 @@ def token_bytes(model: Transformer) -> int:
     return stored_bytes(model) - (0 if shared else stored_bytes(embedding))
 
 
-def no_whole_groups(columns: int, group_size: int | None) -> str | None:
-    """Why a runtime that needs whole groups does not take rows of so many columns."""
-    if group_size is None or columns % group_size == 0:
-        return None
-    return f"its {columns} columns are not a multiple of the group size {group_size}"
+def fit_groups(form: WeightFormat, columns: int, whole_groups: bool) -> tuple[WeightFormat | None, str | None]:
+    """Return the format for rows of so many columns, and what is to be said of it.
+
+    With `whole_groups`, the group size is the largest one of at most that of `form` that divides the columns; None for
+    the format if none does.
+    """
+    size = form.group_size
+    if not whole_groups or size is None or columns % size == 0:
+        return form, None
+    smaller = math.gcd(size, columns)
+    if smaller % GROUP_STEP:
+        return None, f"its {columns} columns are not a multiple of the smallest group size, {GROUP_STEP}"
+    return replace(form, group_size=smaller), f"groups of {smaller}: its {columns} columns are not a multiple of {size}"

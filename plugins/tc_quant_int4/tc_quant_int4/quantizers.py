@@ -10,7 +10,7 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.quantization.calibrating import calibrate_layers
 from torchchat_core.quantization.layers import WeightFormat
-from torchchat_core.quantization.replacing import no_whole_groups, quantise_layers
+from torchchat_core.quantization.replacing import quantise_layers
 from torchchat_core.quantization.rounding import quantise
 from torchchat_core.specs import Calibration, QuantReport
 
@@ -22,6 +22,7 @@ class Int4:
 
     scheme = "linear:int4"
     negative_scales = True
+    whole_groups = False  # whether a row is made of whole groups alone
 
     def needs_calibration(self, options: LinearOptions) -> bool:
         return options.method == "gptq"
@@ -30,20 +31,17 @@ class Int4:
         if self.needs_calibration(options):
             raise TorchchatError(f"{self.scheme!r} by gptq is made with a calibration text, and there is none",
                                  'choose the method "nearest" or "hqq", or give one to `torchchat quantize`')
-        return quantise_layers(model, self.scheme, self.format(options),
-                               lambda _rows, columns: self.refusal(columns, options), self.negative_scales,
-                               quantise_by_hqq if options.method == "hqq" else quantise)
+        return quantise_layers(model, self.scheme, self.format(options), negative_scales=self.negative_scales,
+                               rounding=quantise_by_hqq if options.method == "hqq" else quantise,
+                               whole_groups=self.whole_groups)
 
     def calibrate(self, model: Transformer, options: LinearOptions, calibration: Calibration) -> QuantReport:
         return calibrate_layers(model, self.scheme, self.format(options), calibration,
-                                lambda _rows, columns: self.refusal(columns, options), self.negative_scales)
+                                negative_scales=self.negative_scales, whole_groups=self.whole_groups)
 
     def format(self, options: LinearOptions) -> WeightFormat:
         return WeightFormat(bits=4, group_size=options.groupsize,
                             asymmetric=isinstance(options, Int4Options) and options.asymmetric)
-
-    def refusal(self, columns: int, options: LinearOptions) -> str | None:  # noqa: ARG002 - of a layer of any size
-        return None
 
 
 class Int4Dynamic(Int4):
@@ -51,12 +49,10 @@ class Int4Dynamic(Int4):
 
     scheme = "linear:a8w4dq"
     negative_scales = False
+    whole_groups = True
 
     def format(self, options: LinearOptions) -> WeightFormat:
         return WeightFormat(bits=4, group_size=options.groupsize, activations="int8")
-
-    def refusal(self, columns: int, options: LinearOptions) -> str | None:
-        return no_whole_groups(columns, options.groupsize)
 
 
 class Int4Embedding:
