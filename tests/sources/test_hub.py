@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -628,3 +629,37 @@ def test_the_registry_has_both_sources() -> None:
     registry.add(builtins, "builtins", CORE)
     assert registry.claim("schemes", "hf").name == "hub"
     assert registry.claim("schemes", "https").name == registry.claim("schemes", "http").name == "url"
+
+
+def test_files_that_were_placed_by_hand_are_used_and_stay(hub: Any, stories: list[CatalogueEntry], tmp_path: Path
+                                                          ) -> None:
+    folder = tmp_path / "cache/torchchat/models/someone--stories--a.pt"
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.model").write_bytes(b"placed by hand")
+    del hub.plain["tokenizer.model"]
+    files = fetch(stories[0].reference)
+    assert (files.root / "tokenizer.model").read_bytes() == b"placed by hand"
+    assert files.weights == (folder / "a.pt",)
+
+
+def test_a_part_that_is_missing_is_named_with_the_folder_that_it_belongs_to(
+        hub: Any, stories: list[CatalogueEntry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cache/torchchat/models/someone--stories--a.pt"
+    fetch(stories[1].reference)  # the hub's cache and the folder of parts have files for both
+    shutil.rmtree(tmp_path / "cache/torchchat/parts")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    error = refused(stories[0].reference)
+    assert "(missing: a.pt, tokenizer.model)" in error.message
+    assert f"put a.pt and tokenizer.model into {folder}" in (error.fix or "")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    del hub.plain["tokenizer.model"]
+    error = refused(stories[0].reference)
+    assert "missing of a: a.pt, tokenizer.model" in error.message
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(b"placed by hand")
+    fetch(stories[0].reference)
+    (folder / "a.pt").unlink()  # it stays in the hub's cache
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    count = len(hub.requests)
+    assert fetch(stories[0].reference).weights == (folder / "a.pt",)
+    assert len(hub.requests) == count

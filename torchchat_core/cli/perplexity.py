@@ -49,6 +49,8 @@ def perplexity(registry: Registry, /, **flags: Any) -> None:
     overlap = "" if found.stride == found.window - 1 else f", every {found.stride}"
     click.echo(f"{text.description}: {found.figures.tokens} tokens in windows of {found.window}{overlap}, "
                f"{seconds_text(found.seconds)}")
+    if text.note is not None:
+        click.echo(text.note)
     click.echo(f"mean NLL       {found.figures.mean_nll:.5f} nats a token")
     click.echo(f"perplexity     {found.figures.perplexity:#.6g}")
     click.echo(f"bits per byte  {found.bits_per_byte:.4f}")

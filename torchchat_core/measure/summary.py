@@ -30,6 +30,8 @@ def method_lines(comparison: Comparison) -> Iterator[str]:
     """What was measured and how, and with what."""
     first, rates = comparison.reference, comparison.reference.rates
     yield f"{comparison.text.description}: {first.perplexity.tokens} tokens in windows of {comparison.window}"
+    if comparison.text.note is not None:
+        yield comparison.text.note
     if comparison.calibration is not None:
         yield f"recipes that look at a text were given {comparison.calibration.path.name}, up to " \
               f"{comparison.calibration.tokens} tokens of it"

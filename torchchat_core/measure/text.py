@@ -13,6 +13,8 @@ from torchchat_core.specs import Tokenizer
 OWN_TEXT = Path(__file__).resolve().parent.parent / "data" / "texts" / "lighthouse.txt"
 DOCUMENT_END = "<|endoftext|>"  # how collections such as TinyStories separate their documents; no part of the text
 CHARACTERS = 8000
+OWN_NOTE = "torchchat's own text was written for it: only differences between models and recipes count; --file TEXT " \
+           "measures on a text of your own"
 WINDOW = 256  # tokens
 
 
@@ -24,6 +26,12 @@ class MeasuredText:
     content: str  # without separators of documents
     read: int  # characters, with them
     whole: int  # characters of the text that it is the beginning of
+    is_own: bool = False  # the text that comes with torchchat
+
+    @property
+    def note(self) -> str | None:
+        """Return what figures on the text say, if it comes with torchchat; None for a text of the user's."""
+        return OWN_NOTE if self.is_own else None
 
     @property
     def description(self) -> str:
@@ -46,7 +54,7 @@ def measured_text(path: Path | None = None, characters: int = CHARACTERS) -> Mea
     if not kept.strip():
         raise TorchchatError(f"{path} holds no text in its first {characters} characters", "choose another file")
     return MeasuredText(name=path.name if path else "torchchat's own text", content=kept,
-                        read=min(characters, len(content)), whole=len(content))
+                        read=min(characters, len(content)), whole=len(content), is_own=path is None)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from torchchat_core.errors import TorchchatError
 from torchchat_core.small_files import cache_folder, make_folder
 from torchchat_core.sources.hub_cache import COMMIT, DIGEST, CachedRepository, delete_folder
 from torchchat_core.sources.hub_reference import HubReference
@@ -43,22 +44,70 @@ def files_of_entry(ref: ModelRef, entry: CatalogueEntry, reference: HubReference
 
 
 def assemble(entry: CatalogueEntry, reference: HubReference, token: str | None) -> None:
-    """Fetches what is missing of the files, and puts them together. Raises `TorchchatError` where that fails."""
+    """Fetch the files that are missing, and put them together; files that the user put there stay.
+
+    Raises `TorchchatError`, which names the missing files and their folder, if one cannot be fetched.
+    """
+    link_found(entry, reference)
+    missing = missing_files(entry)
+    try:
+        _assemble(entry, reference, token, [file for file in entry.files if _name(file) in missing])
+    except TorchchatError as error:
+        raise TorchchatError(f"{error.message}; missing of {entry.alias}: {', '.join(missing)}",
+                             f"{error.fix + ', ' if error.fix else ''}or {how_to_place(entry)}") from error
+
+
+def link_found(entry: CatalogueEntry, reference: HubReference) -> None:
+    """Put into the model's folder what the caches have of its missing files, without the network."""
+    from torchchat_core.sources.downloading import writing
+
+    repository = CachedRepository(reference.repository)
+    snapshots = [repository.snapshot(commit) for commit in repository.commits_at(reference.revision)]
+    missing = missing_files(entry)
+    found: dict[str, Path] = {}
+    for file in entry.files:
+        if _name(file) in missing:
+            places = [_part(file).path] if is_url(file) and _part(file).is_here() else \
+                [] if is_url(file) else [snapshot / file for snapshot in snapshots]
+            place = next((each for each in places if each.is_file()), None)
+            if place is not None:
+                found[file] = place
+    if found:
+        with writing(_folder(entry)):
+            make_folder(_folder(entry))
+            for file, place in found.items():
+                _put(place, _folder(entry) / _name(file))
+
+
+def missing_files(entry: CatalogueEntry) -> list[str]:
+    """Return the names of the model's files that are not in its folder."""
+    return [_name(file) for file in entry.files if not (_folder(entry) / _name(file)).is_file()]
+
+
+def how_to_place(entry: CatalogueEntry) -> str:
+    """Return what to do with files that were fetched in another way."""
+    return f"put {' and '.join(missing_files(entry))} into {_folder(entry)}"
+
+
+def _assemble(entry: CatalogueEntry, reference: HubReference, token: str | None, wanted: Sequence[str]) -> None:
     from torchchat_core.sources.downloading import writing
     from torchchat_core.sources.hub_fetching import fetch_files
     from torchchat_core.sources.url_fetching import fetch_url_file
 
-    parts = {file: _part(file) for file in entry.files if is_url(file)}
+    parts = {file: _part(file) for file in wanted if is_url(file)}
     for part in parts.values():
         if not part.is_here():
             fetch_url_file(part)
-    inner = [file for file in entry.files if not is_url(file)]
-    commit = fetch_files(reference, inner, token)
-    snapshot = CachedRepository(reference.repository).snapshot(commit)
+    inner = [file for file in wanted if not is_url(file)]
+    repository = CachedRepository(reference.repository)
+    snapshot = repository.snapshot(fetch_files(reference, inner, token)) if inner else None
     with writing(_folder(entry)):
         make_folder(_folder(entry))
-        for file in entry.files:
-            _put(parts[file].path if file in parts else snapshot / file, _folder(entry) / _name(file))
+        for file in parts:
+            _put(parts[file].path, _folder(entry) / _name(file))
+        if snapshot is not None:
+            for file in inner:
+                _put(snapshot / file, _folder(entry) / _name(file))
 
 
 def kept_entries(entries: Iterable[CatalogueEntry]) -> Iterator[KeptModel]:

@@ -24,10 +24,16 @@ class HubSource:
         found = self.locate(ref)
         if found is not None:
             return found
-        if is_offline():
-            raise TorchchatError(f"{reference.text} is not wholly on this machine, and HF_HUB_OFFLINE forbids to fetch "
-                                 "it", "unset HF_HUB_OFFLINE, or name a folder that holds the model")
         entry = _entry(reference)
+        if entry is not None:
+            assembled.link_found(entry, reference)
+            if (found := self.locate(ref)) is not None:
+                return found
+        if is_offline():
+            missing = f" (missing: {', '.join(assembled.missing_files(entry))})" if entry is not None else ""
+            place = assembled.how_to_place(entry) if entry is not None else "name a folder that holds the model"
+            raise TorchchatError(f"{reference.text} is not wholly on this machine{missing}, and HF_HUB_OFFLINE forbids "
+                                 "to fetch it", f"unset HF_HUB_OFFLINE, or {place}")
         if entry is not None:
             assembled.assemble(entry, reference, ref.token)
         else:
