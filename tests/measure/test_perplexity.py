@@ -89,7 +89,7 @@ def test_the_context_of_a_window_is_read_and_only_what_follows_is_scored() -> No
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--window", "1000000"), "the window is 1000000 tokens"), (("--stride", "300"), "the stride is 300 tokens"),
-    (("--file", "/no/such/file"), "cannot be read"), (("--characters", "none"), "not a valid integer"),
+    (("--file", "/no/such/file"), "cannot be read"), (("--characters", "none"), "expected a whole number"),
 ])
 def test_what_cannot_be_measured_is_told_in_one_sentence(arguments: tuple[str, ...], message: str,
                                                          torchchat: Callable[..., Any]) -> None:
