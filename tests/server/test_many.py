@@ -329,11 +329,11 @@ def test_a_model_that_cannot_be_loaded_ends_the_command(torchchat: Callable[...,
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--model", "x=a", "--model", "x=b"], "two models are called 'x'"),
-    (["--max-queue", "-1"], "max_queue is -1"),
-    (["--api-key", ""], "the API key is empty"),
+    (["--max-queue", "-1"], "--max-queue is -1"),
+    (["--api-key", ""], "--api-key is empty"),
 ])
 def test_wrong_options_are_told_before_anything_is_loaded(torchchat: Callable[..., Any], arguments: list[str],
                                                           message: str) -> None:
     found = torchchat("server", *arguments)
-    assert found.code == 1
+    assert found.code == 2
     assert message in found.err
