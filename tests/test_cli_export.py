@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from torchchat_core.errors import TorchchatError
 from torchchat_core.small_files import output_file
+from torchchat_core.sources.local import EMBEDDED
 
 EXPORTERS = '''
 from dataclasses import dataclass
@@ -89,6 +91,40 @@ def test_what_cannot_be_written_is_told(arguments: list[str], code: int, words: 
     done = torchchat("export", "embedded", *arguments)
     assert (done.code, words in done.err) == (code, True), done.err
     assert not list(Path.cwd().glob("a*"))
+
+
+ALONE = EXPORTERS.replace('"two"', '"alone"').replace('".two"', '".alone"').replace(
+    "options=OtherOptions", "stands_alone=True").replace('"one"', '"third"').replace('".one"', '".third"').replace(
+    "--output-one-path", "--output-third-path")
+
+
+@pytest.fixture
+def dynamic_model(tmp_path: Path) -> Path:
+    """The model in the package as one of 64 positions, with dynamic rope scaling to 128."""
+    folder = Path(shutil.copytree(EMBEDDED, tmp_path / "dynamic"))
+    raw = json.loads((folder / "config.json").read_text())
+    raw |= {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+@pytest.mark.parametrize(("arguments", "fix"), [
+    (["-o", "a.one"], "run the model itself"), (["-o", "a.alone"], "--max-seq-length 64"),
+    (["-o", "a.alone", "--max-seq-length", "65"], "--max-seq-length 64"),
+])
+def test_dynamic_rope_beyond_the_original_context_is_not_exported(
+        arguments: list[str], fix: str, dynamic_model: Path, make_plugin: Callable[..., Any], torchchat: Any) -> None:
+    make_plugin(ALONE, "alone")
+    done = torchchat("export", dynamic_model, *arguments)
+    assert done.code == 1
+    assert "rope scaling 'dynamic' changes its frequencies beyond 64 positions, which the files of the" in done.err
+    assert f"try: {fix}" in done.err
+
+
+def test_dynamic_rope_within_the_original_context_is_exported(dynamic_model: Path, make_plugin: Callable[..., Any],
+                                                              torchchat: Any) -> None:
+    make_plugin(ALONE, "alone")
+    assert torchchat("export", dynamic_model, "-o", "a.alone", "--max-seq-length", "64").code == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no folder here in which nobody can write")

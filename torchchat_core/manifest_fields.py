@@ -16,7 +16,7 @@ from torchchat_core.models.config import ModelConfig, RopeScaling
 LONGEST_TEXT = 1 << 20
 DIGEST = re.compile(r"[0-9a-f]{64}")
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no file and no terminal takes
-SCALINGS = ("linear", "llama3", "yarn", "longrope")
+SCALINGS = ("linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 class Fields:

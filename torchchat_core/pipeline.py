@@ -17,6 +17,8 @@ from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.exporting_once import exported_once
 from torchchat_core.fastest import remembered_executor
 from torchchat_core.first_load import remember_export
+from torchchat_core.models.config import ModelConfig
+from torchchat_core.models.rotary import beyond_dynamic
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.models.weights import TORCH_DTYPES, build_model
 from torchchat_core.plugins import Registry
@@ -152,12 +154,16 @@ def export_model(request: ModelRequest, exporter: ExporterInfo, path: Path, opti
     recipe = _settled(wished, request, checkpoint, registry, device, dtype)
     schemes = _schemes(recipe, checkpoint)
     require_export(exporter, device, dtype, schemes, registry, is_layered(checkpoint))
-    limit = request.max_seq_length
+    limit, original = request.max_seq_length, _dynamic_context(checkpoint.config)
     if limit is not None:
         _check_export_limit(exporter, limit, checkpoint.config.max_context)
     elif longest is not None:
         config = checkpoint.config  # with a window, runtimes export no more positions than it has
-        limit = min(longest, config.max_context, config.sliding_window or longest)
+        limit = min(longest, config.max_context, config.sliding_window or longest, original or longest)
+    if original is not None and (limit is None or limit > original):
+        raise beyond_dynamic(original, f"the files of the exporter {exporter.name!r} do not do",
+                             f"--max-seq-length {original}" if exporter.stands_alone else
+                             "run the model itself, with --executor eager")
     text = text_content(files, registry, checkpoint.config.vocab_size) if exporter.stands_alone else None
     module = build_model(checkpoint, TORCH_DTYPES[dtype], device)
     if recipe is not None:
@@ -168,6 +174,12 @@ def export_model(request: ModelRequest, exporter: ExporterInfo, path: Path, opti
         max_seq_length=limit))
     remember_export(path)
     return files
+
+
+def _dynamic_context(config: ModelConfig) -> int | None:
+    """Positions up to which a model with dynamic rope scaling has fixed frequencies; None without such scaling."""
+    scaling = config.rope_scaling
+    return scaling.original_context if scaling is not None and scaling.kind == "dynamic" else None
 
 
 def _check_export_limit(exporter: ExporterInfo, limit: int, maximum: int) -> None:

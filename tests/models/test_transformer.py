@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tc_eager.executor import EagerExecutor
+from torchchat_core.errors import TorchchatError
 from torchchat_core.models.attention import RowAttention
 from torchchat_core.models.config import ARCHITECTURES, config_from_hugging_face, config_from_meta
 from torchchat_core.models.hugging_face_config import config_to_hugging_face
@@ -51,6 +52,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "granite": ("Granite", {"embedding_multiplier": 12.0, "attention_multiplier": 0.015625,
                             "residual_multiplier": 0.22, "logits_scaling": 8.0}),
+    "llama with dynamic rope": ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
     **{f"llama with {name} rope": ("Llama", {"rope_scaling": fields}) for name, fields in ROPE.items()},
 }
 
@@ -90,6 +92,7 @@ def test_logits_equal_those_of_transformers(case: str, reference: Any, tmp_path:
     ({"type": "yarn", "factor": 4.0}, 256),
     ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
     ({"rope_type": "linear", "factor": 2.5}, 160),
+    ({"type": "dynamic", "factor": 4.0}, 256),
     ({"rope_type": "linear", "factor": 0.5}, 64),
     ({"rope_type": "yarn", "factor": 1e9}, 1 << 22),
     (ROPE["llama3"], 64),
@@ -149,6 +152,81 @@ def test_longrope_keeps_its_short_factors_within_the_original_context(reference:
                                              module=build_model(open_checkpoint(files), torch.float32)))
     torch.testing.assert_close(model.session(limit=16).score(tokens), expected, atol=2e-5, rtol=1e-4)
     assert not torch.allclose(model.session(limit=17).score(tokens), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def dynamic(reference: Any, tmp_path: Path) -> tuple[Any, Any]:
+    """A model of 64 positions with dynamic NTK scaling to 256: transformers' function of ids, and our model."""
+    torch.manual_seed(0)
+    config = reference.LlamaConfig(**SIZES, rope_scaling={"rope_type": "dynamic", "factor": 4.0})
+    config._attn_implementation = "eager"
+    theirs = reference.LlamaForCausalLM(config).eval()
+    for parameter in theirs.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path)
+    files = files_of_folder(ModelRef(text="t", scheme="file", location=str(tmp_path)), tmp_path)
+    module = build_model(open_checkpoint(files), torch.float32)
+
+    @torch.inference_mode()
+    def grown(prompt: list[int], answer: list[int]) -> torch.Tensor:
+        """Logits of transformers at the last token of a new prompt, and at each token that is decoded after it."""
+        theirs(torch.tensor([[1]]))  # forgets the frequencies of an earlier, longer sequence
+        step = theirs(torch.tensor([prompt]), use_cache=True)
+        logits = [step.logits[0, -1]]
+        for token in answer:
+            step = theirs(torch.tensor([[token]]), past_key_values=step.past_key_values, use_cache=True)
+            logits.append(step.logits[0, -1])
+        return torch.stack(logits)
+
+    return grown, EagerExecutor().load(LoadRequest(device="cpu", dtype="fp32", module=module))
+
+
+DYNAMIC_TOKENS = [(7 * i * i + i) % 93 + 3 for i in range(200)]
+
+
+@pytest.mark.parametrize("prompt", [50, 63, 64, 65, 150])
+def test_dynamic_rope_follows_the_length_as_in_transformers(prompt: int, dynamic: tuple[Any, Any]) -> None:
+    grown, model = dynamic
+    tokens = DYNAMIC_TOKENS[: prompt + 30]
+    session = model.session()
+    ours = [session.prefill(tokens[:prompt]), *(session.decode(token) for token in tokens[prompt:])]
+    torch.testing.assert_close(torch.stack(ours), grown(tokens[:prompt], tokens[prompt:]), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("held", [[10], [70], [40, 60, 80], [99]])
+def test_with_dynamic_rope_an_answer_does_not_depend_on_what_the_cache_held(held: list[int], dynamic: tuple[Any, Any]
+                                                                            ) -> None:
+    grown, model = dynamic
+    tokens = DYNAMIC_TOKENS[:110]
+    expected = grown(tokens[:100], tokens[100:])
+    session = model.session()
+    for start, end in zip([0, *held], held, strict=False):
+        session.prefill(tokens[start:end])
+    for forked in (session, session.fork(held[-1])):
+        ours = [forked.prefill(tokens[held[-1] : 100]), *(forked.decode(token) for token in tokens[100:])]
+        torch.testing.assert_close(torch.stack(ours), expected, atol=1e-4, rtol=1e-3)
+    session.truncate(30)
+    short = torch.stack([session.prefill(tokens[30:50]), session.decode(tokens[50])])
+    torch.testing.assert_close(short, grown(tokens[:50], tokens[50:51]), atol=1e-4, rtol=1e-3)
+
+
+def test_with_dynamic_rope_sequences_of_a_batch_are_each_as_if_alone(dynamic: tuple[Any, Any]) -> None:
+    grown, model = dynamic
+    lengths = (20, 64, 90)
+    sessions = [model.session() for _ in lengths]
+    first = model.prefill_batch(sessions, [DYNAMIC_TOKENS[:length] for length in lengths])
+    second = model.decode_batch(sessions, [DYNAMIC_TOKENS[length] for length in lengths])
+    for row, length in enumerate(lengths):
+        expected = grown(DYNAMIC_TOKENS[:length], DYNAMIC_TOKENS[length : length + 1])
+        torch.testing.assert_close(torch.stack([first[row], second[row]]), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_runtime_whose_frequencies_do_not_change_refuses_dynamic_rope_beyond_the_original_context() -> None:
+    raw = {"model_type": "llama", **SIZES, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
+    rotary = RotaryEmbedding(config_from_hugging_face(raw))
+    assert not rotary.extends(64)
+    with pytest.raises(TorchchatError, match="changes its frequencies beyond 64 positions"):
+        rotary.extends(65)
 
 
 def test_golden_logits_of_a_trained_model(testdata: Path) -> None:

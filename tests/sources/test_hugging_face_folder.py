@@ -110,6 +110,7 @@ def test_every_variation_of_the_transformer_computes_the_same(variant: str, tmp_
 
 SCALINGS = {
     "linear": RopeScaling(kind="linear", factor=2.0),
+    "dynamic": RopeScaling(kind="dynamic", factor=4.0, original_context=32),
     "llama3": RopeScaling(kind="llama3", factor=8.0, original_context=64),
     "yarn": RopeScaling(kind="yarn", factor=4.0, original_context=32, beta_fast=16.0, attention_factor=1.2),
     "yarn with mscale": RopeScaling(kind="yarn", factor=4.0, original_context=32, mscale=1.0, mscale_all_dim=0.5),

@@ -36,19 +36,19 @@ class TokenDecoder:
         """The decoder of a module of which `decodes` is true."""
         return cls(decoder_parts(module), module.model.embed_tokens, module.model.rotary, module.config)
 
-    def logits(self, token: int, cache: KVCache, extended: bool) -> Tensor:
+    def logits(self, token: int, cache: KVCache, extended: int) -> Tensor:
         """Of the token behind those that the cache holds, which gets its keys and values: float32 [1, vocab].
 
         Raises `TorchchatError` where the cache is full; `cache.advance` is left to the caller.
         """
         return self._run([token], [_memory(cache, 1)], [1], [cache.length], extended)
 
-    def logits_of_rows(self, tokens: Sequence[int], caches: Sequence[KVCache], extended: bool) -> Tensor:
+    def logits_of_rows(self, tokens: Sequence[int], caches: Sequence[KVCache], extended: int) -> Tensor:
         """The same for several sequences, a token for each: float32 [n, vocab], a row for a row equal to `logits`."""
         return self._run(tokens, [_memory(cache, 1) for cache in caches], [1] * len(caches),
                          [cache.length for cache in caches], extended)
 
-    def logits_of_prompts(self, prompts: Sequence[Sequence[int]], caches: Sequence[KVCache], extended: bool) -> Tensor:
+    def logits_of_prompts(self, prompts: Sequence[Sequence[int]], caches: Sequence[KVCache], extended: int) -> Tensor:
         """The same for several sequences and some tokens for each: float32 [n, vocab], at the last token of each.
 
         Logits, keys and values are equal to those of one `logits` after the other. `caches` are all different.
@@ -57,7 +57,7 @@ class TokenDecoder:
         tokens = [token for prompt in prompts for token in prompt]
         return self._run(tokens, memory, list(map(len, prompts)), [cache.length for cache in caches], extended)
 
-    def _run(self, tokens: Sequence[int], memory: list[int], counts: list[int], lengths: list[int], extended: bool
+    def _run(self, tokens: Sequence[int], memory: list[int], counts: list[int], lengths: list[int], extended: int
              ) -> Tensor:
         cos, sin = self._angles.up_to(max(map(add, lengths, counts)), extended)
         table = self._table
@@ -126,15 +126,20 @@ class RotaryTable:
     def __init__(self, rotary: RotaryEmbedding, positions: int) -> None:
         """`positions`: what a sequence may have."""
         self._rotary, self._positions = rotary, positions
-        self._tables: dict[bool, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[bool, tuple[Tensor, Tensor]] = {}  # by whether they are extended
 
-    def up_to(self, count: int, extended: bool) -> tuple[Tensor, Tensor]:
-        """What `RotaryEmbedding` gives for at least `count` positions: cos, signed sin, float32 [n, 1, head_dim]."""
-        table = self._tables.get(extended)
+    def up_to(self, count: int, extended: int) -> tuple[Tensor, Tensor]:
+        """What `RotaryEmbedding` gives for at least `count` positions: cos, signed sin, float32 [n, 1, head_dim].
+
+        With dynamic scaling each extended position is that of a sequence that ends there, as when it is decoded.
+        """
+        table = self._tables.get(bool(extended))
         if table is None or len(table[0]) < count:
             count = min(max(FIRST_CAPACITY, 1 << (count - 1).bit_length()), self._positions)
-            cos, sin = self._rotary(torch.arange(count), extended)
-            table = self._tables[extended] = cos.contiguous(), sin.contiguous()
+            positions = torch.arange(count)
+            each = positions + 1 if extended and self._rotary.dynamic is not None else extended
+            cos, sin = self._rotary(positions, each)
+            table = self._tables[bool(extended)] = cos.contiguous(), sin.contiguous()
         return table  # whatever other threads put in its place meanwhile
 
 

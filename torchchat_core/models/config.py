@@ -14,14 +14,14 @@ MAXIMUM_LAYERS = 1024
 MAXIMUM_SIZE = 1 << 22  # of any dimension: larger ones are a damaged or hostile file
 OTHER_MODEL = "choose a model of one of these architectures: torchchat list"
 MOST_ROTATIONS = 1e9  # within a context, of YaRN's beta_fast and beta_slow
-STRETCHING = ("linear", "yarn")  # kinds of rope scaling whose factor multiplies the context
+STRETCHING = ("linear", "dynamic", "yarn")  # kinds of rope scaling whose factor multiplies the context
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """How rotary position embedding is stretched beyond the context that a model was trained with.
 
-    `kind` is `linear`, `llama3`, `yarn` or `longrope`. The fields have the meaning and the names of
+    `kind` is `linear`, `dynamic`, `llama3`, `yarn` or `longrope`. The fields have the meaning and the names of
     `rope_scaling` in Hugging Face's config.json; those that a kind does not use keep their defaults.
     """
 
@@ -99,6 +99,10 @@ class ModelConfig:
             _check_size("sliding_window", self.sliding_window, MAXIMUM_SIZE)
         for name in ("norm_eps", "rope_theta", "logits_divisor"):
             _check_positive(name, getattr(self, name))
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.kind == "dynamic" and (scaling.original_context is None
+                                                                  or self.head_dim <= 2):
+            raise TorchchatError("dynamic NTK scaling needs the original context, and a head_dim of more than 2")
         if self.rope_theta == 1.0:
             raise TorchchatError("rope_theta is 1.0; all positions would be the same")
         for name in ("hidden_size", "intermediate_size", "num_heads"):
@@ -181,7 +185,7 @@ def refuse_unknown_architecture(raw: Mapping[str, Any]) -> None:
 def stretched_context(positions: int, scaling: RopeScaling | None) -> int:
     """Return how many positions a model takes whose config states `positions`, as vLLM computes it.
 
-    YaRN and linear scaling take the model to `factor` times the context that it was trained with, even if the
+    YaRN, linear and dynamic scaling take the model to `factor` times the context that it was trained with, even if the
     config was not changed beyond adding the scaling. A larger stated number of positions is kept.
     """
     if scaling is None or scaling.kind not in STRETCHING:
@@ -259,6 +263,11 @@ def _rope_scaling(raw: Mapping[str, Any]) -> RopeScaling | None:
     original = fields.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
     if kind == "linear":
         return RopeScaling(kind=kind, factor=_number(fields, "factor"), original_context=original or context)
+    if kind == "dynamic":
+        if fields.get("alpha") is not None:
+            raise TorchchatError(f"rope scaling 'dynamic' has alpha {quoted(fields['alpha'])}, which torchchat does "
+                                 "not have; it has factor alone")
+        return RopeScaling(kind=kind, factor=_number(fields, "factor"), original_context=context)
     if kind == "llama3":
         return RopeScaling(
             kind=kind, factor=_number(fields, "factor"),
@@ -285,7 +294,7 @@ def _rope_scaling(raw: Mapping[str, Any]) -> RopeScaling | None:
             attention_factor=_optional_number(fields, "attention_factor"),
             short_factor=_numbers(fields, "short_factor"), long_factor=_numbers(fields, "long_factor"),
         )
-    raise TorchchatError(f"unknown rope scaling {quoted(kind)}; known are linear, llama3, yarn and longrope")
+    raise TorchchatError(f"unknown rope scaling {quoted(kind)}; known are linear, dynamic, llama3, yarn and longrope")
 
 
 def _required(raw: Mapping[str, Any], name: str) -> Any:

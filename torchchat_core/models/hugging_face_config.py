@@ -69,7 +69,7 @@ def _written(config: ModelConfig, architecture: str) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_context,
+        "max_position_embeddings": _stated_context(config),
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": _rope_scaling(_with_context(config.rope_scaling, config)),
@@ -78,9 +78,18 @@ def _written(config: ModelConfig, architecture: str) -> dict[str, Any]:
     return {**fields, **_OWN_FIELDS[architecture](config)}
 
 
+def _stated_context(config: ModelConfig) -> int:
+    """The original context where Hugging Face's formula takes it from `max_position_embeddings`."""
+    scaling = config.rope_scaling
+    original = scaling.original_context if scaling is not None and scaling.kind == "dynamic" else None
+    return original or config.max_context
+
+
 def _rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
+    if scaling.kind == "dynamic":
+        return {"rope_type": scaling.kind, "factor": scaling.factor}
     fields: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor,
                               "original_max_position_embeddings": scaling.original_context}
     if scaling.kind == "linear":

@@ -15,8 +15,9 @@ from torchchat_core.models.config import ModelConfig, RopeScaling
 class RotaryEmbedding(nn.Module):
     """Angles for positions, in a layout that `apply_rotary` multiplies in.
 
-    A sequence that may grow beyond `original_context` wants `extended=True` with longrope: its frequencies differ.
-    The choice is made once for a sequence, by the length that it may reach, so that all its keys agree.
+    Two kinds of scaling have other frequencies beyond the original context. With longrope the choice is made once for a
+    sequence, by the length that it may reach, so that all its keys agree. With dynamic NTK scaling the frequencies
+    follow the length of the sequence at each step, as in transformers. `extension` says which are due.
     """
 
     short: Tensor  # [head_dim / 2], radians per position, float32
@@ -28,6 +29,7 @@ class RotaryEmbedding(nn.Module):
         self.interleaved = config.rope_interleaved
         self.amplitude = rotary_amplitude(scaling)
         self.original_context = scaling.original_context if scaling and scaling.kind == "longrope" else None
+        self.dynamic = DynamicFrequencies(config, scaling) if scaling and scaling.kind == "dynamic" else None
         self.register_buffer("short", rotary_frequencies(config, extended=False), persistent=False)
         self.register_buffer("long", rotary_frequencies(config, extended=True), persistent=False)
 
@@ -39,12 +41,34 @@ class RotaryEmbedding(nn.Module):
         return self
 
     def extends(self, length: int) -> bool:
-        """Whether a sequence that may reach `length` positions takes the frequencies for long ones."""
+        """Return True if a sequence that may reach `length` positions takes the frequencies for long ones.
+
+        For runtimes whose frequencies do not change while a sequence grows. Raises `TorchchatError` if they do.
+        """
+        if self.dynamic is not None and length > self.dynamic.original_context:
+            context = self.dynamic.original_context
+            raise beyond_dynamic(context, "this runtime does not do",
+                                 f"--executor eager, or --max-seq-length {context}")
         return self.original_context is not None and length > self.original_context
 
-    def forward(self, positions: Tensor, extended: bool = False) -> tuple[Tensor, Tensor]:
-        """positions [n] -> cos, signed sin, each [n, 1, head_dim] float32."""
-        frequencies = self.long if extended else self.short
+    def extension(self, limit: int, length: int) -> int:
+        """Return what `forward` takes as `extended` for a step after which a sequence has `length` positions.
+
+        `limit` is the length that the sequence may reach. 0 means the frequencies of the original context.
+        """
+        if self.dynamic is not None:
+            return length if length > self.dynamic.original_context else 0
+        return int(self.extends(limit))
+
+    def forward(self, positions: Tensor, extended: int | Tensor = 0) -> tuple[Tensor, Tensor]:
+        """positions [n] -> cos, signed sin, each [n, 1, head_dim] float32.
+
+        `extended` is that of `extension`; with dynamic scaling it may be int64 [n], one length for each position.
+        """
+        if self.dynamic is not None and not (isinstance(extended, int) and extended == 0):
+            frequencies = self.dynamic(torch.as_tensor(extended, device=positions.device))
+        else:
+            frequencies = self.long if extended else self.short
         angles = positions.float()[:, None] * frequencies  # [n, head_dim / 2]
         cos, sin = angles.cos() * self.amplitude, angles.sin() * self.amplitude
         if self.interleaved:
@@ -52,6 +76,31 @@ class RotaryEmbedding(nn.Module):
         else:
             cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         return cos[:, None], sin[:, None]
+
+
+class DynamicFrequencies:
+    """Dynamic NTK scaling: beyond the original context the base grows with the length of the sequence.
+
+    The formula is that of transformers (modeling_rope_utils.py, `_compute_dynamic_ntk_parameters`).
+    """
+
+    def __init__(self, config: ModelConfig, scaling: RopeScaling) -> None:
+        self.original_context = scaling.original_context or config.max_context
+        self._theta, self._factor, self._head_dim = config.rope_theta, scaling.factor, config.head_dim
+
+    def __call__(self, lengths: Tensor) -> Tensor:
+        """lengths [] or [n], of sequences -> radians per position, float32 [head_dim / 2] or [n, head_dim / 2]."""
+        ratio = lengths.double().clamp(min=self.original_context) / self.original_context
+        grown = (self._factor * ratio - (self._factor - 1)) ** (self._head_dim / (self._head_dim - 2))
+        exponents = torch.arange(0, self._head_dim, 2, dtype=torch.float32, device=lengths.device) / self._head_dim
+        frequencies: Tensor = 1.0 / (self._theta * grown).float()[..., None] ** exponents
+        return frequencies
+
+
+def beyond_dynamic(original_context: int, what: str, fix: str) -> TorchchatError:
+    """The error for a runtime without frequencies that change with the length of the sequence."""
+    return TorchchatError(f"the model's rope scaling 'dynamic' changes its frequencies beyond {original_context} "
+                          f"positions, which {what}", fix)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, signed_sin: Tensor, interleaved: bool) -> Tensor:
@@ -69,7 +118,7 @@ def rotary_frequencies(config: ModelConfig, extended: bool) -> Tensor:
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     frequencies: Tensor = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
-    if scaling is None:
+    if scaling is None or scaling.kind == "dynamic":
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor

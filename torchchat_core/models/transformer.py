@@ -41,7 +41,7 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None, extended: bool = False
+        self, tokens: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None, extended: int = 0
     ) -> Tensor:
         hidden = self.model(tokens, positions, attend, extended)  # [n, hidden]
         if rows is not None:
@@ -61,7 +61,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, extended: bool) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, extended: int) -> Tensor:
         cos, sin = self.rotary(positions, extended)
         hidden: Tensor = self.embed_tokens(tokens)  # [n, hidden]
         if self.embedding_multiplier != 1.0:

@@ -78,7 +78,7 @@ class _Batch:
 def _batches(model: Transformer, calibration: Calibration) -> Iterator[_Batch]:
     windows = torch.tensor(calibration.windows, device=model.model.norm.weight.device)  # [windows, length]
     length = windows.shape[1]
-    extended = model.model.rotary.extends(model.config.max_context)
+    extended = model.model.rotary.extension(model.config.max_context, length)
     for rows in windows.split(max(1, TOKENS_AT_ONCE // length)):
         positions = torch.arange(length, device=windows.device).repeat(len(rows))
         attend = RowAttention(model.config, rows=len(rows))

@@ -71,7 +71,7 @@ def reference_logits(model: Transformer, tokens: Sequence[int], limit: int | Non
 
     `limit` is the length that the sequence may reach, on which longrope depends; None: the model's own.
     """
-    extended = model.model.rotary.extends(model.config.max_context if limit is None else limit)
+    extended = model.model.rotary.extension(model.config.max_context if limit is None else limit, len(tokens))
     device = model.model.norm.weight.device
     logits: Tensor = model(torch.tensor(tokens, device=device), torch.arange(len(tokens), device=device),
                            RowAttention(model.config, rows=1), extended=extended)

@@ -128,7 +128,7 @@ def kind_of(layer: DecoderLayer, window: int | None) -> tuple[object, ...]:
 class Recording:
     """A graph, and the memory that it reads and writes."""
 
-    key: tuple[int, bool]  # capacity of the cache, and whether longrope's other angles are used
+    key: tuple[int, int]  # capacity of the cache, and whether longrope's other angles are used
     keys: list[Tensor]  # of each layer, [kv_heads, capacity, head_dim]
     values: list[Tensor]
     token: Tensor  # [1] int64
@@ -149,7 +149,7 @@ class GraphDecoder:
         self._spare: list[Recording] = []
         self._turn = threading.Lock()  # graphs share the memory that they compute with in between
 
-    def logits(self, token: int, cache: KVCache, extended: bool) -> Tensor:
+    def logits(self, token: int, cache: KVCache, extended: int) -> Tensor:
         """Of the token behind those that the cache holds: float32 [1, vocab] on the CPU.
 
         Raises `TorchchatError` where the cache is full; `cache.advance` is left to the caller.
@@ -161,7 +161,7 @@ class GraphDecoder:
             recording.replay()
             return on_cpu(recording.logits)  # a copy: the next replay writes to that memory
 
-    def _recording(self, cache: KVCache, extended: bool) -> Recording:
+    def _recording(self, cache: KVCache, extended: int) -> Recording:
         """The one that the cache has; where it has grown, or has none, one that was left, or else a new one."""
         keys, values = cache.all_rooms(1)
         key = (keys[0].shape[1], extended)
@@ -189,7 +189,7 @@ class GraphDecoder:
         if sum(each.key == left.key for each in self._spare) < SPARE:
             self._spare.append(left)
 
-    def _made(self, key: tuple[int, bool], keys: list[Tensor], values: list[Tensor], length: int) -> Recording:
+    def _made(self, key: tuple[int, int], keys: list[Tensor], values: list[Tensor], length: int) -> Recording:
         """Recording runs the step for the next position, whose keys and values are written again afterwards.
 
         What is behind the mask counts with weight zero, so it must not be what memory happened to hold.
@@ -222,7 +222,7 @@ def compiled_decoder(module: Transformer, device: str, backend: str | Callable[.
                     torch.device(device))
     try:
         with torch.inference_mode(), progress.task("compiling the layers"):
-            decoder.logits(0, cache, extended=False)
+            decoder.logits(0, cache, extended=0)
     except Exception as error:  # the compiler raises whatever it comes upon, and eager is always there
         module.model.layers = layers
         raise TorchchatError(f"PyTorch cannot compile the layers: {first_line(error)}") from error

@@ -33,6 +33,9 @@ class CompileExecutor:
     """
 
     def load(self, request: LoadRequest) -> EagerModel:
+        if request.device == "cuda" and request.module.model.rotary.dynamic is not None:
+            return self._operation_by_operation(request, "the rope scaling 'dynamic' changes at each token, and a "
+                                                         "recorded graph does not")
         if request.device == "cuda":
             prepare(request.module, TORCH_DTYPES[request.dtype])
             try:

@@ -21,13 +21,14 @@ from torchchat_core.specs import LoadRequest
 if TYPE_CHECKING:
     from torchchat_core.kernels.decoding import TokenDecoder
 
+TOKENS_AT_ONCE = 512  # when a prompt is computed again
 ROWS_OF_A_PROMPT = 16  # tokens up to which reading the weights is what takes the time, as it is for one
 
 
 class StepDecoder(Protocol):
     """Decodes one token of one sequence in some quicker way than the module."""
 
-    def logits(self, token: int, cache: KVCache, extended: bool) -> Tensor:
+    def logits(self, token: int, cache: KVCache, extended: int) -> Tensor:
         """Of the token behind those that the cache holds, which gets its keys and values: float32 [1, vocab], CPU."""
 
 
@@ -35,10 +36,10 @@ class StepDecoder(Protocol):
 class RowDecoder(StepDecoder, Protocol):
     """Decodes tokens of several sequences in some quicker way than the module."""
 
-    def logits_of_rows(self, tokens: Sequence[int], caches: Sequence[KVCache], extended: bool) -> Tensor:
+    def logits_of_rows(self, tokens: Sequence[int], caches: Sequence[KVCache], extended: int) -> Tensor:
         """As `StepDecoder.logits`, a row for each: float32 [n, vocab], CPU."""
 
-    def logits_of_prompts(self, prompts: Sequence[Sequence[int]], caches: Sequence[KVCache], extended: bool) -> Tensor:
+    def logits_of_prompts(self, prompts: Sequence[Sequence[int]], caches: Sequence[KVCache], extended: int) -> Tensor:
         """Of the last of some tokens for each, as if they came one by one: float32 [n, vocab], CPU."""
 
 
@@ -72,6 +73,7 @@ class EagerModel:
         self._attention = attention
         self._decoder = decoder
         self._module: Transformer | None = module
+        self.is_dynamic = module.model.rotary.dynamic is not None
 
     def session(self, limit: int | None = None) -> EagerSession:
         limit = session_limit(limit, self.max_context, "the model", "set --max-seq-length within that")
@@ -82,15 +84,15 @@ class EagerModel:
         check_batch(sessions, tokens)
         for session in sessions:
             session.check_room(1)
-        groups = {session.extended for session in sessions}
-        if len(groups) > 1:  # longrope: sequences on both sides of the original context have other angles
+        groups = {session.extension(1) for session in sessions}
+        if len(groups) > 1 or self.is_dynamic:  # sequences on both sides of the original context have other angles
             return torch.stack([session.decode(token) for session, token in zip(sessions, tokens, strict=True)])
-        logits = self._decoded(sessions, tokens, groups == {True})
+        logits = self._decoded(sessions, tokens, groups.pop())
         for session in sessions:
             session.cache.advance(1)
         return logits
 
-    def _decoded(self, sessions: Sequence[EagerSession], tokens: Sequence[int], extended: bool) -> Tensor:
+    def _decoded(self, sessions: Sequence[EagerSession], tokens: Sequence[int], extended: int) -> Tensor:
         decoder = self._decoder  # which another thread may take away
         if len(tokens) > 1 and isinstance(decoder, RowDecoder):
             check_tokens(tokens, self.vocab_size)
@@ -105,11 +107,11 @@ class EagerModel:
         for session, prompt in zip(sessions, prompts, strict=True):
             session.check_room(len(prompt))
             check_tokens(prompt, self.vocab_size)
-        groups = {session.extended for session in sessions}
+        groups = {session.extension(len(prompt)) for session, prompt in zip(sessions, prompts, strict=True)}
         decoder = self._rows_decoder(max(map(len, prompts)))
-        if len(groups) > 1 or decoder is None:
+        if len(groups) > 1 or self.is_dynamic or decoder is None:
             return torch.stack([session.prefill(prompt) for session, prompt in zip(sessions, prompts, strict=True)])
-        logits = decoder.logits_of_prompts(prompts, [session.cache for session in sessions], groups == {True})
+        logits = decoder.logits_of_prompts(prompts, [session.cache for session in sessions], groups.pop())
         for session, prompt in zip(sessions, prompts, strict=True):
             session.cache.advance(len(prompt))
         return logits
@@ -119,22 +121,22 @@ class EagerModel:
         decoder = self._decoder  # which another thread may take away
         return decoder if isinstance(decoder, RowDecoder) and longest <= ROWS_OF_A_PROMPT else None
 
-    def prompt_logits(self, tokens: Sequence[int], positions: Sequence[int], segment: Segment, extended: bool
+    def prompt_logits(self, tokens: Sequence[int], positions: Sequence[int], segment: Segment, extended: int
                       ) -> Tensor:
         """Of the last of the tokens: [1, vocab]."""
         decoder = self._rows_decoder(len(tokens))
-        if decoder is None or len(tokens) == 1:
+        if decoder is None or len(tokens) == 1 or (self.is_dynamic and extended):
             return self.forward(tokens, positions, [segment], [len(tokens) - 1], extended)
         check_tokens(tokens, self.vocab_size)
         return decoder.logits_of_prompts([tokens], [segment.cache], extended)
 
     def forward(self, tokens: Sequence[int], positions: Sequence[int], segments: Sequence[Segment],
-                rows: list[int] | None, extended: bool) -> Tensor:
+                rows: list[int] | None, extended: int) -> Tensor:
         """One pass of the transformer; logits [rows, vocab], float32 on the CPU."""
         module = self.module
         check_tokens(tokens, self.vocab_size)
         decoder = self._decoder  # which another thread may take away
-        if decoder is not None and len(tokens) == 1:
+        if decoder is not None and len(tokens) == 1 and not (self.is_dynamic and extended > positions[0] + 1):
             return decoder.logits(tokens[0], segments[0].cache, extended)
         logits: Tensor = module(
             torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device),
@@ -143,7 +145,7 @@ class EagerModel:
         )
         return logits.float().cpu()
 
-    def hidden_states(self, tokens: Sequence[int], positions: Sequence[int], segment: Segment, extended: bool
+    def hidden_states(self, tokens: Sequence[int], positions: Sequence[int], segment: Segment, extended: int
                       ) -> Tensor:
         """Behind the last norm: [n, hidden], float32 on the CPU."""
         module = self.module
@@ -171,36 +173,43 @@ class EagerSession:
         dtype = module.model.norm.weight.dtype  # the embedding may be quantised
         self.limit = limit
         self.cache = cache or KVCache(module.config, limit, dtype, torch.device(model.device))
-        self.extended = module.model.rotary.extends(limit)
+        self._rotary = module.model.rotary
         self._model = model
         self._closed = False
+        # With dynamic rope scaling, to compute a prompt again: what the cache holds, and whether any of its keys were
+        # turned by other frequencies than those of the original context.
+        self._tokens: list[int] = []
+        self._stretched = False
 
     @property
     def length(self) -> int:
         return self.cache.length
 
     def prefill(self, tokens: Sequence[int]) -> Tensor:
-        return self._append(tokens, last=True)[0]
+        return self._append(tokens, is_prompt=True, last=True)[0]
 
     def decode(self, token: int) -> Tensor:
-        return self._append([token])[0]
+        return self._append([token], is_prompt=False)[0]
 
     def score(self, tokens: Sequence[int]) -> Tensor:
-        return self._append(tokens)
+        return self._append(tokens, is_prompt=True)
 
     @torch.inference_mode()
     def embed(self, tokens: Sequence[int]) -> Tensor:
         self.check_room(len(tokens))
+        extended = self._aligned(len(tokens), is_prompt=True)
         positions = range(self.length, self.length + len(tokens))
-        states = self._model.hidden_states(tokens, positions, Segment(self.cache, len(tokens)), self.extended)
-        self.cache.advance(len(tokens))
+        states = self._model.hidden_states(tokens, positions, Segment(self.cache, len(tokens)), extended)
+        self._advance(tokens, extended)
         return states
 
     @torch.inference_mode()
     def fork(self, length: int) -> EagerSession:
         if self._closed:
             raise TorchchatError("the session was closed")
-        return EagerSession(self._model, self.limit, self.cache.copy(length))
+        copied = EagerSession(self._model, self.limit, self.cache.copy(length))
+        copied._tokens, copied._stretched = self._tokens[:length], self._stretched
+        return copied
 
     def truncate(self, length: int) -> None:
         self.cache.truncate(length)
@@ -214,13 +223,51 @@ class EagerSession:
         check_append(count, self.length, self.limit, self._closed,
                      "allow more with --max-seq-length where the model can")
 
+    def extension(self, count: int) -> int:
+        """Return which rotary frequencies a step of `count` tokens takes: see `RotaryEmbedding.extension`."""
+        return self._rotary.extension(self.limit, self.length + count)
+
     @torch.inference_mode()
-    def _append(self, tokens: Sequence[int], last: bool = False) -> Tensor:
+    def _append(self, tokens: Sequence[int], is_prompt: bool, last: bool = False) -> Tensor:
         """Logits of all tokens, or of the `last` alone: [n or 1, vocab]."""
         self.check_room(len(tokens))
+        extended = self._aligned(len(tokens), is_prompt)
         positions = range(self.length, self.length + len(tokens))
         segment = Segment(self.cache, len(tokens))
-        logits = self._model.prompt_logits(tokens, positions, segment, self.extended) if last else \
-            self._model.forward(tokens, positions, [segment], None, self.extended)
-        self.cache.advance(len(tokens))
+        logits = self._model.prompt_logits(tokens, positions, segment, extended) if last else \
+            self._model.forward(tokens, positions, [segment], None, extended)
+        self._advance(tokens, extended)
         return logits
+
+    def _advance(self, tokens: Sequence[int], extended: int) -> None:
+        self.cache.advance(len(tokens))
+        if self._model.is_dynamic:
+            self._tokens.extend(tokens)
+            self._stretched = self._stretched or extended > 0
+
+    def _aligned(self, count: int, is_prompt: bool) -> int:
+        """Return `extension(count)`. With dynamic scaling, prepare the cache for a step of those frequencies.
+
+        A prompt that ends beyond the original context is computed as a whole, by the frequencies of its length,
+        whatever part of it the cache holds; so the answer does not depend on how the cache came about. A decoded token
+        takes the frequencies of the new length and leaves the keys of the others as they are, as in transformers.
+        """
+        extended = self.extension(count)
+        if not self._model.is_dynamic:
+            return extended
+        del self._tokens[self.length :]  # of what was cut off, or interrupted
+        if self.length and (is_prompt if extended else self._stretched):
+            self._recompute(extended)
+        self._stretched = self._stretched and self.length > 0
+        return extended
+
+    def _recompute(self, extended: int) -> None:
+        """Compute keys and values of all tokens again, by these frequencies."""
+        tokens, self._tokens = self._tokens, []
+        self.cache.truncate(0)
+        self._stretched = extended > 0
+        for start in range(0, len(tokens), TOKENS_AT_ONCE):
+            part = tokens[start : start + TOKENS_AT_ONCE]
+            positions = range(start, start + len(part))
+            self._model.forward(part, positions, [Segment(self.cache, len(part))], [len(part) - 1], extended)
+            self._advance(part, extended)

@@ -92,6 +92,8 @@ def _scaling(scaling: RopeScaling, context: int) -> dict[str, int | float | str]
     """The keys for rotary scaling; llama3 has none, as its factors are a tensor."""
     if scaling.kind == "llama3":
         return {}
+    if scaling.kind == "dynamic":
+        raise _impossible("dynamic NTK rope scaling, whose frequencies change with the length of the sequence")
     keys: dict[str, int | float | str] = {"rope.scaling.type": scaling.kind}
     if scaling.kind == "linear":  # without its original context, the factor would multiply `context` when it is read
         original = scaling.original_context or max(2, int(context / max(scaling.factor, 1.0)))

@@ -172,6 +172,7 @@ def test_rotary_scaling_comes_back(name: str, tmp_path: Path) -> None:
     ({"qk_norm": True, "attention_bias": True}, "query-key norms together with biases"),
     ({"architecture": "qwen2", "sliding_window": 4}, "architecture qwen2 of GGUF files does not have"),
     ({"architecture": "qwen2", "rope_scaling": SCALINGS["longrope"]}, "longrope scaling"),
+    ({"rope_scaling": RopeScaling(kind="dynamic", factor=2.0, original_context=64)}, "dynamic NTK rope scaling"),
     ({"rope_scaling": replace(SCALINGS["yarn"], truncate=False)}, "correction range is not rounded"),
 ])
 def test_what_gguf_has_no_words_for_is_refused(changes: Mapping[str, Any], words: str, tmp_path: Path) -> None:
