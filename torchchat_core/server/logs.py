@@ -9,6 +9,8 @@ import sys
 import traceback
 from collections.abc import Iterator
 
+from torchchat_core.errors import TorchchatError
+
 OURS = logging.getLogger("torchchat.server")
 THEIRS = ("uvicorn", "asyncio")
 CANCELLED = "Cancel %s running task(s)"  # how uvicorn's message begins when the time of grace is over
@@ -58,6 +60,8 @@ class _Translator(logging.Handler):
 
 
 def _line(what: str, error: BaseException) -> str:
+    if isinstance(error, TorchchatError):
+        return f"{what}: {error.message}"
     words = " ".join(str(error).split())[:200]
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {frames[-1].filename.rpartition('/site-packages/')[2]}:{frames[-1].lineno}" if frames else ""
