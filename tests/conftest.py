@@ -72,36 +72,45 @@ def torchchat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 
 @dataclass(frozen=True)
 class Start:
-    """What a start of `torchchat ARGUMENT` took of the processor, and which modules it had imported at its end."""
+    """The work of a start of `torchchat ARGUMENT`, and which modules it had imported at its end."""
 
-    share: float                # of what importing click and pluggy and listing the distributions takes
+    share: float                # function calls, relative to importing click and pluggy and listing the distributions
     modules: frozenset[str]
 
 
-BARE = ("import click, pluggy, importlib.metadata, time; list(importlib.metadata.distributions())\n"
-        "print(time.process_time())")
-STARTED = ("import sys, time; from torchchat_core.cli.main import main\n"
+BARE = "import click, pluggy, importlib.metadata; list(importlib.metadata.distributions())\n"
+STARTED = ("from torchchat_core.cli.main import main\n"
            "try: main([{argument!r}])\n"
-           "except SystemExit: print(); print(*sys.modules); print(time.process_time())")
+           "except SystemExit: pass\n")
+COUNTED = """import sys
+calls = 0
+def count(frame, event, argument):
+    global calls
+    calls += event in ("call", "c_call")
+sys.setprofile(count)
+{program}sys.setprofile(None)
+print(); print(*sys.modules); print(calls)
+"""
 
 
 @pytest.fixture
 def started(tmp_path: Path) -> Callable[..., Start]:
-    """Starts the command line in processes of its own, in turns with what any such program has to import. The quickest
-    of each count, with bytecode at hand as after any first start: other work on the machine only ever adds to them."""
+    """Start the command line in a process of its own, and what any such program has to import in another one, and count
+    the calls of functions: the count is the same on every machine, however busy. The second run of each counts, which
+    has bytecode at hand."""
+    plain = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode")}
+    plain.pop("PYTHONDONTWRITEBYTECODE", None)
+
+    def counted(program: str, environment: dict[str, str]) -> tuple[int, frozenset[str]]:
+        for _ in range(2):
+            lines = subprocess.run([sys.executable, "-c", COUNTED.format(program=program)], capture_output=True,
+                                   text=True, check=True, env=environment).stdout.splitlines()
+        return int(lines[-1]), frozenset(lines[-2].split())
 
     def run(argument: str, **changes: str) -> Start:
-        plain = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode")}
-        plain.pop("PYTHONDONTWRITEBYTECODE", None)
-        programs = ((BARE, plain), (STARTED.format(argument=argument), plain | changes))
-        seconds: list[list[float]] = [[], []]
-        for _ in range(15):
-            for (program, environment), found in zip(programs, seconds, strict=True):
-                lines = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
-                                       env=environment).stdout.splitlines()
-                found.append(float(lines[-1]))
-        bare, ours = map(min, seconds)
-        return Start(ours / bare, frozenset(lines[-2].split()))
+        bare, _ = counted(BARE, plain)
+        ours, modules = counted(STARTED.format(argument=argument), plain | changes)
+        return Start(ours / bare, modules)
 
     return run
 

@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from torchchat_core import memory, progress
 from torchchat_core.amounts import bytes_text, seconds_text
-from torchchat_core.cli import listing, progress_bars
+from torchchat_core.cli import listing, progress_bars, rich_bars
 from torchchat_core.cli.completion import complete_model
 from torchchat_core.cli.listing import how_it_fits, table
 from torchchat_core.cli.progress_bars import shown_progress
@@ -244,10 +245,10 @@ def test_the_catalogue_fits_into_80_columns(torchchat: Any, monkeypatch: pytest.
 
 
 def test_list_is_quick_and_imports_nothing_heavy(started: Any) -> None:
-    """About 2.8 times what click and pluggy take themselves."""
+    """About 3.3 times the calls that click and pluggy take themselves."""
     start = started("list")
     assert not start.modules & {"torch", "numpy", "rich", "huggingface_hub", "requests", "httpx"}
-    assert start.share < 3.7
+    assert start.share < 4.0
 
 
 # ---- where --------------------------------------------------------------------------------------------------------
@@ -452,7 +453,7 @@ def test_bars_show_each_task_on_a_terminal_and_leave_nothing(monkeypatch: pytest
         file.set_total(2_000_000)
         for task, amount in ((whole, 1_000_000), (file, 1_000_000), (layers, 8)):
             task.advance(amount)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while "8 of 32" not in terminal.getvalue() and time.monotonic() < deadline:
             time.sleep(0.02)
     shown = terminal.getvalue()
@@ -465,9 +466,16 @@ def test_bars_show_each_task_on_a_terminal_and_leave_nothing(monkeypatch: pytest
 
 def test_what_is_over_in_a_moment_flashes_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = at_terminal(monkeypatch)
+    timers: list[Any] = []
+
+    def never(_seconds: float, appear: Any) -> Mock:
+        timers.append(appear)
+        return Mock()
+
+    monkeypatch.setattr(rich_bars, "threading", Mock(wraps=threading, Timer=never))
     with shown_progress(), progress.task("quick", 3) as task:
         task.advance(3)
-    time.sleep(0.4)
+    timers[0]()  # which was too late to be canceled
     assert terminal.getvalue() == ""
 
 

@@ -27,7 +27,7 @@ int main() {
   torchchat::run_together(job, 2, job.get());
   const pid_t child = fork();
   if (child == 0) {
-    alarm(10);
+    alarm(60);
     torchchat::wait_for_crew(job.get());
     const auto own = std::make_shared<Lasting>();  // which needs a second thread
     torchchat::run_together(own, 2, own.get());

@@ -252,8 +252,8 @@ def test_clients_that_leave_free_their_places_and_sigterm_waits_for_the_rest(cha
     with httpx.stream("POST", f"{address}/v1/completions", json={**body, "stream": True}, timeout=60) as answer:
         next(answer.iter_lines())  # and leaves
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{address}/v1/completions", json=body, timeout=0.02)
-    deadline = time.monotonic() + 10
+        httpx.post(f"{address}/v1/completions", json={**body, "n": 64}, timeout=httpx.Timeout(60, read=0.02))
+    deadline = time.monotonic() + 60
     while figure("torchchat_answers_in_progress") and time.monotonic() < deadline:
         time.sleep(0.02)
     assert figure("torchchat_answers_in_progress") == 0
@@ -265,7 +265,7 @@ def test_clients_that_leave_free_their_places_and_sigterm_waits_for_the_rest(cha
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
-    assert started.wait(30) == 0
+    assert started.wait(60) == 0
 
 
 def test_who_waits_when_the_time_of_grace_is_over_is_told_so(chat_model: Path, start: Callable[..., Any]) -> None:
@@ -286,13 +286,13 @@ def test_who_waits_when_the_time_of_grace_is_over_is_told_so(chat_model: Path, s
         *_, error, done, _ = streamed.result().text.split("\n\n")
         assert "the server ends" in json.loads(error.removeprefix("data: "))["error"]["message"]
         assert done == "data: [DONE]"
-    assert started.wait(20) == 0
+    assert started.wait(60) == 0
 
 
 def test_headers_without_end_are_not_kept(chat_model: Path, start: Callable[..., Any]) -> None:
     _, address = start(chat_model)
     host, _, port = address.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n")
         with contextlib.suppress(ConnectionError):  # it is closed while we still send
             for number in range(4000):
