@@ -16,11 +16,12 @@ import pytest
 from torchchat_core import fastest as saved
 from torchchat_core.errors import TorchchatError
 from torchchat_core.fastest import remember_executor, remembered_executor
-from torchchat_core.measure import benchmark
+from torchchat_core.measure import benchmark, busy
 from torchchat_core.measure.bandwidth import read_speed
 from torchchat_core.measure.benchmark import Failed, Row, fastest, passed_over, ways
 from torchchat_core.measure.benchmark_plot import draw_png, html_page
 from torchchat_core.measure.benchmark_report import COLUMNS, as_csv, as_json, cells, table_lines
+from torchchat_core.measure.busy import Usage
 from torchchat_core.measure.rates import Rate, Rates, Spread
 from torchchat_core.own_process import in_own_process, request_arguments, request_of
 from torchchat_core.pipeline import ModelRequest, open_model
@@ -286,3 +287,14 @@ def test_save_remembers_the_fastest_of_what_was_measured(torchchat: Run, monkeyp
     done = torchchat("bench", "--save", *FEW)
     assert "eager is the fastest on cpu in fp32" in done.err
     assert remembered_executor("file:/m", "cpu", "fp32", None) == "tc-eager:eager"
+
+
+@pytest.mark.parametrize(("others", "warned"), [(1.5, True), (0.1, False)])
+def test_rates_of_a_busy_machine_come_with_a_warning(others: float, warned: bool, torchchat: Run,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = iter([Usage(all=0, idle=0, own=0), Usage(all=2, idle=2 - others, own=0)])
+    monkeypatch.setattr(busy, "usage", lambda: next(seen))
+    monkeypatch.setattr(benchmark, "measure_way", lambda _way, *_given: _row())
+    done = torchchat("bench", *FEW)
+    assert done.code == 0
+    assert ("warning: other programs used" in done.err) == warned

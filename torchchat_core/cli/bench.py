@@ -46,17 +46,21 @@ def bench(registry: Registry, /, **flags: Any) -> int:
     """
     from torchchat_core.cli.plots import plot_path
     from torchchat_core.measure.benchmark import ALL, passed_over, ways
+    from torchchat_core.measure.busy import busy_warning, usage
 
     if flags["as_json"] and flags["as_csv"]:
         raise click.UsageError("--json and --csv exclude each other")
     plots = [plot_path(text) for text in flags["plot"]]
     request = model_request(flags)
     with shown_progress():
-        wanted = ways(request, registry)
+        wanted, before = ways(request, registry), usage()
         rows, failed = _measured(wanted, registry, flags)
+        busy = busy_warning(before, usage())
         failed += passed_over(request, registry)
     name = request.model or request.checkpoint_path or "the default model"
     _print(name, rows, failed, flags)
+    if busy is not None and rows:
+        click.echo(f"warning: {busy}", err=True)
     if flags["save"]:
         _save(rows, registry)
     if rows:
