@@ -65,7 +65,7 @@ class Archive:
         if entry is None:
             raise TorchchatError(f"{self.path} has no entry {quoted(name)}", DAMAGED)
         if entry.header > self.file_bytes:  # no place that a file can be read at, perhaps
-            raise TorchchatError(f"the entry {name!r} of {self.path} is not where the directory says", DAMAGED)
+            raise TorchchatError(f"the entry {quoted(name)} of {self.path} is not where the directory says", DAMAGED)
         with self.path.open("rb") as file:
             file.seek(entry.header)
             header = file.read(HEADER_BYTES)
@@ -76,7 +76,7 @@ class Archive:
             own_name = file.read(name_bytes).decode("utf-8", "replace")
         start = entry.header + HEADER_BYTES + name_bytes + extra_bytes
         if own_name != name or start + entry.size > self.file_bytes:
-            raise TorchchatError(f"the entry {name!r} of {self.path} is not where the directory says", DAMAGED)
+            raise TorchchatError(f"the entry {quoted(name)} of {self.path} is not where the directory says", DAMAGED)
         return start, entry.size
 
     def read(self, name: str, limit: int) -> bytes:
@@ -87,7 +87,7 @@ class Archive:
             raise TorchchatError(f"the entry {name!r} of {self.path} has {size} bytes; {limit} is the most", DAMAGED)
         data = b"".join(pieces_of(self.path, start, size))
         if zlib.crc32(data) != self.entries[name].checksum:
-            raise TorchchatError(f"the entry {name!r} of {self.path} is not what its checksum says", DAMAGED)
+            raise TorchchatError(f"the entry {quoted(name)} of {self.path} is not what its checksum says", DAMAGED)
         return data
 
 
@@ -130,7 +130,7 @@ def _apart(entries: Iterable[Entry], path: Path) -> dict[str, Entry]:
     listed = sorted(entries, key=lambda entry: entry.header)
     for entry, following in itertools.pairwise(listed):
         if entry.header + HEADER_BYTES + entry.packed > following.header:
-            raise TorchchatError(f"the entries {entry.name!r:.100} and {following.name!r:.100} of {path} overlap",
+            raise TorchchatError(f"the entries {quoted(entry.name)} and {quoted(following.name)} of {path} overlap",
                                  DAMAGED)
     named = {entry.name: entry for entry in listed}
     if len(named) < len(listed):

@@ -22,7 +22,7 @@ from typing import Any
 
 from torchchat_core import __version__
 from torchchat_core.archive import DAMAGED, Archive, ArchiveWriter, pieces_of
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.generation_options import SAMPLING_DEFAULTS, SamplingOptions
 from torchchat_core.manifest_fields import Fields, config_from_json
 from torchchat_core.models.config import ModelConfig
@@ -288,7 +288,7 @@ def open_artifact(path: Path) -> Artifact:
         raise TorchchatError(f"the manifest of {path.name} is not torchchat's", DAMAGED)
     version = content.get("format_version")
     if version != FORMAT_VERSION or isinstance(version, bool):
-        raise TorchchatError(f"{path.name} is of format version {version!r:.40}; this torchchat reads version "
+        raise TorchchatError(f"{path.name} is of format version {quoted(version)}; this torchchat reads version "
                              f"{FORMAT_VERSION}", "use a newer torchchat, or export the model again")
     kind, suffix = content.get("kind"), path.suffix.lower()
     if suffix and isinstance(kind, str) and ENDINGS.get(kind, suffix) != suffix:  # machine code in the guise of data
@@ -333,7 +333,7 @@ def _text(fields: Fields, artifact: Artifact, vocab_size: int) -> TextContent | 
     for name in names:
         base = name.removeprefix(TOKENIZER)
         if not name.startswith(TOKENIZER) or not FILE_NAME.fullmatch(base) or base.startswith("."):
-            raise TorchchatError(f"{fields.where} names {name!r:.100}, which is no file of a tokenizer", DAMAGED)
+            raise TorchchatError(f"{fields.where} names {quoted(name)}, which is no file of a tokenizer", DAMAGED)
     _check_tokenizer_size(names, artifact, fields.where)
     sampling = fields.mapping("sampling")
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in sampling.values()):
@@ -382,7 +382,7 @@ class Entries(Mapping[str, bytes]):
 
 
 def _changed(path: Path, name: str) -> TorchchatError:
-    return TorchchatError(f"{path.name} was changed after it was written: {name!r} is not what its digest says",
+    return TorchchatError(f"{path.name} was changed after it was written: {quoted(name)} is not what its digest says",
                           "copy or export it again")
 
 

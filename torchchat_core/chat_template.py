@@ -133,7 +133,7 @@ def end_tokens(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def _compiled(source: str, name: str | None = None) -> Template:
-    what = "the chat template" if name is None else f"the chat template {name!r}"
+    what = "the chat template" if name is None else f"the chat template {quoted(name)}"
     if len(source) > LONGEST_SOURCE:
         raise TorchchatError(f"{what} has {len(source)} characters; {LONGEST_SOURCE} is the most")
     try:

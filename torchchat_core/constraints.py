@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.generation_options import CallGrammar, Grammar
 from torchchat_core.json_schemas import WHITE_SPACE, enforceable
 from torchchat_core.sampling import numbers
@@ -149,7 +149,7 @@ def _compiled(grammar: Grammar) -> str:
             raise _refused(grammar, str(error)) from None
     if grammar.kind == "lark":
         return LLMatcher.grammar_from_lark(grammar.source)
-    raise TorchchatError(f"unknown kind of grammar {grammar.kind!r}; known are json_schema and lark")
+    raise TorchchatError(f"unknown kind of grammar {quoted(grammar.kind)}; known are json_schema and lark")
 
 
 def _limits() -> Any:

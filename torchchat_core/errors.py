@@ -7,6 +7,8 @@ import reprlib
 from collections.abc import Iterable
 
 QUOTED_LENGTH = 60  # characters of a value that a message shows
+LONGEST_MESSAGE, LONGEST_FIX = 900, 600  # characters
+LONGEST_PATH = 300  # characters of a path or an address that a message shows
 NEAR = 0.7  # similarity from which a name may be a misspelling of another one, by difflib's ratio
 SHORTEST_PREFIX = 3  # characters that say enough to complete them
 
@@ -16,12 +18,13 @@ class TorchchatError(Exception):
 
     `message` states what happened and the value concerned; `fix`, where there is one, is the next thing to try.
     The command line prints both without a traceback and exits with status 1.
+    Both are cut where a value from outside, which `quoted` should have cut, makes them long.
     """
 
     def __init__(self, message: str, fix: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.fix = fix
+        self.message = shortened(message, LONGEST_MESSAGE)
+        self.fix = None if fix is None else shortened(fix, LONGEST_FIX)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} ({self.fix})" if self.fix else self.message
@@ -38,6 +41,12 @@ def quoted(value: object) -> str:
     """
     text = _SHORT_REPR.repr(value)
     return text if len(text) <= QUOTED_LENGTH else text[:QUOTED_LENGTH - 3] + "..."
+
+
+def quoted_path(text: str) -> str:
+    """Return a path or an address from outside for a message: longer ones are cut than by `quoted`, for they are read
+    to their end."""
+    return repr(text) if len(text) <= LONGEST_PATH else repr(text[:LONGEST_PATH]) + "..."
 
 
 def shortened(text: str, length: int = 300) -> str:

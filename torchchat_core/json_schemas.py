@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 
 # Between the parts of a JSON text: a space, or a new line and its indentation. A small model would go on and on where
 # any amount of white space is right.
@@ -36,7 +36,7 @@ def enforceable(schema: Any) -> Any:
     for node in _schemas(made):
         for name in NUMBERS:
             if not abs(_number(node, name) or 0) <= LARGEST:
-                raise TorchchatError(f"{name} is {node[name]!r:.40}; numbers beyond 2^53 are not enforced")
+                raise TorchchatError(f"{name} is {quoted(node[name])}; numbers beyond 2^53 are not enforced")
         for name in REFERENCES:
             _check_reference(node.get(name))
         multiple = _number(node, "multipleOf")

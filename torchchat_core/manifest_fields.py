@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from torchchat_core.archive import DAMAGED
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.models.config import ModelConfig, RopeScaling
 
 LONGEST_TEXT = 1 << 20
@@ -75,7 +75,7 @@ class Fields:
 
     def inner(self, name: str) -> Fields:
         """The fields of the object that a field is."""
-        return Fields(self.mapping(name), f"{name!r} of {self.where}")
+        return Fields(self.mapping(name), f"{quoted(name)} of {self.where}")
 
     def checked_text(self, name: str, value: object) -> str:
         if not isinstance(value, str) or len(value) > LONGEST_TEXT or SURROGATE.search(value):
@@ -99,7 +99,7 @@ class Fields:
         return value
 
     def _wrong(self, name: str, value: object, wanted: str) -> TorchchatError:
-        return TorchchatError(f"{name!r} in {self.where} is {value!r:.60}; it has to be {wanted}", DAMAGED)
+        return TorchchatError(f"{quoted(name)} in {self.where} is {quoted(value)}; it has to be {wanted}", DAMAGED)
 
 
 def config_from_json(content: Mapping[str, Any], where: str) -> ModelConfig:
@@ -111,7 +111,7 @@ def config_from_json(content: Mapping[str, Any], where: str) -> ModelConfig:
     if values.get("rope_scaling") is not None:
         scaling = _typed(RopeScaling, values["rope_scaling"], f"rope_scaling in {where}")
         if scaling.get("kind") not in SCALINGS:
-            raise TorchchatError(f"rope_scaling in {where} is of the kind {scaling.get('kind')!r:.40}", DAMAGED)
+            raise TorchchatError(f"rope_scaling in {where} is of the kind {quoted(scaling.get('kind'))}", DAMAGED)
         values["rope_scaling"] = RopeScaling(**scaling)
     config = ModelConfig(**values)
     if config.sliding_layers is not None and len(config.sliding_layers) != config.num_layers:
@@ -128,7 +128,7 @@ def _typed(kind: type[ModelConfig] | type[RopeScaling], content: Mapping[str, An
     if unknown or missing:
         raise TorchchatError(f"{where} has {'the unknown field' if unknown else 'no field'} "
                              f"{(unknown or missing)[0]!r:.60}", "use a newer torchchat, or export the model again")
-    return {name: _converted(value, hints[name], f"{name!r} in {where}") for name, value in content.items()}
+    return {name: _converted(value, hints[name], f"{quoted(name)} in {where}") for name, value in content.items()}
 
 
 _NONE = fields(ModelConfig)[0].default  # dataclasses' mark of a field without a default
@@ -152,4 +152,4 @@ def _converted(value: Any, hint: Any, what: str) -> Any:
             return number
         if type(value) is option:
             return value
-    raise TorchchatError(f"{what} is {value!r:.60}, which is not of its type", DAMAGED)
+    raise TorchchatError(f"{what} is {quoted(value)}, which is not of its type", DAMAGED)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.errors import TorchchatError, did_you_mean, quoted
 
 KEY = "torchchat"
 Options = TypeVar("Options")
@@ -51,7 +51,7 @@ def detail_of(declared: Field[Any]) -> OptionDetail:
     """The detail of a field made with `option`."""
     detail = declared.metadata.get(KEY)
     if not isinstance(detail, OptionDetail):
-        raise TorchchatError(f"the option {declared.name!r} was not declared with torchchat_core.options.option")
+        raise TorchchatError(f"the option {quoted(declared.name)} was not declared with torchchat_core.options.option")
     return detail
 
 
@@ -91,7 +91,7 @@ def check_value(owner: type, declared: Field[Any], value: Any, named: str | None
     if value is None and type(None) in accepted:
         return
     if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
-        raise TorchchatError(f"{named} is {value!r:.100}; it has to be {_type_words(wanted)}")
+        raise TorchchatError(f"{named} is {quoted(value)}; it has to be {_type_words(wanted)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise _out_of_range(named, value, detail)
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -100,7 +100,7 @@ def check_value(owner: type, declared: Field[Any], value: Any, named: str | None
         if low or high or (detail.above is not None and value <= detail.above):
             raise _out_of_range(named, value, detail)
     if detail.choices is not None and value not in detail.choices:
-        raise TorchchatError(f"{named} is {value!r:.100}; it has to be {detail.range}",
+        raise TorchchatError(f"{named} is {quoted(value)}; it has to be {detail.range}",
                              did_you_mean(str(value), detail.choices))
 
 
@@ -109,7 +109,7 @@ def from_mapping(owner: type[Options], values: Mapping[str, Any]) -> Options:
     known = {declared.name: declared for declared in fields(owner)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            raise TorchchatError(f"there is no option {name!r:.100}; known are {', '.join(known)}",
+            raise TorchchatError(f"there is no option {quoted(name)}; known are {', '.join(known)}",
                                  did_you_mean(name, known))
     converted = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     made = owner(**converted)
@@ -124,7 +124,7 @@ def from_text(owner: type, name: str, text: str, named: str | None = None) -> An
     declared = next((declared for declared in known if declared.name == name.replace("-", "_")), None)
     if declared is None:
         names = [each.name for each in known]
-        raise TorchchatError(f"there is no option {name!r:.100}; known are {', '.join(names)}",
+        raise TorchchatError(f"there is no option {quoted(name)}; known are {', '.join(names)}",
                              did_you_mean(name, names))
     wanted = value_type(owner, declared.name)
     if text == "none" and type(None) in get_args(_hints(owner)[declared.name]):
@@ -152,4 +152,4 @@ def _type_words(wanted: type) -> str:
 
 
 def _out_of_range(name: str, value: object, detail: OptionDetail) -> TorchchatError:
-    return TorchchatError(f"{name} is {value!r:.100}; it has to be {detail.range or 'a finite number'}")
+    return TorchchatError(f"{name} is {quoted(value)}; it has to be {detail.range or 'a finite number'}")

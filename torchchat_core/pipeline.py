@@ -295,7 +295,7 @@ def fetch_files(request: ModelRequest, registry: Registry, running: bool = False
     reference = resolve(named[0], registry)
     source = registry.claim("schemes", reference.scheme)
     if source is None:
-        raise TorchchatError(f"nothing installed fetches {reference.scheme!r} references")
+        raise TorchchatError(f"nothing installed fetches {quoted(reference.scheme)} references")
     if request.checkpoint_path is not None and request.model is not None:
         reference = dataclasses.replace(reference, text=request.model)  # says what the file is
     if request.hf_token is not None:

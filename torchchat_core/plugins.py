@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import pluggy
 
 from torchchat_core import hookspecs
-from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.errors import TorchchatError, did_you_mean, quoted
 from torchchat_core.known_plugins import Offer as KnownOffer
 from torchchat_core.known_plugins import install_command, providers
 from torchchat_core.specs import (
@@ -143,7 +143,7 @@ class Registry:
         own = [claim for claim in claims if claim[0].startswith(f"{CORE}:")] or claims
         if len(own) > 1:
             listed = " and ".join(qualified for qualified, _ in own)
-            raise TorchchatError(f"{value!r} is claimed by the model sources {listed}",
+            raise TorchchatError(f"{quoted(value)} is claimed by the model sources {listed}",
                                  f"leave one of them out: -p no:{own[0][0].partition(':')[0]}")
         return own[0][1] if own else None
 
@@ -160,10 +160,10 @@ class Registry:
         if len(matches) == 1:
             return by_qualified_name[matches[0]]
         if matches:
-            raise TorchchatError(f"{kind.kind} {name!r} is ambiguous: {' and '.join(matches)} have that name",
+            raise TorchchatError(f"{kind.kind} {quoted(name)} is ambiguous: {' and '.join(matches)} have that name",
                                  f"give the full name, such as {matches[0]}")
         known = sorted(owners)
-        message = f"there is no {kind.kind} {name!r}; installed: {', '.join(known) or 'none'}"
+        message = f"there is no {kind.kind} {quoted(name)}; installed: {', '.join(known) or 'none'}"
         hint = self.how_to_get(PROVIDED[kind], name) if kind in PROVIDED else None
         raise TorchchatError(message, hint or did_you_mean(name, known))
 
@@ -202,10 +202,10 @@ class Registry:
                 raise TorchchatError(f"{hook} has to return a list of {kind.__name__}, not None")
             for returned in returns:
                 if not isinstance(returned, list | tuple) or not all(isinstance(info, kind) for info in returned):
-                    raise TorchchatError(f"{hook} has to return a list of {kind.__name__}, not {returned!r:.80}")
+                    raise TorchchatError(f"{hook} has to return a list of {kind.__name__}, not {quoted(returned)}")
                 for info in returned:
                     if (kind, info.name) in seen:
-                        raise TorchchatError(f"it offers two {kind.kind}s called {info.name!r}")
+                        raise TorchchatError(f"it offers two {kind.kind}s called {quoted(info.name)}")
                     seen.add((kind, info.name))
                     yield info
 
@@ -236,14 +236,14 @@ class Registry:
             for qualified, source in self.settled(ModelSourceInfo):
                 for value in getattr(source, claimed):
                     owners.setdefault(value, []).append(qualified)
-            self.warnings += [f"{claimed}: {value!r} is claimed by {' and by '.join(names)}"
+            self.warnings += [f"{claimed}: {quoted(value)} is claimed by {' and by '.join(names)}"
                               for value, names in sorted(owners.items()) if len(names) > 1]
 
 
 def _trace(outcome: pluggy.Result[Any], hook: str, implementations: Sequence[pluggy.HookImpl],
            arguments: Mapping[str, Any]) -> None:
     """Prints a hook call and what came of it."""
-    given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    given = ", ".join(f"{name}={quoted(value)}" for name, value in arguments.items())
     for implementation in implementations:
         plugin = implementation.plugin_name.partition("#")[0]
         result = repr(outcome.exception) if outcome.exception else repr(outcome.get_result())
@@ -261,7 +261,7 @@ def _check_hooks(module: object) -> None:
             continue
         if name not in HOOKS:
             hint = did_you_mean(name, HOOKS)
-            raise TorchchatError(f"there is no hook {name!r}", hint or f"the hooks are {', '.join(HOOKS)}")
+            raise TorchchatError(f"there is no hook {quoted(name)}", hint or f"the hooks are {', '.join(HOOKS)}")
         if not marked:
             raise TorchchatError(f"{name} lacks the @hookimpl decorator", "import it from torchchat_core.hookspecs")
 
@@ -286,7 +286,7 @@ def load_registry(disabled: Sequence[str] = (), prefer: Mapping[str, str] | None
                 registry.add_entry_point(entry)
     known = {name for plugin in registry.plugins
              for name in (plugin.name, plugin.distribution, plugin.qualified_name)}
-    registry.warnings += [f"there is no plugin {name!r} to leave out" for name in disabled if name not in known]
+    registry.warnings += [f"there is no plugin {quoted(name)} to leave out" for name in disabled if name not in known]
     registry.warn_of_clashes()
     return registry
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.errors import TorchchatError, did_you_mean, quoted
 from torchchat_core.small_files import expanded, write_whole
 
 CONFIG_FILE = "TORCHCHAT_CONFIG"
@@ -92,10 +92,10 @@ def read_config(path: Path) -> dict[str, str]:
 def check_setting(key: str, value: object = "any:text", where: str = "") -> None:
     """Raises `TorchchatError` for a key that nobody knows, or a value that is no text."""
     if key not in KEYS and not (key.startswith(PREFER) and key != PREFER):
-        raise TorchchatError(f"there is no setting {key!r}{where}; known are {', '.join(KEYS)} and prefer.NAME",
+        raise TorchchatError(f"there is no setting {quoted(key)}{where}; known are {', '.join(KEYS)} and prefer.NAME",
                              did_you_mean(key, KEYS))
     if not isinstance(value, str) or not value:
-        raise TorchchatError(f"the setting {key!r}{where} is {value!r}; it has to be a text")
+        raise TorchchatError(f"the setting {quoted(key)}{where} is {quoted(value)}; it has to be a text")
     if key.startswith(PREFER) and ":" not in value:
         raise TorchchatError(f"the setting {key!r}{where} is {value!r}; it has to be a full name, distribution:name")
 

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted_path
 
 log = logging.getLogger(__name__)
 MAXIMUM_BYTES = 256 * 1024 * 1024  # several times the largest tokenizer in use
@@ -33,7 +33,7 @@ def output_file(flag: str, text: str) -> Path:
     """The file that the value of a flag names. Raises `TorchchatError`, before any work is done, where none can be
     written there."""
     path = expanded(text)
-    given, folder = f"{flag} is {text!r}", path.absolute().parent
+    given, folder = f"{flag} is {quoted_path(text)}", path.absolute().parent
     try:
         if path.is_dir():
             raise TorchchatError(f"{given}, which is a folder", "give the name of the file in it")

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeGuard, get_args, get_origin, get_type_hints
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.run_options import DEVICES as DEVICES
 from torchchat_core.run_options import DTYPES as DTYPES
 
@@ -69,12 +69,12 @@ class Description:
         if not NAME.fullmatch(self.name):
             raise TorchchatError(f"{self.kind} name {self.name!r} is not of lower-case letters, digits, '_', '.', '-'")
         if not self.summary.strip() or "\n" in self.summary:
-            raise TorchchatError(f"the summary of {self.kind} {self.name!r} has to be one line")
+            raise TorchchatError(f"the summary of {self.kind} {quoted(self.name)} has to be one line")
         if not FACTORY.fullmatch(self.factory):
             raise TorchchatError(f"the factory of {self.kind} {self.name!r} is {self.factory!r}; it has to be "
                                  "'package.module:attribute'")
         if self.options is not None and not is_dataclass(self.options):
-            raise TorchchatError(f"the options of {self.kind} {self.name!r} are not a dataclass")
+            raise TorchchatError(f"the options of {self.kind} {quoted(self.name)} are not a dataclass")
 
     def make(self) -> Any:
         """Imports the factory and calls it. Raises `TorchchatError` where it cannot be imported."""
@@ -84,7 +84,7 @@ class Description:
             for part in attribute.split("."):
                 found = getattr(found, part)
         except (ImportError, AttributeError) as error:
-            raise TorchchatError(f"{self.kind} {self.name!r} cannot be used: {error}",
+            raise TorchchatError(f"{self.kind} {quoted(self.name)} cannot be used: {error}",
                                  "a package that it needs is missing or broken; reinstall the plugin") from error
         return found()
 
@@ -119,7 +119,7 @@ class CatalogueEntry:
         texts = (self.alias, self.reference, self.licence, *self.files)
         size = 0 if self.bytes is None else self.bytes
         if not all(isinstance(text, str) for text in texts) or not isinstance(size, int) or size < 0:
-            raise TorchchatError(f"the catalogue entry {self.alias!r:.60} holds a value of the wrong type")
+            raise TorchchatError(f"the catalogue entry {quoted(self.alias)} holds a value of the wrong type")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +204,7 @@ class ExportPreset:
     def __post_init__(self) -> None:
         length = 1 if self.max_seq_length is None else self.max_seq_length
         if not NAME.fullmatch(self.name) or not isinstance(length, int) or length < 1:
-            raise TorchchatError(f"the preset {self.name!r:.60} holds a value of the wrong kind")
+            raise TorchchatError(f"the preset {quoted(self.name)} holds a value of the wrong kind")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.plugins import Registry
 from torchchat_core.specs import ANY_SCHEME, DEVICES, DTYPES, ExecutorInfo, ExporterInfo, QuantizerInfo
 
@@ -40,7 +40,7 @@ class Combination:
 def refusal(wanted: Combination, registry: Registry, platform: str = sys.platform) -> str | None:
     """Why the combination does not work, as one sentence; None where it does."""
     info = registry.find(ExecutorInfo, wanted.executor)
-    named = f"executor {wanted.executor!r}"
+    named = f"executor {quoted(wanted.executor)}"
     if info.platforms and platform not in info.platforms:
         return f"{named} does not run on {platform}; it runs on {_listed(info.platforms)}"
     if wanted.format not in info.reads:
@@ -87,7 +87,7 @@ def _export_refusal(wanted: Combination, registry: Registry) -> str | None:
 def require_export(exporter: ExporterInfo, device: str, dtype: str, schemes: Sequence[str], registry: Registry,
                    stored: bool = False) -> None:
     """Raises `TorchchatError` where the exporter does not write such a model; `stored` as in `Combination`."""
-    named = f"exporter {exporter.name!r}"
+    named = f"exporter {quoted(exporter.name)}"
     if device not in exporter.devices:
         raise TorchchatError(f"{named} does not write models for {device}",
                              f"use --device {_listed(exporter.devices)}")

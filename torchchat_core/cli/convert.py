@@ -10,7 +10,7 @@ import click
 
 from torchchat_core.cli.completion import complete_dtype, complete_model
 from torchchat_core.cli.values import STORED_DTYPE
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import expanded
 
@@ -70,7 +70,7 @@ def _check_usage(flags: dict[str, Any]) -> None:
     names, files = flags["names"], flags["checkpoint_files"]
     if flags["checkpoint_dir"] is not None:
         if names and not files:
-            raise click.UsageError(f"MODEL {names[0]!r} and --checkpoint-dir exclude each other")
+            raise click.UsageError(f"MODEL {quoted(names[0])} and --checkpoint-dir exclude each other")
         if not expanded(flags["checkpoint_dir"]).is_dir():
             raise TorchchatError(f"there is no folder {flags['checkpoint_dir']!r}", "give the one of the checkpoint")
         return

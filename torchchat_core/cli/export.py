@@ -123,7 +123,7 @@ def _with_preset(exporter: ExporterInfo, flags: dict[str, Any]) -> tuple[dict[st
     if preset is None:
         names = [each.name for each in exporter.presets]
         known = f"it has {', '.join(names)}" if names else "it has none"
-        raise UsageError(f"--preset: the exporter {exporter.name!r} has no preset {quoted(wanted)}; {known}",
+        raise UsageError(f"--preset: the exporter {quoted(exporter.name)} has no preset {quoted(wanted)}; {known}",
                          did_you_mean(wanted, names))
     chosen = {"quantize": preset.quantize, **preset.options}
     unsaid = {name: value for name, value in chosen.items() if flags.get(name) is None}
@@ -140,7 +140,7 @@ def _options(exporter: ExporterInfo, flags: dict[str, Any], registry: Registry) 
     all_names = {field.name for info in registry.infos(ExporterInfo) if info.options for field in fields(info.options)}
     foreign = next((name for name in sorted(all_names - own) if flags.get(name) is not None), None)
     if foreign is not None:
-        raise UsageError(f"--{foreign.replace('_', '-')} is no option of the exporter {exporter.name!r}")
+        raise UsageError(f"--{foreign.replace('_', '-')} is no option of the exporter {quoted(exporter.name)}")
     if exporter.options is None:
         return None
     try:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from torchchat_core import __version__
-from torchchat_core.errors import TorchchatError, UsageError
+from torchchat_core.errors import LONGEST_MESSAGE, TorchchatError, UsageError, quoted, shortened
 from torchchat_core.plugins import Registry, load_registry
 from torchchat_core.settings import load_settings
 from torchchat_core.specs import CommandInfo
@@ -78,7 +78,7 @@ def _preferences() -> dict[str, str]:
 def _switch_off(context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> None:
     for value in values:
         if not value.startswith("no:"):
-            raise click.BadParameter(f"{value!r} has to be no:NAME, the plugin that is to be left out")
+            raise click.BadParameter(f"{quoted(value)} has to be no:NAME, the plugin that is to be left out")
     context.meta[DISABLED] = tuple(value.removeprefix("no:") for value in values)
 
 
@@ -148,11 +148,12 @@ def _run(arguments: list[str]) -> int:
         _report(*explained(error, arguments))
         return error.exit_code
     except click.ClickException as error:
+        error.message = shortened(error.message, LONGEST_MESSAGE)
         error.show()
         return error.exit_code
 
 
 def _report(message: str, fix: str | None) -> None:
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {shortened(message, LONGEST_MESSAGE)}", err=True)
     if fix:
         click.echo(f"try: {fix}", err=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torchchat_core.errors import UsageError
+from torchchat_core.errors import UsageError, quoted
 from torchchat_core.measure.png import require_matplotlib
 from torchchat_core.small_files import output_file
 
@@ -17,7 +17,7 @@ def plot_path(text: str) -> Path:
     if is_picture(path):
         require_matplotlib()
     elif path.suffix.lower() not in PAGES:
-        raise UsageError(f"--plot is {text!r}; what is drawn ends in {', '.join(PICTURES + PAGES)}")
+        raise UsageError(f"--plot is {quoted(text)}; what is drawn ends in {', '.join(PICTURES + PAGES)}")
     return path
 
 

@@ -9,7 +9,7 @@ import click
 
 from torchchat_core.amounts import bytes_text
 from torchchat_core.cli.completion import complete_model
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted_path
 from torchchat_core.plugins import Registry
 from torchchat_core.sources.inventory import kept_copy, locate, products_of, source_of
 from torchchat_core.sources.reference import resolve
@@ -29,19 +29,19 @@ def remove(registry: Registry, /, model: str, yes: bool) -> None:
     ref = resolve(model, registry)
     info = source_of(ref, registry)
     if not info.keeps:
-        raise TorchchatError(f"{model!r} is {_whose(ref)}; only what was downloaded is removed",
+        raise TorchchatError(f"{quoted_path(model)} is {_whose(ref)}; only what was downloaded is removed",
                              "the downloaded ones: torchchat list --downloaded")
     source: Any = info.make()
     found = _removal(ref, info, source)
     if found is None and not yes:
-        raise TorchchatError(f"{model!r} is not downloaded",
+        raise TorchchatError(f"{quoted_path(model)} is not downloaded",
                              None if hasattr(source, "removal")
                              else "with --yes, what a download that was cut off has left is deleted")
     if found is not None and not yes:
         _ask(_question(found))
     freed = source.remove(ref)
     if not freed and found is None:
-        raise TorchchatError(f"{model!r} is not downloaded", "what is here: torchchat list --downloaded")
+        raise TorchchatError(f"{quoted_path(model)} is not downloaded", "what is here: torchchat list --downloaded")
     click.echo(f"removed {model}: {bytes_text(freed)} are free again")
     if found is not None and len(found.models) > 1:
         click.echo(f"with it went {_listed(found)}")

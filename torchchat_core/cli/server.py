@@ -85,7 +85,7 @@ def named_requests(flags: Mapping[str, Any]) -> dict[str, ModelRequest]:
         if not name or not model:
             raise UsageError(f"--model is {quoted(text)}; it has to be MODEL or NAME=MODEL")
         if name in found:
-            raise UsageError(f"--model: two models are called {name!r}",
+            raise UsageError(f"--model: two models are called {quoted(name)}",
                              "give one of them another name: --model NAME=MODEL")
         found[name] = dataclasses.replace(first, model=model, checkpoint_path=None, params_path=None,
                                           tokenizer_path=None, adapter=None)

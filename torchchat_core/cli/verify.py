@@ -16,7 +16,7 @@ from torchchat_core.cli.help_sections import Verb
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.cli.texts import text_flags, text_of
 from torchchat_core.cli.values import Number
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import expanded
 
@@ -92,7 +92,7 @@ def other_request(request: ModelRequest, words: Sequence[str], registry: Registr
     for word in words:
         key, value = _change(word, registry)
         if key in changes:
-            raise click.UsageError(f"{changes[key]!r} and {value!r} are both a {key}")
+            raise click.UsageError(f"{quoted(changes[key])} and {quoted(value)} are both a {key}")
         changes[key] = value
     model = changes.pop("model", None)
     return dataclasses.replace(request if model is None else another(request, model), **changes)

@@ -9,7 +9,7 @@ import click
 
 from torchchat_core.artifacts import exported_file, open_artifact
 from torchchat_core.cli.completion import complete_model
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted_path
 from torchchat_core.plugins import Registry
 from torchchat_core.products import reference_of
 from torchchat_core.sources.inventory import kept_at, locate, source_of
@@ -29,7 +29,7 @@ def where(registry: Registry, /, model: str, as_json: bool) -> None:
     ref = resolve(model, registry)
     files = locate(ref, source_of(ref, registry))
     if files is None:
-        raise TorchchatError(f"{model!r} is not on this machine, or not all of it",
+        raise TorchchatError(f"{quoted_path(model)} is not on this machine, or not all of it",
                              f"torchchat download {shlex.quote(model)}")
     path = kept_at(files)
     if not as_json:

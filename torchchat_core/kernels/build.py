@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from torchchat_core import progress
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.private_cache import code_folder, make_code_folder
 from torchchat_core.unfinished import unfinished
 
@@ -45,7 +45,7 @@ def find_compiler() -> list[str]:
     if named:
         command = shlex.split(named)
         if not command or shutil.which(command[0]) is None:
-            raise TorchchatError(f"CXX is {named!r}, and there is no such program", "set it to a C++ compiler")
+            raise TorchchatError(f"CXX is {quoted(named)}, and there is no such program", "set it to a C++ compiler")
         return command
     found = next((path for name in COMPILERS if (path := shutil.which(name))), None)
     if found is None:

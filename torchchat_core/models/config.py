@@ -371,7 +371,7 @@ def config_from_meta(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
 def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
     shape = shapes.get(name)
     if shape is None or len(shape) != 2:
-        raise TorchchatError(f"the checkpoint has no matrix {name!r}, from which its sizes are read")
+        raise TorchchatError(f"the checkpoint has no matrix {quoted(name)}, from which its sizes are read")
     return shape
 
 

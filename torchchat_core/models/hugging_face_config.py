@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.models.config import ModelConfig, RopeScaling, config_from_hugging_face
 
 CLASSES = {
@@ -32,7 +32,7 @@ def config_to_hugging_face(config: ModelConfig) -> dict[str, Any]:
             if _comparable(config_from_hugging_face(written)) == wanted:
                 return written
     raise TorchchatError(f"no model class of Hugging Face ({', '.join(CLASSES)}) describes this "
-                         f"{config.architecture!r} model")
+                         f"{quoted(config.architecture)} model")
 
 
 def _comparable(config: ModelConfig) -> ModelConfig:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.specs import Checkpoint, is_layered
@@ -78,7 +78,7 @@ def fetch_weight(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtyp
 def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     """Raises `TorchchatError` where a tensor is not of the shape that the model has for it."""
     if found != wanted:
-        raise TorchchatError(f"tensor {name!r} has the shape {list(found)}; the config asks for {list(wanted)}",
+        raise TorchchatError(f"tensor {quoted(name)} has the shape {list(found)}; the config asks for {list(wanted)}",
                              "the configuration belongs to another model, or the checkpoint is damaged")
 
 
@@ -89,7 +89,7 @@ def refuse_unknown(checkpoint: Checkpoint, wanted: Iterable[str]) -> None:
     if unknown:
         raise TorchchatError(
             f"the checkpoint has {len(unknown)} tensors that a {checkpoint.config.architecture} model with "
-            f"{checkpoint.config.num_layers} layers has no place for, such as {unknown[0]!r}",
+            f"{checkpoint.config.num_layers} layers has no place for, such as {quoted(unknown[0])}",
             "the configuration belongs to another model, or the model is of a kind that torchchat does not know")
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from torchchat_core import kernels
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.quantization.layers import IntegerWeights, WeightFormat, meaning
 from torchchat_core.specs import PackedTensor
 
@@ -90,7 +90,7 @@ def format_of(packed: PackedTensor) -> BlockFormat:
     """Raises `TorchchatError` for a format that is not known here, and for data of another size than the shape's."""
     form = FORMATS.get(packed.kind)
     if form is None:
-        raise TorchchatError(f"there is no block format {packed.kind!r:.40} here; known are {', '.join(FORMATS)}")
+        raise TorchchatError(f"there is no block format {quoted(packed.kind)} here; known are {', '.join(FORMATS)}")
     rows, columns = packed.shape
     wanted = (rows, columns // form.columns * form.bytes)
     if columns % form.columns or tuple(packed.data.shape) != wanted or packed.data.dtype != torch.uint8:

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.errors import TorchchatError, did_you_mean, quoted, quoted_path
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.options import from_mapping
 from torchchat_core.plugins import Registry
@@ -181,13 +181,13 @@ def parse_recipe(text: str, registry: Registry) -> RecipeText:
     content = _content(text, registry)
     version = content.get("version", VERSION)
     if version != VERSION or isinstance(version, bool):
-        raise TorchchatError(f"the recipe is of version {version!r:.40}; this torchchat reads version {VERSION}",
+        raise TorchchatError(f"the recipe is of version {quoted(version)}; this torchchat reads version {VERSION}",
                              "use a newer torchchat")
     sections: dict[str, Mapping[str, Any]] = {}
     for key, value in content.items():
         scheme, section = _section(key, value, registry)
         if scheme in sections:
-            raise TorchchatError(f"the recipe has two sections for {scheme!r}")
+            raise TorchchatError(f"the recipe has two sections for {quoted(scheme)}")
         if scheme is not None:
             sections[scheme] = section
     device, dtype = (_setting(content, key) for key in SETTINGS)
@@ -215,11 +215,11 @@ def _content(text: str, registry: Registry) -> Mapping[str, Any]:
     if path.stem in recipe_names() and path.parts[-3:-1] == ("config", "data"):  # where the original tool had them
         return read_json(SHIPPED / f"{path.stem}.json")
     if path.stem in recipe_names():
-        raise TorchchatError(f"there is no file {text!r}; the recipe comes with torchchat",
+        raise TorchchatError(f"there is no file {quoted_path(text)}; the recipe comes with torchchat",
                              f"--quantize {path.stem}")
     names = (*recipe_names(), *known)
-    raise TorchchatError(f"there is no recipe, file or scheme {text!r:.200}; recipes: {', '.join(recipe_names())}; "
-                         f"schemes here: {', '.join(known) or 'none'}",
+    raise TorchchatError(f"there is no recipe, file or scheme {quoted_path(text)}; recipes: "
+                         f"{', '.join(recipe_names())}; schemes here: {', '.join(known) or 'none'}",
                          registry.how_to_get("schemes", text) or did_you_mean(text, names)
                          or "give a recipe, a scheme, a JSON file, or a JSON object")
 
@@ -300,15 +300,15 @@ def _section(key: str, value: Any, registry: Registry) -> tuple[str | None, Mapp
         return None, {}
     if key != EMBEDDING and ":" not in key:
         known = (*KEYS, *_schemes(registry))
-        raise TorchchatError(f"the recipe has the unknown key {key!r:.80}; known are {', '.join(known)}",
+        raise TorchchatError(f"the recipe has the unknown key {quoted(key)}; known are {', '.join(known)}",
                              did_you_mean(key, known))
     if not isinstance(value, Mapping):
-        raise TorchchatError(f"the options of {key!r:.80} are {value!r:.80}; they have to be a JSON object")
+        raise TorchchatError(f"the options of {quoted(key)} are {quoted(value)}; they have to be a JSON object")
     if key != EMBEDDING:
         return key, value
     bits = value.get("bitwidth", 8)
     if bits not in (4, 8) or not isinstance(bits, int) or isinstance(bits, bool):
-        raise TorchchatError(f"the bitwidth of the embedding is {bits!r:.40}; it has to be 4 or 8")
+        raise TorchchatError(f"the bitwidth of the embedding is {quoted(bits)}; it has to be 4 or 8")
     return f"embedding:int{bits}", {name: each for name, each in value.items() if name != "bitwidth"}
 
 
@@ -316,7 +316,7 @@ def _step(scheme: str, section: Mapping[str, Any], registry: Registry, device: s
     makers = [info for info in registry.infos(QuantizerInfo) if info.scheme == scheme]
     known = _schemes(registry)
     if not makers and scheme in METHODS:
-        raise TorchchatError(f"{scheme!r} is no scheme, but a way to round the weights of one",
+        raise TorchchatError(f"{quoted(scheme)} is no scheme, but a way to round the weights of one",
                              f'write {{"linear:int4": {{"method": "{METHODS[scheme]}"}}}}')
     if not makers:
         raise TorchchatError(f"no installed quantizer makes {scheme!r:.80}; schemes here: {', '.join(known) or 'none'}",
@@ -328,7 +328,7 @@ def _step(scheme: str, section: Mapping[str, Any], registry: Registry, device: s
     options = _without_bitwidth(scheme, quantizer, options)
     if quantizer.options is None:
         if options:
-            raise TorchchatError(f"{scheme!r} has no options; {next(iter(options))!r:.80} was given")
+            raise TorchchatError(f"{quoted(scheme)} has no options; {next(iter(options))!r:.80} was given")
         return Step(scheme, quantizer, None, selection)
     try:
         return Step(scheme, quantizer, from_mapping(quantizer.options, options), selection)

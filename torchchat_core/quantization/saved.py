@@ -92,9 +92,9 @@ class QuantizedCheckpoint(StoredCheckpoint):
         try:
             tensor = self.tensor(name)
         except KeyError:
-            raise TorchchatError(f"the checkpoint has no tensor {name!r}", DAMAGED) from None
+            raise TorchchatError(f"the checkpoint has no tensor {quoted(name)}", DAMAGED) from None
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise TorchchatError(f"tensor {name!r} is {_words(tensor.dtype)} {list(tensor.shape)}; it has to be "
+            raise TorchchatError(f"tensor {quoted(name)} is {_words(tensor.dtype)} {list(tensor.shape)}; it has to be "
                                  f"{_words(dtype)} {list(shape)}", DAMAGED)
         return tensor
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.errors import TorchchatError, did_you_mean, quoted
 from torchchat_core.quantization.replacing import KINDS
 
 LAYERS, EXCEPT = "layers", "except"
@@ -55,7 +55,7 @@ def check_selections(selections: Sequence[Selection]) -> None:
     for kind in {selection.kind for selection in selections}:
         rest = [each.scheme for each in selections if each.kind == kind and each.layers is None]
         if len(rest) > 1:
-            raise TorchchatError(f"{rest[0]!r} and {rest[1]!r} both take all {kind} layers",
+            raise TorchchatError(f"{quoted(rest[0])} and {quoted(rest[1])} both take all {kind} layers",
                                  f'give one of them the names of its own, such as "{LAYERS}": ["lm_head"]')
 
 
@@ -92,7 +92,7 @@ def _matching(selection: Selection, key: str, patterns: Iterable[str], known: Se
         if not matching:
             raise TorchchatError(f'"{key}" of {selection.scheme!r} has {pattern!r:.100}, which is no {selection.kind} '
                                  "layer of this model", did_you_mean(pattern, known)
-                                 or f"layers are called {known[0]!r}" if known else None)
+                                 or f"layers are called {quoted(known[0])}" if known else None)
         found.update(matching)
     return found
 

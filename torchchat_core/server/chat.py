@@ -11,7 +11,7 @@ from starlette.responses import Response
 from torchchat_core.batching import Job
 from torchchat_core.constraints import check_grammar, constraint_for, schema_grammar
 from torchchat_core.conversation import TRANSCRIPT_STOP, Message, render, with_stop
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.generation import Event, FinishedEvent, TextEvent, TokenEvent
 from torchchat_core.generation_options import CallGrammar, GenerationOptions, Grammar
 from torchchat_core.server.errors import ApiError, refused
@@ -208,7 +208,7 @@ def chat_prompt(text_format: TextFormat, messages: Sequence[Message], tools: Too
                        "unsupported_parameter")
     reserved = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"} & variables.keys()
     if reserved:
-        raise ApiError(400, f"the variable {min(reserved)!r} is not yours to set", "chat_template_kwargs")
+        raise ApiError(400, f"the variable {quoted(min(reserved))} is not yours to set", "chat_template_kwargs")
     if text_format.template is None and any(message["role"] == "tool" for message in messages):
         raise ApiError(400, "the model has no chat template, and so knows no tools", "messages")
     try:
@@ -241,7 +241,7 @@ def tool_use(body: ChatRequest, text_format: TextFormat) -> ToolUse | None:
     if isinstance(choice, NamedTool):
         named = tuple(tool for tool in tools if tool["function"]["name"] == choice.function.name)
         if not named:
-            raise ApiError(400, f"tool_choice names {choice.function.name!r}, which is none of the tools",
+            raise ApiError(400, f"tool_choice names {quoted(choice.function.name)}, which is none of the tools",
                            "tool_choice", "invalid_value")
         tools = named
     return ToolUse(form, profile, tools, forced=choice != "auto", several=body.parallel_tool_calls is not False,

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import LONGEST_MESSAGE, TorchchatError, shortened
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error",
          503: "server_error", 504: "timeout_error"}
@@ -23,10 +23,10 @@ class ApiError(Exception):
     """The answer to a request that cannot be met: an HTTP status, and what is wrong with which field (`param`)."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
         self.status = status
-        self.message = message
-        self.param = param
+        self.message = shortened(message, LONGEST_MESSAGE)
+        super().__init__(self.message)
+        self.param = None if param is None else shortened(param)
         self.code = code
 
     @property

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from torchchat_core.amounts import bytes_text
-from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.errors import TorchchatError, did_you_mean, quoted
 from torchchat_core.pipeline import ModelRequest, fetch_files
 from torchchat_core.plugins import Registry
 from torchchat_core.server.engine import Engine
@@ -80,7 +80,7 @@ class Shelf:
             async with asyncio.timeout(self._limits.max_time):
                 return await self._taken(entry)
         except TimeoutError:
-            raise ApiError(504, f"there was no time left for the model {name!r}", code="timeout") from None
+            raise ApiError(504, f"there was no time left for the model {quoted(name)}", code="timeout") from None
 
     def take_loaded(self, name: str) -> Engine | None:
         """The same where the model is loaded and nothing has to be waited for; else None."""
@@ -154,7 +154,7 @@ class Shelf:
             await engine.close()
             if isinstance(error, STOPPING):
                 raise
-            raise ApiError(503, f"the model {entry.name!r} cannot be loaded: {error or type(error).__name__}"
+            raise ApiError(503, f"the model {quoted(entry.name)} cannot be loaded: {error or type(error).__name__}"
                            ) from error
         return engine
 
@@ -167,7 +167,7 @@ class Shelf:
         limit = self._limits.memory_limit << 20
         needed = await asyncio.to_thread(self._size, entry.request) if limit else 0
         if needed > limit:
-            raise ApiError(503, f"the model {entry.name!r} takes {bytes_text(needed)}; the server may use "
+            raise ApiError(503, f"the model {quoted(entry.name)} takes {bytes_text(needed)}; the server may use "
                                 f"{bytes_text(limit)} (--memory-limit)")
         entry.asked_at = time.monotonic()
         self._queue.append(entry)
@@ -175,7 +175,7 @@ class Shelf:
             while self._queue[0] is not entry or self._crowded(needed):
                 idle = [other for other in self.loaded if not other.users and not other.waiting]
                 if not entry.waiting:
-                    raise ApiError(503, f"nobody waits for the model {entry.name!r} any more")
+                    raise ApiError(503, f"nobody waits for the model {quoted(entry.name)} any more")
                 if self._queue[0] is entry and idle:
                     await self._unload(min(idle, key=lambda other: other.used_at))
                 else:

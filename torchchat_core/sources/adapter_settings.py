@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.small_files import read_json
 from torchchat_core.sources.reference import missing_file
 
@@ -79,7 +79,7 @@ def read_settings(folder: Path) -> AdapterSettings:
 def _refuse_other_kinds(raw: Mapping[str, Any]) -> None:
     kind = raw.get("peft_type", "LORA")
     if kind != "LORA":
-        raise TorchchatError(f"the adapter is of the kind {kind!r:.60}; torchchat merges LoRA alone", MERGE)
+        raise TorchchatError(f"the adapter is of the kind {quoted(kind)}; torchchat merges LoRA alone", MERGE)
     for name in _OTHER_COMPUTATIONS:
         if raw.get(name):
             raise TorchchatError(f"the adapter has {name} set, a variation of LoRA that is not merged here", MERGE)
@@ -92,7 +92,7 @@ def _refuse_other_kinds(raw: Mapping[str, Any]) -> None:
 
 def _rank(name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAXIMUM_RANK:
-        raise TorchchatError(f"{name} is {value!r:.60} in adapter_config.json; a rank is a whole number from 1 to "
+        raise TorchchatError(f"{name} is {quoted(value)} in adapter_config.json; a rank is a whole number from 1 to "
                              f"{MAXIMUM_RANK}")
     return value
 
@@ -107,7 +107,7 @@ def _alpha(name: str, value: object) -> float:
 def _boolean(raw: Mapping[str, Any], name: str) -> bool:
     value = raw.get(name) or False
     if not isinstance(value, bool):
-        raise TorchchatError(f"{name} is {value!r:.60} in adapter_config.json; it has to be true or false")
+        raise TorchchatError(f"{name} is {quoted(value)} in adapter_config.json; it has to be true or false")
     return value
 
 
@@ -115,16 +115,16 @@ def _patterns(raw: Mapping[str, Any], name: str) -> list[tuple[re.Pattern[str], 
     """Regular expressions that the end of a layer's name has to match, in the order of the file, with their values."""
     patterns = raw.get(name) or {}
     if not isinstance(patterns, dict):
-        raise TorchchatError(f"{name} is {patterns!r:.60} in adapter_config.json; it has to be an object")
+        raise TorchchatError(f"{name} is {quoted(patterns)} in adapter_config.json; it has to be an object")
     return [(_pattern(name, text), value) for text, value in patterns.items()]
 
 
 def _pattern(name: str, text: str) -> re.Pattern[str]:
     repeats = len(re.findall(r"[*+?{]", text))
     if len(text) > MAXIMUM_PATTERN or repeats > MAXIMUM_REPEATS or re.search(r"\)[*+?{]", text):
-        raise TorchchatError(f"{name} has the pattern {text!r:.100} in adapter_config.json, which is too complex",
+        raise TorchchatError(f"{name} has the pattern {quoted(text)} in adapter_config.json, which is too complex",
                              "name the layers instead")
     try:
         return re.compile(rf"(?:.*\.)?(?:{text})")
     except re.error as error:
-        raise TorchchatError(f"{name} has the pattern {text!r:.100} in adapter_config.json: {error}") from None
+        raise TorchchatError(f"{name} has the pattern {quoted(text)} in adapter_config.json: {error}") from None

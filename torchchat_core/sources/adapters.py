@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.rope_layout import interleaved_rows
 from torchchat_core.models.weights import weight_shapes
@@ -135,14 +135,14 @@ class _Parts:
             return
         ending = next((ending for ending in _ENDINGS if short.endswith(f".{ending}")), None)
         if ending is None:
-            raise TorchchatError(f"the adapter has a weight {name!r:.200}, which is none of LoRA's", ANOTHER_MODEL)
+            raise TorchchatError(f"the adapter has a weight {quoted(name)}, which is none of LoRA's", ANOTHER_MODEL)
         layer = short.removesuffix(f".{ending}")
         field, attribute = _ENDINGS[ending]
         prefix = "" if layer == "lm_head" or layer.startswith("model.") else "model."
         change = self._changes.setdefault(f"{prefix}{layer}.{attribute}", Change())
         present = getattr(change, field)
         if present is not None and not (field == "whole" and _same(present, stored)):
-            raise TorchchatError(f"the adapter has the weight {name!r:.200} twice, under two names", ANOTHER_MODEL)
+            raise TorchchatError(f"the adapter has the weight {quoted(name)} twice, under two names", ANOTHER_MODEL)
         setattr(change, field, stored)
         change.embedding = change.embedding or ending.startswith("lora_embedding")
 
@@ -164,7 +164,7 @@ class _Parts:
         """By canonical name, with scales. Raises `TorchchatError` where the model has no such tensor, or another."""
         for name, change in self._changes.items():
             if name not in shapes:
-                raise TorchchatError(f"the adapter changes {name!r:.200}, which a {config.architecture} model with "
+                raise TorchchatError(f"the adapter changes {quoted(name)}, which a {config.architecture} model with "
                                      f"{config.num_layers} layers does not have", ANOTHER_MODEL)
             layer = name.rpartition(".")[0]
             self._check(name, change, shapes[name], layer)
@@ -176,11 +176,11 @@ class _Parts:
         if (change.a is None) != (change.b is None):
             raise TorchchatError(f"the adapter has only one of the two matrices, A and B, for {name!r}", ANOTHER_MODEL)
         if change.a is not None and len(shape) != 2:
-            raise TorchchatError(f"the adapter has matrices for {name!r}, which is none", ANOTHER_MODEL)
+            raise TorchchatError(f"the adapter has matrices for {quoted(name)}, which is none", ANOTHER_MODEL)
         if change.magnitude is not None and (change.a is None or change.embedding):
             raise TorchchatError(f"the adapter changes {name!r} by DoRA, which only linear layers take here", MERGE)
         if self._settings.dora and change.a is not None and change.magnitude is None:
-            raise TorchchatError(f"the adapter is a DoRA adapter and has no lora_magnitude_vector for {name!r}",
+            raise TorchchatError(f"the adapter is a DoRA adapter and has no lora_magnitude_vector for {quoted(name)}",
                                  ANOTHER_MODEL)
         outputs, inputs = shape[-1 if change.embedding else 0], shape[0 if change.embedding else -1]
         for stored, wanted in ((change.whole, shape), (change.a, (rank, inputs)), (change.b, (outputs, rank)),
@@ -189,7 +189,7 @@ class _Parts:
                 raise TorchchatError(f"the adapter's weight for {name!r} has the shape {list(stored.shape)}; the model "
                                      f"and the adapter's rank {rank} ask for {list(wanted)}", ANOTHER_MODEL)
         if change.magnitude is not None and change.magnitude.shape not in ((outputs,), (outputs, 1)):
-            raise TorchchatError(f"the adapter's magnitudes for {name!r} have the shape "
+            raise TorchchatError(f"the adapter's magnitudes for {quoted(name)} have the shape "
                                  f"{list(change.magnitude.shape)}; the model asks for {[outputs]}", ANOTHER_MODEL)
 
 
@@ -240,7 +240,7 @@ class _Adapted:
         if change.addition is not None:
             value = value.float() + change.scale * self._ordered(name, _numbers(name, change.addition))
         if not value.isfinite().all():
-            raise TorchchatError(f"{name!r} with the adapter holds values that are no finite numbers",
+            raise TorchchatError(f"{quoted(name)} with the adapter holds values that are no finite numbers",
                                  "the adapter is damaged, or its training failed: save it again")
         return value
 

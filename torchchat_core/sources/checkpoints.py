@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.models.config import (
     ModelConfig,
     config_from_hugging_face,
@@ -77,7 +77,7 @@ def open_checkpoint(files: ModelFiles, scheme: str | None = None, named: ModelCo
     found = _naming_scheme({name for shard in shards for name in shard})
     if scheme is not None and found != scheme:
         raise TorchchatError(f"{files.weights[0].name} is not of the format {scheme!r}: its tensors have the names of "
-                             f"{SCHEMES[found]}", f"the format is {found!r}")
+                             f"{SCHEMES[found]}", f"the format is {quoted(found)}")
     declared = _declared(files) if found != "meta" else {}
     if declared and (found == "hf" or "model_type" in declared):
         refuse_unknown_architecture(declared)
@@ -134,7 +134,7 @@ def _united(shards: list[dict[str, StoredTensor]], files: ModelFiles) -> Tensors
         twice = sorted(tensors.keys() & shard.keys())
         if twice:
             listed = ", ".join(path.name for path in files.weights)
-            raise TorchchatError(f"{twice[0]!r} is in two of the files {listed}",
+            raise TorchchatError(f"{quoted(twice[0])} is in two of the files {listed}",
                                  "they belong to different models; name the one file that is meant")
         tensors |= shard
     return tensors
@@ -223,9 +223,9 @@ def _shards(weights: tuple[Path, ...]) -> list[Path]:
     names = sorted({str(name) for name in places.values()})
     for name in names:
         if Path(name).name != name or len(name) > 255:
-            raise TorchchatError(f"{index.name} points to {name!r:.100}, outside its own folder")
+            raise TorchchatError(f"{index.name} points to {quoted(name)}, outside its own folder")
         if not (index.parent / name).is_file():
-            raise TorchchatError(f"{index.name} names {name!r}, which is not in {str(index.parent)!r}", DAMAGED)
+            raise TorchchatError(f"{index.name} names {quoted(name)}, which is not in {str(index.parent)!r}", DAMAGED)
     return [index.parent / name for name in names]
 
 
@@ -278,7 +278,7 @@ def _merge_parallel(shards: list[dict[str, StoredTensor]]) -> Mapping[str, Store
     for shard in shards[1:]:
         if shard.keys() != first.keys():
             odd = min(shard.keys() ^ first.keys())
-            raise TorchchatError(f"the checkpoint's files do not belong together: {odd!r} is not in all of them")
+            raise TorchchatError(f"the checkpoint's files do not belong together: {quoted(odd)} is not in all of them")
     return {name: _merged(name, [shard[name] for shard in shards], first) for name in first}
 
 
@@ -287,7 +287,7 @@ def _merged(name: str, parts: list[StoredTensor], first: Mapping[str, StoredTens
     if len(shape) < 2:
         return parts[0]
     if any(part.shape != shape for part in parts):
-        raise TorchchatError(f"the checkpoint's files do not belong together: {name!r} has the shapes "
+        raise TorchchatError(f"the checkpoint's files do not belong together: {quoted(name)} has the shapes "
                              f"{' and '.join(str(list(part.shape)) for part in parts)}")
     if name == "tok_embeddings.weight":  # Llama 2 splits its columns, Llama 3 its rows
         whole_width = first["norm.weight"].shape[0] if "norm.weight" in first else shape[1]
@@ -302,5 +302,5 @@ def _merged(name: str, parts: list[StoredTensor], first: Mapping[str, StoredTens
 def _joined(name: str, parts: list[StoredTensor], dimension: int) -> Tensor:
     tensors = [part.read() for part in parts]
     if len({tensor.dtype for tensor in tensors}) > 1:
-        raise TorchchatError(f"the checkpoint's files do not belong together: {name!r} has different dtypes")
+        raise TorchchatError(f"the checkpoint's files do not belong together: {quoted(name)} has different dtypes")
     return torch.cat(tensors, dimension)

@@ -139,7 +139,7 @@ def _torch_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | N
     tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested:
-            raise TorchchatError(f"tensor {name!r} in {path.name} is no ordinary dense tensor",
+            raise TorchchatError(f"tensor {quoted(name)} in {path.name} is no ordinary dense tensor",
                                  "save the model's weights as dense tensors")
     return tensors, model_args
 

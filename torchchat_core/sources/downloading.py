@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 from torchchat_core import __version__
 from torchchat_core.amounts import bytes_text
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.small_files import make_folder
 from torchchat_core.sources.url_file import check_encrypted, is_loopback
 
@@ -195,7 +195,7 @@ def _check_is_file(response: http.client.HTTPResponse, wanted: Download, start: 
     packed = response.headers.get("Content-Encoding", "identity").strip().lower()
     if packed not in ("", "identity"):
         raise TorchchatError(f"{urlsplit(wanted.url).netloc} sends {wanted.name} packed (Content-Encoding "
-                             f"{packed!r:.40}), which it was not asked to",
+                             f"{quoted(packed)}), which it was not asked to",
                              "download the file with another program and name it here")
     if response.status != 200 and not (start and _goes_on_at(response, start)):
         raise ConnectionFailure(f"the server answered with another part of the file (HTTP status {response.status})")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.models.catalogue import load_catalogue
 from torchchat_core.sources import assembled, hub_removal
 from torchchat_core.sources.hub_cache import CachedRepository, cached_repositories, is_offline
@@ -95,7 +95,7 @@ def _is_asked_for(found: Found, reference: HubReference) -> bool:
 
 def _parsed(ref: ModelRef) -> HubReference:
     if ref.scheme != "hf":
-        raise TorchchatError(f"{ref.text!r} is no model of a hub", "name it as hf:owner/name")
+        raise TorchchatError(f"{quoted(ref.text)} is no model of a hub", "name it as hf:owner/name")
     return parse_hub_location(ref.location)
 
 

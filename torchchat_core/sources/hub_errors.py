@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.errors import TorchchatError, did_you_mean, quoted
 from torchchat_core.models.catalogue import STARTING_MODEL
 from torchchat_core.sources.downloading import ConnectionFailure, HTTPFailure, seconds_to_wait
 from torchchat_core.sources.hub_reference import HubReference, hub_endpoint
@@ -61,9 +61,9 @@ def _gated(failure: HTTPFailure, reference: HubReference, has_token: bool) -> To
 
 
 def _unknown(reference: HubReference, has_token: bool, known: tuple[str, ...]) -> TorchchatError:
-    message = f"there is no public model {reference.repository!r} at {_host()}"
+    message = f"there is no public model {quoted(reference.repository)} at {_host()}"
     if has_token:
-        message = f"there is no model {reference.repository!r} at {_host()} that this token may see"
+        message = f"there is no model {quoted(reference.repository)} at {_host()} that this token may see"
     hint = f"if it is private, give a token that may read it by {GIVE_TOKEN}"
     others = [name for name in known if name != reference.repository]
     return TorchchatError(message, did_you_mean(reference.repository, others) or hint)

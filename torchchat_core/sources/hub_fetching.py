@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from torchchat_core import __version__, progress
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.sources.downloading import (
     TIMEOUT,
     Cancelled,
@@ -56,7 +56,7 @@ def fetch_files(reference: HubReference, paths: Sequence[str], token: str | None
     fetch = _Fetch(reference, token, ())
     missing = next((path for path in paths if path not in fetch.listing.files), None)
     if missing is not None:
-        raise TorchchatError(f"there is no file {missing!r} in {reference.repository} any more",
+        raise TorchchatError(f"there is no file {quoted(missing)} in {reference.repository} any more",
                              "a later version of torchchat may know what took its place")
     fetch.run((), paths)
     return fetch.finish()

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 
 PUBLIC_HUB = "https://huggingface.co"
 PUBLIC_HOSTS = ("huggingface.co", "hf.co")
@@ -51,9 +51,9 @@ def parse_hub_location(location: str) -> HubReference:
     file, digest = (match["file"], match["digest"].lower()) if match else (file, None)
     repository, at, revision = head.partition("@")
     if not NAME.fullmatch(repository) or "--" in repository or ".." in repository or repository.endswith(".git"):
-        raise TorchchatError(f"{repository!r:.200} is no name of a repository", "name it as owner/name")
+        raise TorchchatError(f"{quoted(repository)} is no name of a repository", "name it as owner/name")
     if at and (not is_safe_path(revision) or "@" in revision):
-        raise TorchchatError(f"{revision!r:.200} is no revision of {repository}",
+        raise TorchchatError(f"{quoted(revision)} is no revision of {repository}",
                              "write a branch, a tag or a commit after the @")
     if colon and not is_safe_path(file):
         raise TorchchatError(f"{file!r:.200} is no path of a file in {repository}",

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from torchchat_core.amounts import bytes_text
-from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.errors import TorchchatError, did_you_mean, quoted
 from torchchat_core.small_files import read_json
 from torchchat_core.sources.hub_reference import HubReference
 from torchchat_core.sources.local import (
@@ -102,9 +102,9 @@ def shards_of_index(index: Path, folder: str) -> tuple[str, ...]:
     names = sorted({str(name) for name in places.values()})
     for name in names:
         if Path(name).name != name or len(name) > 255:
-            raise TorchchatError(f"{index.name} points to {name!r:.100}, outside its own folder")
+            raise TorchchatError(f"{index.name} points to {quoted(name)}, outside its own folder")
         if not name.endswith((".safetensors", ".bin")):
-            raise TorchchatError(f"{index.name} names {name!r:.100}, which is no file of weights",
+            raise TorchchatError(f"{index.name} names {quoted(name)}, which is no file of weights",
                                  "the repository is damaged; choose another")
     return tuple(f"{folder}/{name}" if folder else name for name in names)
 
@@ -121,7 +121,7 @@ def _named(sizes: Mapping[str, int], file: str, reference: HubReference) -> Sele
     missing = next((shard for shard in shards if shard not in sizes), None)
     if missing is not None or not shards:
         raise TorchchatError(f"{file!r} is one of {len(shards)} files, and {reference.repository} does not hold "
-                             f"{missing!r}", "its owner has not uploaded all of the model; choose another file")
+                             f"{quoted(missing)}", "its owner has not uploaded all of the model; choose another file")
     return _with_companions(sizes, shards)
 
 

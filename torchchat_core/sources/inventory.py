@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.plugins import Registry
 from torchchat_core.products import Product, products, reference_of
 from torchchat_core.sources.local import WHOLE_MODEL_FORMATS, files_of_folder
@@ -45,7 +45,7 @@ def take_inventory(registry: Registry) -> Inventory:
         try:
             models = list(_models_of(info, registry, made))
         except Exception as error:  # of a plugin: whatever it is, the others are listed
-            inventory.warnings.append(f"the model source {info.name!r} cannot say what is here: {error}")
+            inventory.warnings.append(f"the model source {quoted(info.name)} cannot say what is here: {error}")
             models = [_entry(entry, made) for entry in info.models]
         inventory.models += models
     known = {model.reference for model in inventory.models}
@@ -59,7 +59,7 @@ def source_of(ref: ModelRef, registry: Registry) -> ModelSourceInfo:
     """The source that fetches the reference. Raises `TorchchatError` where there is none."""
     source = registry.claim("schemes", ref.scheme)
     if source is None:
-        raise TorchchatError(f"nothing installed fetches {ref.scheme!r} references")
+        raise TorchchatError(f"nothing installed fetches {quoted(ref.scheme)} references")
     return source
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from torchchat_core.artifacts import ARTIFACT, has_manifest
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted, quoted_path
 from torchchat_core.small_files import expanded
 from torchchat_core.sources.reference import missing_file
 from torchchat_core.specs import Checkpoint, ModelFiles, ModelRef
@@ -26,7 +26,7 @@ class LocalSource:
 
     def fetch(self, ref: ModelRef) -> ModelFiles:
         if ref.scheme != "file":
-            raise TorchchatError(f"{ref.text!r} is no file or folder of this machine")
+            raise TorchchatError(f"{quoted_path(ref.text)} is no file or folder of this machine")
         path = expanded(ref.location)
         if path.is_dir():
             return files_of_folder(ref, path)
@@ -109,7 +109,7 @@ def shards_of(path: Path) -> tuple[Path, ...]:
     names = [f"{match['stem']}-{number:05}-of-{match['count']}{match['suffix']}" for number in numbers]
     missing = next((name for name in names if not (path.parent / name).is_file()), None)
     if missing is not None or not names:
-        raise TorchchatError(f"{path.name!r} is one of {count} files, and {missing!r} is not beside it",
+        raise TorchchatError(f"{path.name!r} is one of {count} files, and {quoted(missing)} is not beside it",
                              "put all of them into one folder")
     return tuple(path.parent / name for name in names)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.errors import TorchchatError, did_you_mean, quoted, quoted_path
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import expanded
 from torchchat_core.sources.hub_reference import parse_hub_url
@@ -34,8 +34,8 @@ def resolve(text: str, registry: Registry) -> ModelRef:
     if owner is not None:
         target = owner.aliases[text]
         if target in aliases:
-            raise TorchchatError(f"the name {text!r} stands for another name, {target!r}",
-                                 f"the model source {owner.name!r} has to give a full reference")
+            raise TorchchatError(f"the name {quoted_path(text)} stands for another name, {quoted(target)}",
+                                 f"the model source {quoted(owner.name)} has to give a full reference")
         meant = resolve(target, registry)
         return ModelRef(text=text, scheme=meant.scheme, location=meant.location)
     scheme, colon, rest = text.partition(":")
@@ -50,11 +50,11 @@ def resolve(text: str, registry: Registry) -> ModelRef:
     if REPOSITORY.fullmatch(text):
         if "hf" in schemes:
             return ModelRef(text=text, scheme="hf", location=text)
-        raise TorchchatError(f"there is no folder {text!r}, and no installed source fetches models of a hub")
+        raise TorchchatError(f"there is no folder {quoted_path(text)}, and no installed source fetches models of a hub")
     if colon and re.fullmatch(r"[a-z][a-z0-9+]*", scheme):
-        raise TorchchatError(f"no installed source fetches {scheme!r} references such as {text!r}",
+        raise TorchchatError(f"no installed source fetches {quoted(scheme)} references such as {quoted_path(text)}",
                              f"sources here fetch: {', '.join(sorted(schemes))}")
-    raise TorchchatError(f"there is no model {text!r}", did_you_mean(text, [*aliases, *_neighbours(path)])
+    raise TorchchatError(f"there is no model {quoted_path(text)}", did_you_mean(text, [*aliases, *_neighbours(path)])
                          or "give a folder, a file, owner/name of a hub, or a name that torchchat list shows")
 
 

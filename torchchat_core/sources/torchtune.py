@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.errors import TorchchatError, did_you_mean, quoted
 from torchchat_core.models.config import ModelConfig, RopeScaling
 
 _LAYER = {
@@ -46,7 +46,7 @@ def named_config(name: str) -> ModelConfig:
     """
     known = _BUILDERS.get(name.lower().replace(".", "_").replace("-", "_"))
     if known is None:
-        raise TorchchatError(f"no model of torchtune that torchchat knows is called {name!r}",
+        raise TorchchatError(f"no model of torchtune that torchchat knows is called {quoted(name)}",
                              did_you_mean(name, _BUILDERS) or f"known are {', '.join(_BUILDERS)}")
     return known
 

@@ -8,7 +8,7 @@ from email.message import Message
 from urllib.parse import urlsplit
 
 from torchchat_core import progress
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted_path
 from torchchat_core.sources.downloading import (
     ConnectionFailure,
     Download,
@@ -55,7 +55,7 @@ def fetch_url_file(kept: KeptFile) -> None:
 def _fetch(kept: KeptFile) -> None:
     answer = trying_again(lambda: _ask(kept.origin.url))
     if answer.media_type in WEB_PAGES:
-        raise TorchchatError(f"{kept.origin.url!r:.300} is a web page, not a file",
+        raise TorchchatError(f"{quoted_path(kept.origin.url)} is a web page, not a file",
                              "give the address behind the page's download button")
     _discard_another_version(kept, answer)
     with writing(kept.folder):
@@ -99,7 +99,7 @@ def _discard_another_version(kept: KeptFile, answer: _Answer) -> None:
 def _finish(kept: KeptFile, answer: _Answer) -> None:
     size = length(kept.partial)
     if size == 0:
-        raise TorchchatError(f"{kept.origin.url!r:.300} is an empty file", "give another address")
+        raise TorchchatError(f"{quoted_path(kept.origin.url)} is an empty file", "give another address")
     digest = digest_of(kept.partial, "sha256")
     if kept.origin.sha256 not in (None, digest):
         kept.partial.unlink(missing_ok=True)
@@ -117,7 +117,7 @@ def _explained(failure: HTTPFailure | ConnectionFailure, kept: KeptFile) -> Torc
         return TorchchatError(f"cannot fetch {name} from {host}: {failure}",
                               "check the network and run the same command again: what has come already is kept")
     if failure.status in (404, 410):
-        return TorchchatError(f"there is no file {kept.origin.url!r:.300}", "check the address in a browser")
+        return TorchchatError(f"there is no file {quoted_path(kept.origin.url)}", "check the address in a browser")
     if failure.status in (401, 403):
         return TorchchatError(f"{host} forbids access to {name} (HTTP status {failure.status})",
                               "if the file needs a login, download it with a browser and name it here")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urldefrag, urlsplit
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted, quoted_path
 from torchchat_core.small_files import write_whole
 from torchchat_core.sources.hub_cache import delete_folder
 from torchchat_core.sources.hub_reference import hub_endpoint
@@ -38,9 +38,9 @@ class UrlFile:
         check_encrypted(url)
         name = re.sub(r"[^\w.+-]", "_", unquote(urlsplit(url).path).rpartition("/")[2], flags=re.ASCII).lstrip(".-")
         if not name or len(name) > 200:
-            raise TorchchatError(f"{url!r:.300} names no file of {host}", "give the address of the file itself")
+            raise TorchchatError(f"{quoted_path(url)} names no file of {host}", "give the address of the file itself")
         if name.endswith((".incomplete", ".lock")) or name == RECORD:
-            raise TorchchatError(f"{name!r} is no name of a model", "give the address of a file of weights")
+            raise TorchchatError(f"{quoted(name)} is no name of a model", "give the address of a file of weights")
         digest = fragment.removeprefix("sha256=").lower()
         if fragment and (not fragment.startswith("sha256=") or not SHA256.fullmatch(digest)):
             raise TorchchatError(f"#{fragment!s:.100} is no digest", "write #sha256= and 64 hexadecimal digits")
@@ -52,9 +52,9 @@ def _host(url: str) -> str:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise TorchchatError(f"{url!r:.300} is no address: {error}") from None
+        raise TorchchatError(f"{quoted_path(url)} is no address: {error}") from None
     if not host or port == 0 or any(character.isspace() or not character.isprintable() for character in url):
-        raise TorchchatError(f"{url!r:.300} is no address of a file", "it has to be like https://host/path/file.gguf")
+        raise TorchchatError(f"{quoted_path(url)} is no address of a file", "it has to be like https://host/path/file.gguf")
     if parts.username is not None:
         raise TorchchatError("the address holds a user's name or password, which torchchat does not send",
                              "download the file with another program and name it here")

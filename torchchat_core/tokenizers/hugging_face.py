@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, well_formed
 from torchchat_core.tokenizers.declared import SETTINGS, token_name
 from torchchat_core.tokenizers.faults import captured_panics
@@ -177,7 +177,7 @@ def _piece_reader(place: str, library: Library, decoder: object) -> Callable[[st
     unfit = types - STEADY_DECODERS
     if unfit or any(step.get("stop") for step in steps if step.get("type") == "Strip"):
         name = min(unfit, default="Strip at the end")
-        raise TorchchatError(f"the decoder {name!r} in {place} does not work token by token; known are ByteLevel "
+        raise TorchchatError(f"the decoder {quoted(name)} in {place} does not work token by token; known are ByteLevel "
                              f"alone, and {', '.join(sorted(STEADY_DECODERS))}")
     decode = library.decode_pieces
     before = decode([ANCHOR])

@@ -11,7 +11,7 @@ from pathlib import Path
 from tc_streamlit_chat.local import LocalModels
 from tc_streamlit_chat.services import Services
 from torchchat_core.amounts import bytes_text
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.fitting import Fitting, fitting
 from torchchat_core.pipeline import DEFAULT_MODEL, ModelRequest
 from torchchat_core.plugins import Registry
@@ -84,7 +84,7 @@ def offered(chosen: Iterable[str | None], options: Collection[str]) -> None:
     """Raises `TorchchatError` for what was not offered: a page is not the only thing that can send choices."""
     strange = next((each for each in chosen if each not in options), None)
     if strange is not None:
-        raise TorchchatError(f"{strange!r} cannot be chosen here", "choose one of the list")
+        raise TorchchatError(f"{quoted(strange)} cannot be chosen here", "choose one of the list")
 
 
 def known_recipes(registry: Registry) -> set[str]:

@@ -14,7 +14,7 @@ from torchchat_core.cli.help_sections import Verb
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.cli.server import LOCAL
 from torchchat_core.cli.values import Number
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import expanded
 
@@ -122,7 +122,7 @@ def _prepare(made: Services) -> None:
     if not isinstance(made.models, LocalModels):
         made.models.connect()
         if made.models.model not in made.models.models:  # some servers take more than they list
-            click.echo(f"warning: {made.models.url} lists no model {made.models.model!r}; it has "
+            click.echo(f"warning: {made.models.url} lists no model {quoted(made.models.model)}; it has "
                        f"{', '.join(made.models.models[:8])}", err=True)
         return
     base = made.models.base

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.generation_options import GenerationOptions, SamplingOptions
 from torchchat_core.options import check_value
 
@@ -44,7 +44,7 @@ class Configuration:
     def __post_init__(self) -> None:
         for name in self.sampling:
             if name not in SAMPLING:
-                raise TorchchatError(f"there is no sampling option {name!r:.60}")
+                raise TorchchatError(f"there is no sampling option {quoted(name)}")
             check_value(SamplingOptions, SAMPLING[name], self.sampling[name])
         if not 1 <= self.num_samples <= MOST_SAMPLES:
             raise TorchchatError(f"num_samples is {self.num_samples}; it has to be 1 to {MOST_SAMPLES}")

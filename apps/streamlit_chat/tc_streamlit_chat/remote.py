@@ -13,7 +13,7 @@ import httpx
 from tc_streamlit_chat.configuration import Configuration
 from tc_streamlit_chat.figures import Details, Figures
 from tc_streamlit_chat.questions import Ended, Question, Report, Status, Text, in_turns
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 
 CONNECT_SECONDS = 10.0
 LINE_BYTES = 1 << 20  # of one event of a stream
@@ -81,9 +81,9 @@ def _base(url: str) -> str:
     try:
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, TypeError) as error:
-        raise TorchchatError(f"--url is {url!r}: {error}") from None
+        raise TorchchatError(f"--url is {quoted(url)}: {error}") from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise TorchchatError(f"--url is {url!r}; it has to be the address of a server",
+        raise TorchchatError(f"--url is {quoted(url)}; it has to be the address of a server",
                              "--url http://127.0.0.1:8000/v1")
     path = url.rstrip("/")
     return path if path.endswith("/v1") or parsed.path not in ("", "/") else f"{path}/v1"
@@ -145,9 +145,9 @@ class _Reader:
         try:
             found = json.loads(content)
         except (ValueError, RecursionError):
-            raise TorchchatError(f"the server sent what is no JSON: {content!r:.80}") from None
+            raise TorchchatError(f"the server sent what is no JSON: {quoted(content)}") from None
         if not isinstance(found, dict):
-            raise TorchchatError(f"the server sent what is no event: {content!r:.80}")
+            raise TorchchatError(f"the server sent what is no event: {quoted(content)}")
         if found.get("error"):
             raise TorchchatError(f"the server failed: {_told(content.encode(), 200)}")
         if isinstance(found.get("usage"), dict):

@@ -19,7 +19,7 @@ from tc_aoti.programs import Program
 from tc_aoti.toolkit import cuda_toolkit, gpu_architecture
 from torchchat_core import progress
 from torchchat_core.artifacts import this_machine
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.private_cache import check_compiler_cache, code_folder, make_code_folder
 from torchchat_core.unfinished import unfinished
 
@@ -57,12 +57,12 @@ def compile_program(program: Program) -> Compiled:
     try:
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with progress.task(f"tracing the program {program.name!r}"):
+            with progress.task(f"tracing the program {quoted(program.name)}"):
                 exported = _trace(program)
             options = OPTIONS if program.device.type == "cpu" else {**OPTIONS, **GPU_OPTIONS}
             folder = code_folder("aoti", _key(exported, options, program.device))
             if not folder.exists():
-                with (progress.task(f"compiling the program {program.name!r}"),
+                with (progress.task(f"compiling the program {quoted(program.name)}"),
                       cuda_toolkit() if program.device.type == "cuda" else contextlib.nullcontext()):
                     _compile(exported, folder, options)
     except TorchchatError:

@@ -16,7 +16,7 @@ from tc_aoti.toolkit import gpu_architecture
 from torchchat_core import kernels
 from torchchat_core.archive import DAMAGED
 from torchchat_core.artifacts import PROGRAM, Artifact
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.kernels.decoding import DecoderParts, TokenDecoder
 from torchchat_core.manifest_fields import Fields
 from torchchat_core.models.rotary import RotaryEmbedding
@@ -39,7 +39,7 @@ class LoadedProgram:
         names = fields.texts("weights")
         unknown = next((name for name in names if name not in weights), None)
         if unknown is not None:
-            raise TorchchatError(f"{fields.where} takes the weight {unknown!r:.100}, which the file does not have")
+            raise TorchchatError(f"{fields.where} takes the weight {quoted(unknown)}, which the file does not have")
         self.weights = [weights[name] for name in names]
         self.sees = "seen" in fields.content and fields.boolean("seen")
         folder.mkdir()

@@ -17,7 +17,7 @@ from torch import Tensor
 from tc_executorch.machine import large_pages, serial_products
 from tc_executorch.runtime import bindings, messages
 from torchchat_core.artifacts import Manifest, open_artifact
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.sequence_limits import check_append, check_tokens, session_limit
 from torchchat_core.specs import LoadRequest
 
@@ -34,7 +34,7 @@ class ExecutorchExecutor:
                                  "write one with `torchchat export MODEL --output-pte-path FILE`")
         manifest = open_artifact(request.artifact).manifest
         if manifest.kind != "executorch":
-            raise TorchchatError(f"{request.artifact.name} is of the kind {manifest.kind!r}; the executor "
+            raise TorchchatError(f"{request.artifact.name} is of the kind {quoted(manifest.kind)}; the executor "
                                  "'executorch' runs .pte files")
         return ExecutorchModel(request.artifact, manifest)
 

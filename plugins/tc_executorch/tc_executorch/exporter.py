@@ -17,7 +17,7 @@ from torch import nn
 from tc_executorch import ExecutorchOptions
 from torchchat_core import progress
 from torchchat_core.artifacts import Target, new_manifest, whole_file, write_artifact
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.quantization.layers import QuantizedEmbedding, QuantizedLayer
@@ -70,7 +70,7 @@ def check_layers(model: nn.Module) -> None:
     """Raises `TorchchatError` for quantised layers that neither XNNPACK nor ExecuTorch's kernels take as they are."""
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedLayer) and (reason := _refusal(layer)) is not None:
-            raise TorchchatError(f"ExecuTorch does not run the layer {name!r}: {reason}",
+            raise TorchchatError(f"ExecuTorch does not run the layer {quoted(name)}: {reason}",
                                  "quantise with linear:a8w4dq, linear:a8w8dq, linear:int8 without groups, "
                                  "embedding:int4 or embedding:int8")
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.models.config import ModelConfig, RopeScaling
 from torchchat_core.models.rotary import rotary_amplitude, rotary_frequencies
 
@@ -64,7 +64,7 @@ def tensor_name(name: str) -> str:
         return f"blk.{layer[1]}.{LAYER_NAMES[layer[2]]}.{layer[3]}"
     if name in NAMES:
         return NAMES[name]
-    raise TorchchatError(f"the tensor {name!r} has no name in GGUF files", "export the model without --quantize")
+    raise TorchchatError(f"the tensor {quoted(name)} has no name in GGUF files", "export the model without --quantize")
 
 
 def metadata_of(config: ModelConfig, architecture: str) -> Mapping[str, int | float | str]:

@@ -14,7 +14,7 @@ from tc_gguf.config import config_of
 from tc_gguf.file import GgufFile, GgufTensor, read_split
 from tc_gguf.quants import dequantizer
 from tc_gguf.tensors import PLAIN, Mapping, Unpacker
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.quantization.blocks import FORMATS
 from torchchat_core.specs import ModelFiles, ModelRef, PackedTensor
 
@@ -23,7 +23,7 @@ class GgufSource:
     """Implements `specs.ModelSource` for the format "gguf". The files are found by others."""
 
     def fetch(self, ref: ModelRef) -> ModelFiles:
-        raise TorchchatError(f"tc-gguf opens GGUF files and fetches none: {ref.text!r}")
+        raise TorchchatError(f"tc-gguf opens GGUF files and fetches none: {quoted(ref.text)}")
 
     def open(self, files: ModelFiles) -> GgufCheckpoint:
         """Raises `TorchchatError` for a damaged file, and for a model that torchchat's transformer is not."""

@@ -193,7 +193,7 @@ def _rope_scaling(file: GgufFile, key: str, head_dim: int) -> RopeScaling | None
     """How the file stretches rotary frequencies: by its keys, or by a table of factors that divide them."""
     kind = file.text(f"{key}.rope.scaling.type", "linear")  # what llama.cpp takes it for
     if kind not in ("none", "linear", "yarn", "longrope"):
-        raise TorchchatError(f"{key}.rope.scaling.type is {kind!r:.60} in {file.path.name}; known are none, "
+        raise TorchchatError(f"{key}.rope.scaling.type is {quoted(kind)} in {file.path.name}; known are none, "
                              "linear, yarn and longrope", OTHER_MODEL)
     factor = _factor(file, key) if kind != "none" else 1.0
     amplitude = file.number(f"{key}.rope.scaling.attn_factor", 1.0)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tc_gguf.values import GgufValue, Texts, shown
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 
 DAMAGED = "the file is damaged, incomplete or no GGUF file; fetch it again"
 MAXIMUM_KEYS = 4096  # real files have fewer than a hundred
@@ -120,7 +120,7 @@ class GgufFile:
     def _value(self, key: str, default: Any, kind: Any, called: str) -> Any:
         value = self.metadata.get(key, default)
         if value is None:
-            raise TorchchatError(f"{self.path.name} has no {key!r}", DAMAGED)
+            raise TorchchatError(f"{self.path.name} has no {quoted(key)}", DAMAGED)
         if not isinstance(value, kind):
             raise self._wrong(key, value, called)
         return value
@@ -145,7 +145,7 @@ def read_split(paths: Sequence[Path]) -> GgufFile:
         _check_same_model(first, file)
         twice = tensors.keys() & file.tensors.keys()
         if twice:
-            raise TorchchatError(f"{min(twice)!r:.100} is in two of the files of {first.path.name}",
+            raise TorchchatError(f"{quoted(min(twice))} is in two of the files of {first.path.name}",
                                  "they belong to different models; fetch all of them again")
         tensors |= file.tensors
     wanted = first.integer("split.tensors.count", len(tensors))
@@ -211,8 +211,8 @@ class _Parser:
         for _ in range(key_count):
             key = self._name("a metadata key")
             if key in metadata:
-                raise self._error(f"holds the metadata key {key!r:.100} twice")
-            metadata[key] = self._value(key, self._unpack(_UINT32, f"the type of {key!r:.100}"))
+                raise self._error(f"holds the metadata key {quoted(key)} twice")
+            metadata[key] = self._value(key, self._unpack(_UINT32, f"the type of {quoted(key)}"))
         alignment = self._alignment(metadata.get("general.alignment", 32))
         described = [self._tensor() for _ in range(tensor_count)]
         tensors = self._placed(described, alignment)
@@ -222,7 +222,7 @@ class _Parser:
         magic, version = self.mapping[:4], int.from_bytes(self.mapping[4:8], "little")
         if magic != b"GGUF":
             kind = "an old format of llama.cpp" if magic in (b"lmgg", b"fmgg", b"tjgg", b"algg") else "no GGUF file"
-            raise TorchchatError(f"{self.path.name} is {kind}: it starts with {magic!r}",
+            raise TorchchatError(f"{self.path.name} is {kind}: it starts with {quoted(magic)}",
                                  "fetch a GGUF file of the model, or convert it with llama.cpp")
         if int.from_bytes(self.mapping[4:8], "big") in (2, 3):
             raise TorchchatError(f"{self.path.name} is a big-endian GGUF file, which torchchat does not read",
@@ -269,39 +269,39 @@ class _Parser:
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
-            raise self._error(f"holds {what} that is not UTF-8: {raw!r:.60}") from None
+            raise self._error(f"holds {what} that is not UTF-8: {quoted(raw)}") from None
 
     # ---- metadata -------------------------------------------------------------------------------------------------
 
     def _value(self, key: str, kind: int) -> GgufValue:
         if kind == _TEXT:
-            raw = self._bytes(f"the text {key!r:.100}", MAXIMUM_TEXT)
+            raw = self._bytes(f"the text {quoted(key)}", MAXIMUM_TEXT)
             return raw.decode("utf-8", "replace") if len(raw) <= LONGEST_TEXT else raw
         if kind == _ARRAY:
-            return self._array(key, self._unpack(_UINT32, f"the type of {key!r:.100}"))
+            return self._array(key, self._unpack(_UINT32, f"the type of {quoted(key)}"))
         if kind not in _NUMBERS:
-            raise self._error(f"has the unknown type {kind} for the value of {key!r:.100}")
-        value = self._unpack(_SCALARS[kind], f"the value of {key!r:.100}")
+            raise self._error(f"has the unknown type {kind} for the value of {quoted(key)}")
+        value = self._unpack(_SCALARS[kind], f"the value of {quoted(key)}")
         return self._truth(key, value) if kind == _BOOLEAN else value
 
     def _truth(self, key: str, value: int) -> bool:
         if value > 1:
-            raise self._error(f"holds {value} for {key!r:.100}, which has to be 0 or 1")
+            raise self._error(f"holds {value} for {quoted(key)}, which has to be 0 or 1")
         return bool(value)
 
     def _array(self, key: str, kind: int) -> Texts | array[Any]:
-        count = self._unpack(_UINT64, f"the length of {key!r:.100}")
+        count = self._unpack(_UINT64, f"the length of {quoted(key)}")
         if kind == _TEXT:
-            return self._texts(key, self._count(f"texts in {key!r:.100}", count, 8))
+            return self._texts(key, self._count(f"texts in {quoted(key)}", count, 8))
         if kind not in _NUMBERS:
             called = "lists" if kind == _ARRAY else f"values of the unknown type {kind}"
-            raise self._error(f"has a list of {called} as {key!r:.100}; lists of numbers and of texts are read")
+            raise self._error(f"has a list of {called} as {quoted(key)}; lists of numbers and of texts are read")
         numbers = array(_NUMBERS[kind])
-        length = self._count(f"numbers in {key!r:.100}", count, numbers.itemsize) * numbers.itemsize
+        length = self._count(f"numbers in {quoted(key)}", count, numbers.itemsize) * numbers.itemsize
         start = self._take(length, repr(key))
         numbers.frombytes(self.mapping[start : start + length])
         if kind == _BOOLEAN and max(numbers, default=0) > 1:
-            raise self._error(f"holds {max(numbers)} in {key!r:.100}, which has to be of 0 and 1")
+            raise self._error(f"holds {max(numbers)} in {quoted(key)}, which has to be of 0 and 1")
         return numbers
 
     def _texts(self, key: str, count: int) -> Texts:
@@ -315,7 +315,7 @@ class _Parser:
         except (struct.error, OverflowError):  # a text that reaches far beyond the end
             position = self.size + 1
         if position > self.size:
-            raise self._error(f"ends within the {count} texts of {key!r:.100}")
+            raise self._error(f"ends within the {count} texts of {quoted(key)}")
         self.position = position
         return Texts(self.mapping[start:position], ends)
 
@@ -329,14 +329,14 @@ class _Parser:
     def _tensor(self) -> GgufTensor:
         """A description whose offset is still counted from where the tensors begin."""
         name = self._name("a tensor's name")
-        called = f"the description of {name!r:.100}"
+        called = f"the description of {quoted(name)}"
         dimensions = self._unpack(_UINT32, called)
         if not 1 <= dimensions <= MAXIMUM_DIMENSIONS:
-            raise self._error(f"states {dimensions} dimensions for {name!r:.100}; 1 to {MAXIMUM_DIMENSIONS} are read")
+            raise self._error(f"states {dimensions} dimensions for {quoted(name)}; 1 to {MAXIMUM_DIMENSIONS} are read")
         shape = tuple(self._unpack(_UINT64, called) for _ in range(dimensions))[::-1]
         number, offset = self._unpack(_UINT32, called), self._unpack(_UINT64, called)
         if number not in TYPES:
-            raise self._error(f"stores {name!r:.100} in the type {number}, which torchchat does not know",
+            raise self._error(f"stores {quoted(name)} in the type {number}, which torchchat does not know",
                               "fetch a file of another quantisation type, such as Q4_K_M or Q8_0")
         return GgufTensor(name, shape, TYPES[number], self.path, offset, self._bytes_of(name, shape, TYPES[number]))
 
@@ -347,7 +347,7 @@ class _Parser:
                               f"of whole blocks of {kind.block_elements}, and nothing may be empty")
         size = elements // kind.block_elements * kind.block_bytes
         if size > self.size:
-            raise self._error(f"states the shape {list(shape)} for {name!r:.100}, of type {kind.name}: {size} bytes, "
+            raise self._error(f"states the shape {list(shape)} for {quoted(name)}, of type {kind.name}: {size} bytes, "
                               f"and it has {self.size} in all")
         return size
 
@@ -357,9 +357,9 @@ class _Parser:
         tensors: dict[str, GgufTensor] = {}
         for tensor in described:
             if tensor.name in tensors:
-                raise self._error(f"holds two tensors of the name {tensor.name!r:.100}")
+                raise self._error(f"holds two tensors of the name {quoted(tensor.name)}")
             if tensor.offset % alignment:
-                raise self._error(f"states the offset {tensor.offset} for {tensor.name!r:.100}, which is no multiple "
+                raise self._error(f"states the offset {tensor.offset} for {quoted(tensor.name)}, which is no multiple "
                                   f"of its alignment, {alignment}")
             if start + tensor.offset + tensor.size > self.size:
                 raise self._error(f"ends within the tensor {tensor.name!r:.100}: {start + tensor.offset + tensor.size} "
@@ -373,7 +373,7 @@ class _Parser:
         end, before = 0, ""
         for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
             if tensor.offset < end:
-                raise self._error(f"has the tensors {before!r:.100} and {tensor.name!r:.100} in the same place")
+                raise self._error(f"has the tensors {quoted(before)} and {quoted(tensor.name)} in the same place")
             end, before = tensor.offset + tensor.size, tensor.name
 
 

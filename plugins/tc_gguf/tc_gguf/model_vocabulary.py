@@ -16,7 +16,7 @@ from tc_gguf.vocabulary import CONTROL, SENTENCEPIECE, UNUSED, USER_DEFINED, Voc
 from torchchat_core.chat_template import TURN_ENDS, ChatTemplate, end_tokens, find_chat_template
 from torchchat_core.control_tokens import unnamed_control_tokens
 from torchchat_core.conversation import render
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.small_files import read_file, read_json
 from torchchat_core.specs import ModelFiles, Tokenizer
 from torchchat_core.text_format import TextFormat
@@ -71,7 +71,7 @@ def _read(files: ModelFiles, settings: Mapping[str, Any]) -> tuple[Vocabulary, T
                if (path.name == "tokenizer.json") == isinstance(reader, HuggingFaceReader) and reader.accepts(path)}
     chosen = next(((reader, of_kind[type(reader)]) for reader in readers if type(reader) in of_kind), None)
     if chosen is None:
-        raise TorchchatError(f"the model {files.ref.text!r} has no tokenizer that can be written to a GGUF file",
+        raise TorchchatError(f"the model {quoted(files.ref.text)} has no tokenizer that can be written to a GGUF file",
                              "pass the file with --tokenizer-path")
     reader, path = chosen
     tokenizer = reader.read(path, settings)
@@ -127,7 +127,7 @@ def _check(vocabulary: Vocabulary, tokenizer: Tokenizer, path: Path, template: C
     written = tokenizer_of(vocabulary, str(path))
     for text in SAMPLES:
         if written.encode(text) != tokenizer.encode(text):
-            raise TorchchatError(f"the tokenizer {path.name} cannot be written to a GGUF file: {text!r:.60} would "
+            raise TorchchatError(f"the tokenizer {path.name} cannot be written to a GGUF file: {quoted(text)} would "
                                  f"become {written.encode(text)!s:.60} instead of {tokenizer.encode(text)!s:.60}", FIX)
     if template is None:
         return

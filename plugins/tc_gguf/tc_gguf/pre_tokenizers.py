@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torchchat_core.errors import TorchchatError, did_you_mean
+from torchchat_core.errors import TorchchatError, did_you_mean, quoted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ def pre_tokenizer(name: str) -> PreTokenizer:
     """The way of cutting text that `tokenizer.ggml.pre` names. Raises `TorchchatError` for an unknown name."""
     if name not in PRE_TOKENIZERS:
         hint = did_you_mean(name, PRE_TOKENIZERS)
-        raise TorchchatError(f"the pre-tokenizer {name!r:.60} is not known; known are {', '.join(PRE_TOKENIZERS)}",
+        raise TorchchatError(f"the pre-tokenizer {quoted(name)} is not known; known are {', '.join(PRE_TOKENIZERS)}",
                              f"pass the model's own tokenizer.json with --tokenizer-path{f'; {hint}' if hint else ''}")
     return PRE_TOKENIZERS[name]
 

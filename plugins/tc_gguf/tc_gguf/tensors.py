@@ -12,7 +12,7 @@ from torch import Tensor
 from tc_gguf.file import DAMAGED, GgufTensor
 from tc_gguf.quants import dequantizer
 from torchchat_core import kernels
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE = 1 << 20  # numbers that PyTorch unpacks at a time: what is in between stays in the processor's cache
@@ -95,4 +95,4 @@ class Unpacker:
 
 
 def _cut_off(stored: GgufTensor) -> TorchchatError:
-    return TorchchatError(f"{stored.path.name} became shorter while it was read: tensor {stored.name!r:.100}", DAMAGED)
+    return TorchchatError(f"{stored.path.name} became shorter while it was read: tensor {quoted(stored.name)}", DAMAGED)

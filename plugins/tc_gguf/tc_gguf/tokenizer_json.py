@@ -18,7 +18,7 @@ from tc_gguf.vocabulary import (
     USER_DEFINED,
     Vocabulary,
 )
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.specs import Tokenizer
 from torchchat_core.tokenizers.hugging_face import byte_level_alphabet
 
@@ -43,7 +43,7 @@ def vocabulary_of_tokenizer_json(content: Mapping[str, Any], place: str) -> Voca
     """
     model = content["model"]
     if model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise TorchchatError(f"{place} is of the kind {model.get('type')!r:.40}; BPE is written to GGUF files",
+        raise TorchchatError(f"{place} is of the kind {quoted(model.get('type'))}; BPE is written to GGUF files",
                              CONVERTER)
     tokens, types = _tokens(content, model, place)
     merges = [_merge(each, place) for each in model.get("merges", ())]
@@ -58,10 +58,10 @@ def vocabulary_of_tokenizer_json(content: Mapping[str, Any], place: str) -> Voca
     pre = name_of(content.get("pre_tokenizer"), bool(model.get("ignore_merges")))
     normalizer = content.get("normalizer")
     if normalizer and (not isinstance(normalizer, dict) or normalizer.get("type") != "NFC"):
-        raise TorchchatError(f"{place} changes texts by {normalizer!r:.60} before it encodes them, which readers of "
+        raise TorchchatError(f"{place} changes texts by {quoted(normalizer)} before it encodes them, which readers of "
                              "GGUF files do not do", CONVERTER)
     if pre is None:
-        raise TorchchatError(f"{place} cuts texts into words by {content.get('pre_tokenizer')!r:.300}, which has no "
+        raise TorchchatError(f"{place} cuts texts into words by {quoted(content.get('pre_tokenizer'))}, which has no "
                              f"name in GGUF files; those with a name are {', '.join(PRE_TOKENIZERS)}", CONVERTER)
     return Vocabulary(kind=BYTE_LEVEL, tokens=tokens, types=types, pre=pre,
                       merges=[f"{left} {right}" for left, right in merges])
@@ -92,7 +92,7 @@ def _tokens(content: Mapping[str, Any], model: Mapping[str, Any], place: str) ->
 def _merge(declared: object, place: str) -> tuple[str, str]:
     parts = declared.split(" ") if isinstance(declared, str) else declared
     if not isinstance(parts, list) or len(parts) != 2 or any(" " in part for part in parts):
-        raise TorchchatError(f"{place} holds the merge {declared!r:.60}; GGUF files have two texts without spaces",
+        raise TorchchatError(f"{place} holds the merge {quoted(declared)}; GGUF files have two texts without spaces",
                              CONVERTER)
     return parts[0], parts[1]
 

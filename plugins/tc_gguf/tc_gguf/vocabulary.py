@@ -90,7 +90,7 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
     """
     kind = file.text("tokenizer.ggml.model", "none")
     if kind not in (SENTENCEPIECE, BYTE_LEVEL):
-        raise TorchchatError(f"the tokenizer in {file.path.name} is of the kind {kind!r:.60}; llama (SentencePiece) "
+        raise TorchchatError(f"the tokenizer in {file.path.name} is of the kind {quoted(kind)}; llama (SentencePiece) "
                              "and gpt2 (byte-level BPE) are read", ELSEWHERE)
     tokens = _tokens(file)
     types = _types(file, len(tokens))
@@ -152,7 +152,7 @@ def _tokens(file: GgufFile) -> list[str]:
     if len(set(tokens)) < len(tokens):
         seen: set[str] = set()
         twice = next(text for text in tokens if text in seen or seen.add(text))  # type: ignore[func-returns-value]
-        raise TorchchatError(f"the vocabulary in {file.path.name} holds the token {twice!r:.60} twice", FIX)
+        raise TorchchatError(f"the vocabulary in {file.path.name} holds the token {quoted(twice)} twice", FIX)
     return tokens
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from tc_quant_int4 import Int4DynamicOptions, Int4EmbeddingOptions, Int4Options
 from tc_quant_int4.hqq import quantise_by_hqq
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.models.transformer import Transformer
 from torchchat_core.quantization.calibrating import calibrate_layers
 from torchchat_core.quantization.layers import WeightFormat
@@ -29,7 +29,7 @@ class Int4:
 
     def apply(self, model: nn.Module, options: LinearOptions) -> QuantReport:
         if self.needs_calibration(options):
-            raise TorchchatError(f"{self.scheme!r} by gptq is made with a calibration text, and there is none",
+            raise TorchchatError(f"{quoted(self.scheme)} by gptq is made with a calibration text, and there is none",
                                  'choose the method "nearest" or "hqq", or give one to `torchchat quantize`')
         return quantise_layers(model, self.scheme, self.format(options), negative_scales=self.negative_scales,
                                rounding=quantise_by_hqq if options.method == "hqq" else quantise,

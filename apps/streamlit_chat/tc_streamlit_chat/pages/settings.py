@@ -17,7 +17,7 @@ from tc_streamlit_chat.pages import frame
 from tc_streamlit_chat.pages.session import DRAFT, SETTINGS
 from tc_streamlit_chat.services import Services
 from tc_streamlit_chat.store import Conversation, Conversations
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.fitting import Fitting
 from torchchat_core.generation_options import SamplingOptions
 from torchchat_core.options import detail_of, from_text, value_type
@@ -83,7 +83,7 @@ def model_pickers(services: Services, configuration: Configuration, place: str) 
     """
     chosen = replace(configuration, model=_model(services, configuration, place))
     if not choices.may_use(services, chosen.model):
-        raise TorchchatError(f"the model {chosen.model!r} cannot be chosen here", "choose one of the list")
+        raise TorchchatError(f"the model {quoted(chosen.model)} cannot be chosen here", "choose one of the list")
     if not isinstance(services.models, LocalModels):
         st.caption(plain(f"Runs on {services.models.url}, which chooses how."))
         return chosen
@@ -225,6 +225,6 @@ def _bias(text: str | None) -> dict[int, float]:
         try:
             found[int(token)] = float(bias)
         except ValueError:
-            raise TorchchatError(f"a line of the logit bias is {line!r}; it has to be TOKEN=BIAS, such as 42=-5"
+            raise TorchchatError(f"a line of the logit bias is {quoted(line)}; it has to be TOKEN=BIAS, such as 42=-5"
                                  ) from None
     return found

@@ -1,0 +1,33 @@
+"""Errors of the server quote what a request holds, and stay short whatever it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+HUGE = "ab" * 60_000
+ASKED = {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}
+
+
+@pytest.mark.parametrize("changes", [
+    {HUGE: 1}, {"model": HUGE}, {"temperature": HUGE}, {"messages": HUGE},
+    {"messages": [{"role": HUGE, "content": "a"}]},
+    {"messages": [{"role": "user", "content": [{"type": HUGE}]}]}, {"messages": [{"role": "user", HUGE: 1}]},
+    {"response_format": {"type": HUGE}}, {"tool_choice": HUGE}, {"tool_choice": {"type": "function", "function":
+                                                                                {"name": HUGE}}},
+    {"logit_bias": {HUGE: 1}}, {"stop": [HUGE] * 9}, {"tools": [{"type": HUGE}]}, {"chat_template_kwargs": {HUGE: 1}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": HUGE}}}},
+], ids=lambda changes: str(changes)[:40])
+def test_errors_about_requests_are_short(changes: dict[str, Any], client: TestClient) -> None:
+    answer = client.post("/v1/chat/completions", json={**ASKED, "max_tokens": 1, **changes})
+    if answer.status_code != 200:
+        error = answer.json()["error"]
+        assert len(error["message"]) < 1000
+        assert len(error["param"] or "") < 1000
+
+
+@pytest.mark.parametrize("path", ["/v1/" + HUGE[:60_000], "/v1/models/" + HUGE[:60_000]])
+def test_errors_about_addresses_are_short(path: str, client: TestClient) -> None:
+    assert len(client.get(path).text) < 1500
