@@ -148,8 +148,10 @@ def _run(arguments: list[str]) -> int:
         _report(*explained(error, arguments))
         return error.exit_code
     except click.ClickException as error:
-        error.message = shortened(error.message, LONGEST_MESSAGE)
-        error.show()
+        shown = io.StringIO()
+        error.show(file=shown)
+        for line in shown.getvalue().splitlines():
+            click.echo(shortened(line, LONGEST_MESSAGE), err=True)
         return error.exit_code
 
 
