@@ -1,8 +1,10 @@
-"""How fast a model decodes while other processes take cores: tokens per second beside 0, 1 and 2 of them.
+"""How fast a model decodes and reads prompts while other processes take cores: tokens per second beside 0, 1 and 2.
 
-    python tools/measure_busy.py [--shape stories110M] [--dtype bf16] [--threads 2] [--runs 4]
+    python tools/measure_busy.py [--shape stories110M | --model MODEL] [--dtype bf16] [--threads 2] [--runs 4]
+                                 [--prompt 128]
 
-The weights are random. Medians of runs of 60 tokens behind a prompt of 16, by tc-eager in this process.
+The weights of a shape are random. Medians of runs of 60 tokens after a prompt of 16, and of prefill of `--prompt`
+tokens, by tc-eager in this process. Compare figures of one run only, or of two checkouts in turns.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from measure_compile import PROMPT, SHAPES, random_model
 
 from torchchat_core.generation_options import SamplingOptions
+from torchchat_core.pipeline import ModelRequest, open_model
 from torchchat_core.plugins import load_registry
 from torchchat_core.sampling import Sampler
 from torchchat_core.specs import ExecutorInfo, LoadedModel, LoadRequest
@@ -29,26 +33,64 @@ BUSY = "while True: pass"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="stories110M")
+    parser.add_argument("--model", help="instead of a shape, as torchchat takes it")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=4)
+    parser.add_argument("--prompt", type=int, default=128)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    with ExitStack() as stack:
+        model = stack.enter_context(loaded(given))
+        decode(model), prefill(model, given.prompt)
+        for others in range(3):
+            with busy_processes(others):
+                decoded = [decode(model) for _ in range(given.runs)]
+                read = [prefill(model, given.prompt) for _ in range(given.runs)]
+            print(f"beside {others}: decode {spread(decoded)}, prefill of {given.prompt} {spread(read)} tokens/s")
+
+
+@contextmanager
+def loaded(given: argparse.Namespace) -> Iterator[LoadedModel]:
+    """The model of the arguments."""
+    registry = load_registry()
+    if given.model is not None:
+        with open_model(ModelRequest(model=given.model, executor="eager", device="cpu"), registry) as opened:
+            yield opened.model
+        return
     request = LoadRequest(device="cpu", dtype=given.dtype, module=random_model(given.shape, given.dtype), artifact=None)
-    model = load_registry().find(ExecutorInfo, "eager").make().load(request)
-    decode(model)
-    for others in range(3):
-        with ExitStack() as stack:
-            for _ in range(others):
-                process = stack.enter_context(subprocess.Popen([sys.executable, "-c", BUSY]))
-                stack.callback(process.kill)
-            rates = [decode(model) for _ in range(given.runs)]
-        print(f"beside {others}: {statistics.median(rates):.1f} ({min(rates):.1f}-{max(rates):.1f}) tokens/s")
+    yield registry.find(ExecutorInfo, "eager").make().load(request)
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Run so many processes that do nothing but compute."""
+    with ExitStack() as stack:
+        for _ in range(count):
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", BUSY]))
+            stack.callback(process.kill)
+        yield
+
+
+def spread(rates: list[float]) -> str:
+    """The median, the least and the most."""
+    return f"{statistics.median(rates):.0f} ({min(rates):.0f}-{max(rates):.0f})"
+
+
+def prefill(model: LoadedModel, count: int) -> float:
+    """Tokens per second."""
+    session = model.session(None)
+    tokens = [5 + index % 100 for index in range(count)]
+    started = time.perf_counter()
+    session.prefill(tokens)
+    seconds = time.perf_counter() - started
+    session.close()
+    return count / seconds
 
 
 def decode(model: LoadedModel) -> float:
     """Tokens per second."""
-    session, sampler = model.session(512), Sampler(SamplingOptions(temperature=0.0))
+    session, sampler = model.session(None), Sampler(SamplingOptions(temperature=0.0))
     token = sampler.choose(session.prefill(PROMPT))
     started = time.perf_counter()
     for _ in range(NEW_TOKENS):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,8 +19,8 @@ from torch import Tensor
 from torchchat_core.errors import TorchchatError
 from torchchat_core.kernels.build import build, find_compiler, library_path
 
-__all__ = ["GGML_FORMATS", "INTERFACE", "NOT_BUILT", "WORTH_BUILDING", "available", "find_compiler", "load",
-           "packed_bytes"]
+__all__ = ["GGML_FORMATS", "INTERFACE", "NOT_BUILT", "WORTH_BUILDING", "available", "engine_threads",
+           "find_compiler", "load", "packed_bytes"]
 
 # Of what exported files and their readers count on: the operators that programs call, what they compute, how weights
 # are packed, `Decoder` and `Cache`. A change of any of them makes the next one.
@@ -81,6 +83,20 @@ def load_from(library: Path) -> str | None:
 def available(building: bool = True) -> bool:
     """Whether the operators are there, as `load` has it."""
     return load(building) is None
+
+
+@contextmanager
+def engine_threads() -> Iterator[None]:
+    """Keep PyTorch's operations on the calling thread; the kernels run on the engine's own threads (crew.h).
+
+    OpenMP's threads wait for each other at every operation, which takes milliseconds where other programs use a core.
+    `load` has to have succeeded.
+    """
+    before = torch.ops.torchchat.keep_pytorch_serial(True)
+    try:
+        yield
+    finally:
+        torch.ops.torchchat.keep_pytorch_serial(before)
 
 
 def _load(path: Path) -> None:

@@ -66,7 +66,7 @@ def build(path: Path) -> None:
             for _ in pool.map(lambda each: _run([*compile_one, str(each[0]), "-o", each[1]]), objects.items()):
                 pass  # raises what it raised
         _run([*compiler, "-shared", *objects.values(), "-o", str(made), f"-L{libraries}", "-ltorch_cpu", "-lc10",
-              *(_openmp_of_torch() or OPENMP), f"-Wl,-rpath,{libraries}"])
+              *(openmp_of_torch() or OPENMP), f"-Wl,-rpath,{libraries}"])
         made.replace(path)
 
 
@@ -84,7 +84,7 @@ def _torch_folder() -> Path:
     return Path(torch.__file__).parent
 
 
-def _openmp_of_torch() -> list[str]:
+def openmp_of_torch() -> list[str]:
     """PyTorch's own OpenMP: a second one would have threads of its own that compete with PyTorch's."""
     return [str(found) for pattern in ("libgomp*.so*", "libomp*.dylib", "libiomp*.dylib")
             for found in sorted((_torch_folder() / "lib").glob(pattern))][:1]

@@ -13,9 +13,9 @@
 #include <vector>
 
 #include "bfloat16_linear.h"
-#include "crew.h"
 #include "float32_linear.h"
 #include "float32_panels.h"
+#include "parallel.h"
 #include "quantized_linear.h"
 
 namespace torchchat {
@@ -123,11 +123,6 @@ inline void rotate(const float* x, const float* cosine, const float* sine, int64
       out[i] = x[i] * cosine[i] + x[i + half] * sine[i];
       out[i + half] = x[i + half] * cosine[i + half] + x[i] * sine[i + half];
     }
-}
-
-// So many threads as PyTorch may have, but no more than are worth their while; one inside of PyTorch's own.
-inline int64_t threads_at_most(int64_t worth) {
-  return omp_in_parallel() ? 1 : std::clamp<int64_t>(worth, 1, at::get_num_threads());
 }
 
 struct DecoderModel {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchchat_core.kernels.layers import DenseLinear, KernelNorm
+from torchchat_core.kernels.serial import one_thread
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.kv_cache import FIRST_CAPACITY, KVCache
 from torchchat_core.models.rotary import RotaryEmbedding
@@ -138,7 +139,8 @@ class RotaryTable:
             count = min(max(FIRST_CAPACITY, 1 << (count - 1).bit_length()), self._positions)
             positions = torch.arange(count)
             each = positions + 1 if extended and self._rotary.dynamic is not None else extended
-            cos, sin = self._rotary(positions, each)
+            with one_thread():  # MKL would start threads for some hundred cosines
+                cos, sin = self._rotary(positions, each)
             table = self._tables[bool(extended)] = cos.contiguous(), sin.contiguous()
         return table  # whatever other threads put in its place meanwhile
 

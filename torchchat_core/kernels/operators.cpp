@@ -1,7 +1,6 @@
 // The kernels as operators of PyTorch: torchchat::quantized_linear(s), pack_quantized, unpack_quantized,
 // in_weight_memory, unpack_ggml, take_apart_ggml, dense_linear(s), rms_norm, cached_attention, batched_attention.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/arange.h>
@@ -22,6 +21,7 @@
 #include "ggml_blocks.h"
 #include "ggml_integers.h"
 #include "packing.h"
+#include "parallel.h"
 #include "quantized_linear.h"
 #include "rms_norm.h"
 #include "weight_memory.h"
@@ -31,7 +31,11 @@ namespace {
 
 constexpr int64_t kFewTokens = 8;  // that attend head by head; more of them are worth PyTorch's blocked kernel
 constexpr size_t kWorthOneDnn = 3 << 18;  // bytes of weights: its preparation takes some 15 microseconds
-constexpr int64_t kWorkOfAThread = 1 << 17;  // products of keys and queries that are worth a thread
+// What one thread multiplies at a time of a large matrix: so many outputs, in pieces of so many parts for each thread, and
+// not fewer rows than that where outputs alone are too few for all threads.
+constexpr int64_t kLeastOutputs = 64, kMostOutputs = 256, kPartsOfAThread = 2, kLeastRows = 128;
+// A product of keys and queries takes as long as so many of a large matrix, head by head and in blocks.
+constexpr int64_t kWorkOfAScore = 16, kWorkOfABlockedScore = 4;
 constexpr int64_t kRowsAtOnce = 192;  // of activations: their int8 values stay in the second-level cache
 
 constexpr const char* kInstructionNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};  // in the order of the enum
@@ -82,7 +86,7 @@ at::Tensor pack_quantized(const at::Tensor& values, const at::Tensor& scales, co
   at::Tensor packed = weight_memory(panels_of(outputs) * layout.panel_bytes());
   uint8_t* target = packed.mutable_data_ptr<uint8_t>();
   const auto pack = bits == 8 ? pack_panel<8> : pack_panel<4>;
-  at::parallel_for(0, panels_of(outputs), 1, [&](int64_t first, int64_t last) {
+  for_range(panels_of(outputs), kPanelRows * columns * kWorkOfAByte, [&](int64_t first, int64_t last) {
     for (int64_t panel = first; panel < last; ++panel)
       pack(layout, stored, panel, target + panel * layout.panel_bytes());
   });
@@ -96,7 +100,7 @@ at::Tensor in_weight_memory(const at::Tensor& packed) {
   at::Tensor copy = weight_memory(packed.numel());
   const uint8_t* from = packed.const_data_ptr<uint8_t>();
   uint8_t* to = copy.mutable_data_ptr<uint8_t>();
-  at::parallel_for(0, packed.numel(), 1 << 20, [&](int64_t first, int64_t last) {
+  for_range(packed.numel(), kWorkOfAByte, [&](int64_t first, int64_t last) {
     std::memcpy(to + first, from + first, last - first);
   });
   return copy;
@@ -117,7 +121,7 @@ at::Tensor unpack_quantized(const at::Tensor& packed, int64_t outputs, int64_t c
   at::Tensor matrix = at::empty({outputs, columns}, packed.options().dtype(at::kFloat));
   const uint8_t* source = packed.const_data_ptr<uint8_t>();
   float* target = matrix.mutable_data_ptr<float>();
-  at::parallel_for(0, panels_of(outputs), 1, [&](int64_t first, int64_t last) {
+  for_range(panels_of(outputs), kPanelRows * columns * kWorkOfAByte, [&](int64_t first, int64_t last) {
     for (int64_t panel = first; panel < last; ++panel) {
       const uint8_t* at = source + panel * layout.panel_bytes();
       for (int64_t begin = 0; begin < layout.blocks; begin += layout.group) {
@@ -159,12 +163,10 @@ void multiply(const at::Tensor& x, const Matrices& matrices, const float* bias, 
   const Scalar* from = x.const_data_ptr<Scalar>();
   Scalar* to = out.mutable_data_ptr<Scalar>();
   RoundedRows rounded(rows, columns);
-  if (rows < 4) round_rows(from, columns, 0, rows, round, rounded);
-  else
-    at::parallel_for(0, rows, 4, [&](int64_t begin, int64_t end) {
-      round_rows(from, columns, begin, end, round, rounded);
-    });
-  at::parallel_for(0, matrices.panels(), 1, [&](int64_t begin, int64_t end) {
+  for_range(rows, columns * kWorkOfAByte, [&](int64_t begin, int64_t end) {
+    round_rows(from, columns, begin, end, round, rounded);
+  });
+  for_range(matrices.panels(), std::max(rows * columns * kPanelRows, bytes * kWorkOfAByte), [&](int64_t begin, int64_t end) {
     std::vector<float> products(std::min(rows, kRowsAtOnce) * kPanelRows);
     for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
       const int64_t count = std::min(kRowsAtOnce, rows - first);
@@ -258,7 +260,8 @@ at::Tensor few_rows(const at::Tensor& x, at::TensorList weights, const std::opti
   const float* shift = bias ? added.const_data_ptr<float>() : nullptr;
   Scalar* to = out.mutable_data_ptr<Scalar>();
   const RowProducts<Scalar> products;
-  at::parallel_for(0, width, 16, [&](int64_t begin, int64_t end) {
+  const auto bytes = static_cast<int64_t>(sizeof(Scalar)) * columns;
+  for_range(width, std::max(count * columns, bytes * kWorkOfAByte), [&](int64_t begin, int64_t end) {
     std::vector<float> sums(count);
     int64_t left = 0;  // outputs of the matrices before this one
     for (const at::Tensor& weight : weights) {
@@ -285,30 +288,89 @@ at::Tensor many_float32_rows(const at::Tensor& x, const at::Tensor& weight, cons
   return linear.call(x, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
 }
 
-// Many rows, by PyTorch's products.
-at::Tensor many_rows(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  const bool wide = x.scalar_type() == at::kFloat && x.device().is_cpu() && weight.nbytes() >= kWorthOneDnn;
-  return wide ? many_float32_rows(x, weight, bias) : at::linear(x, weight, bias);
+at::Tensor multiply_by_pytorch(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                               bool by_one_dnn) {
+  return by_one_dnn ? many_float32_rows(x, weight, bias) : at::linear(x, weight, bias);
+}
+
+// Some rows of x, times some outputs of one of several matrices, whose outputs stand side by side.
+struct Part {
+  const at::Tensor& weight;
+  int64_t first, count, column;  // rows of the weight, and the column of the result that the first of them makes
+  int64_t first_row, rows;       // of x
+};
+
+// The parts of a product by so many threads. Small matrices stay whole, and all do for one thread.
+std::vector<Part> parts_of(int64_t rows, at::TensorList weights, int64_t width, int64_t threads) {
+  const int64_t wanted = kPartsOfAThread * threads;
+  const int64_t outputs_at_once = std::clamp((width / wanted + kLeastOutputs - 1) / kLeastOutputs * kLeastOutputs,
+                                             kLeastOutputs, kMostOutputs);
+  const int64_t row_parts = std::clamp<int64_t>(wanted * outputs_at_once / width, 1, std::max<int64_t>(1, rows / kLeastRows));
+  const int64_t rows_at_once = threads > 1 ? (rows + row_parts - 1) / row_parts : rows;
+  std::vector<Part> parts;
+  int64_t column = 0;
+  for (const at::Tensor& weight : weights) {
+    const int64_t outputs = weight.size(0);
+    const int64_t some = threads > 1 && weight.nbytes() >= kWorthOneDnn ? outputs_at_once : outputs;
+    for (int64_t first = 0; first < outputs; first += some)
+      for (int64_t row = 0; row < rows; row += rows_at_once)
+        parts.push_back({weight, first, std::min(some, outputs - first), column + first, row,
+                         std::min(rows_at_once, rows - row)});
+    column += outputs;
+  }
+  return parts;
+}
+
+// Many rows by PyTorch's products, of which each runs on one of the engine's own threads.
+at::Tensor many_rows(const at::Tensor& x, at::TensorList weights, const std::optional<at::Tensor>& bias) {
+  int64_t width = 0;
+  for (const at::Tensor& weight : weights) width += weight.size(0);
+  const int64_t threads = threads_at_most(x.size(0) * x.size(1) * width / kWorkOfAThread);
+  const std::vector<Part> parts = parts_of(x.size(0), weights, width, threads);
+  const auto count = static_cast<int64_t>(parts.size());
+  const PyTorchInPieces by_pytorch;
+  at::Tensor out = count == 1 ? at::Tensor() : at::empty({x.size(0), width}, x.options());
+  const auto multiply = [&](const Part& part) {
+    const auto shift = bias ? std::optional(bias->narrow(0, part.column, part.count)) : std::nullopt;
+    const bool by_one_dnn = x.scalar_type() == at::kFloat && part.weight.nbytes() >= kWorthOneDnn;
+    const at::Tensor product = multiply_by_pytorch(x.narrow(0, part.first_row, part.rows),
+                                                   part.weight.narrow(0, part.first, part.count), shift, by_one_dnn);
+    if (count == 1) out = product;
+    else out.narrow(0, part.first_row, part.rows).narrow(1, part.column, part.count).copy_(product);
+  };
+  for_pieces(count, 1, threads, [&](int64_t first, int64_t last) {
+    by_pytorch([&] {
+      for (int64_t index = first; index < last; ++index) multiply(parts[index]);
+    });
+  });
+  return out;
 }
 
 // x [rows, columns] times weights [outputs, columns], all of one dtype, the outputs side by side: kernels of ours for a
 // few rows, PyTorch's for many.
 at::Tensor multiply_dense(const at::Tensor& x, at::TensorList weights, const std::optional<at::Tensor>& bias) {
-  bool few = x.size(0) <= kFewRows && x.device().is_cpu();
+  bool few = x.size(0) <= kFewRows;
   for (const at::Tensor& weight : weights) {
     TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), "x has to be [rows, columns], a "
                 "weight [outputs, columns]");
     TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "x is of ", x.scalar_type(), ", a weight of ",
                 weight.scalar_type());
-    few = few && weight.is_contiguous() && weight.device().is_cpu();
+    TORCH_CHECK(x.device().is_cpu() && weight.device().is_cpu(), "x and the weights have to be on the CPU");
+    few = few && weight.is_contiguous();
   }
   if (few && x.scalar_type() == at::kBFloat16) return few_rows<at::BFloat16>(x, weights, bias);
   if (few && x.scalar_type() == at::kFloat) return few_rows<float>(x, weights, bias);
-  if (weights.size() == 1) return many_rows(x, weights[0], bias);
-  std::vector<at::Tensor> products;
-  for (const at::Tensor& weight : weights) products.push_back(many_rows(x, weight, std::nullopt));
-  const at::Tensor all = at::cat(products, 1);
-  return bias ? all.add(*bias) : all;
+  return many_rows(x, weights, bias);
+}
+
+// Keeps PyTorch's operations to the calling thread until it is called with false; returns whether they were before. The
+// engine's own loops keep their threads.
+bool keep_pytorch_serial(bool serial) {
+  thread_local std::optional<SerialPyTorch> held;
+  const bool before = held.has_value();
+  if (serial && !before) held.emplace();
+  if (!serial) held.reset();
+  return before;
 }
 
 at::Tensor dense_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
@@ -368,8 +430,7 @@ at::Tensor attend_few(const at::Tensor& query, const at::Tensor& keys, const at:
   const Scalar *queries = query.const_data_ptr<Scalar>(), *all_keys = keys.const_data_ptr<Scalar>(),
                *all_values = values.const_data_ptr<Scalar>();
   Scalar* to = out.mutable_data_ptr<Scalar>();
-  const int64_t work = (held + count) * size * count;  // of one head
-  at::parallel_for(0, heads, std::max<int64_t>(1, kWorkOfAThread / work), [&](int64_t begin, int64_t end) {
+  for_range(heads, (held + count) * size * count * kWorkOfAScore, [&](int64_t begin, int64_t end) {
     HeadAttention<Scalar> attend(held + count, size, scale);
     for (int64_t head = begin; head < end; ++head)
       for (int64_t row = 0; row < count; ++row) {
@@ -392,10 +453,22 @@ at::Tensor attend_many(const at::Tensor& query, const at::Tensor& keys, const at
     mask = column.le(row);
     if (window > 0) mask = mask->logical_and(column.gt(row.sub(window)));
   }
-  const at::Tensor context = at::scaled_dot_product_attention(
-      query.transpose(0, 1).unsqueeze(0), keys.narrow(1, 0, length).unsqueeze(0),
-      values.narrow(1, 0, length).unsqueeze(0), mask, 0.0, !mask.has_value(), scale, query.size(1) != keys.size(0));
-  return context.squeeze(0).transpose(0, 1).reshape({count, -1});
+  const at::Tensor queries = query.transpose(0, 1).unsqueeze(0), all_keys = keys.narrow(1, 0, length).unsqueeze(0),
+                   all_values = values.narrow(1, 0, length).unsqueeze(0);  // [1, heads, positions, size]
+  const int64_t heads = query.size(1), group = heads / keys.size(0);
+  at::Tensor out = at::empty({count, heads, query.size(2)}, query.options());
+  const PyTorchInPieces by_pytorch;
+  const auto attend = [&](int64_t first, int64_t last) {
+    const int64_t some = last - first, kv = first / group, kv_some = (last - 1) / group + 1 - kv;
+    const at::Tensor context = at::scaled_dot_product_attention(
+        queries.narrow(1, first, some), all_keys.narrow(1, kv, kv_some), all_values.narrow(1, kv, kv_some), mask, 0.0,
+        !mask.has_value(), scale, some != kv_some);
+    out.narrow(1, first, some).copy_(context.squeeze(0).transpose(0, 1));
+  };
+  const int64_t threads = threads_at_most(heads * count * length * query.size(2) * kWorkOfABlockedScore / kWorkOfAThread);
+  for_pieces(heads, threads > 1 ? 1 : heads, threads,
+             [&](int64_t first, int64_t last) { by_pytorch([&] { attend(first, last); }); });
+  return out.view({count, -1});
 }
 
 // [n, heads, size] with the numbers of each head side by side; the heads may lie apart.
@@ -453,8 +526,7 @@ at::Tensor attend_each(const at::Tensor& query, const at::Tensor& key, const at:
   at::Tensor out = at::empty({count, heads * size}, query.options());
   const Scalar* queries = query.const_data_ptr<Scalar>();
   Scalar* to = out.mutable_data_ptr<Scalar>();
-  const int64_t work = std::max<int64_t>(1, all / count * size);  // of one head of one token, in the mean
-  at::parallel_for(0, count * heads, std::max<int64_t>(1, kWorkOfAThread / work), [&](int64_t begin, int64_t end) {
+  for_range(count * heads, all / count * size * kWorkOfAScore, [&](int64_t begin, int64_t end) {
     HeadAttention<Scalar> attend(longest, size, scale);
     for (int64_t at = begin; at < end; ++at) {
       const int64_t row = at / heads, head = at % heads, last = held[row] + 1;
@@ -505,10 +577,10 @@ at::Tensor batched_attention(const at::Tensor& query, const at::Tensor& key, con
 // The rows of x [rows, columns], with a weight [columns].
 template <typename Scalar>
 void normalise(const at::Tensor& x, const at::Tensor& weight, float eps, at::Tensor& out) {
-  const int64_t columns = x.size(1), grain = std::max<int64_t>(1, kWorkOfAThread / columns);
+  const int64_t columns = x.size(1);
   const Scalar *from = x.const_data_ptr<Scalar>(), *factors = weight.const_data_ptr<Scalar>();
   Scalar* to = out.mutable_data_ptr<Scalar>();
-  at::parallel_for(0, x.size(0), grain, [&](int64_t begin, int64_t end) {
+  for_range(x.size(0), columns * kWorkOfAByte, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       normalise_row(from + row * columns, factors, columns, eps, to + row * columns);
   });
@@ -539,7 +611,7 @@ void unpack_format(const at::Tensor& blocks, at::Tensor& out) {
   const uint8_t* from = blocks.const_data_ptr<uint8_t>();
   const Instructions instructions = instructions_in_use;
   const auto run = [&](auto* to) {
-    at::parallel_for(0, count, (1 << 15) / Format::kElements, [&](int64_t begin, int64_t end) {
+    for_range(count, Format::kElements * kWorkOfAByte, [&](int64_t begin, int64_t end) {
       unpack_blocks<Format>(from + begin * Format::kBytes, end - begin, to + begin * Format::kElements, instructions);
     });
   };
@@ -573,7 +645,7 @@ void take_apart(const at::Tensor& blocks, at::Tensor& values, at::Tensor& scales
   uint8_t* to = values.mutable_data_ptr<uint8_t>();
   at::Half* factors = scales.mutable_data_ptr<at::Half>();
   at::Half* middles = centres ? centres->mutable_data_ptr<at::Half>() : nullptr;
-  at::parallel_for(0, count, (1 << 15) / Format::kBytes, [&](int64_t begin, int64_t end) {
+  for_range(count, Format::kBytes * kWorkOfAByte, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block)
       Format::take(from + block * Format::kBytes, to + block * Format::kValueBytes, factors + block * Format::kGroups,
                    Format::kCentres ? middles + block * Format::kGroups : nullptr);
@@ -621,6 +693,7 @@ TORCH_LIBRARY(torchchat, library) {
   library.def("batched_attention(Tensor query, Tensor key, Tensor value, Tensor(a!)[] keys, Tensor(b!)[] values, int[] "
               "held, int window, float scale) -> Tensor");
   library.def("use_instructions(str name) -> str", &torchchat::use_instructions);
+  library.def("keep_pytorch_serial(bool serial) -> bool", &torchchat::keep_pytorch_serial);
 }
 
 TORCH_LIBRARY_IMPL(torchchat, CPU, library) {

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from tc_eager.layers import use_fastest_layers
+from torchchat_core import kernels
 from torchchat_core.errors import TorchchatError
+from torchchat_core.kernels.serial import is_small, one_thread
 from torchchat_core.models.attention import CachedAttention, KernelAttention, Segment
 from torchchat_core.models.kv_cache import KVCache
 from torchchat_core.models.transformer import Transformer
@@ -60,6 +63,14 @@ def token_decoder(module: Transformer) -> TokenDecoder | None:
     return TokenDecoder.of(module) if decodes(module) else None
 
 
+def _threads_for(module: Transformer, attention: type[CachedAttention]) -> Callable[[], AbstractContextManager[None]]:
+    """The context that a pass of the module runs in. OpenMP, whose threads wait for each other at every operation, is
+    left to large models without kernels."""
+    if attention is KernelAttention:
+        return kernels.engine_threads
+    return one_thread if is_small(module) else nullcontext
+
+
 class EagerModel:
     """Implements `specs.PromptBatchingModel`."""
 
@@ -71,6 +82,7 @@ class EagerModel:
         self.device = request.device
         self.dtype = request.dtype
         self._attention = attention
+        self._threads = _threads_for(module, attention)
         self._decoder = decoder
         self._module: Transformer | None = module
         self.is_dynamic = module.model.rotary.dynamic is not None
@@ -138,22 +150,24 @@ class EagerModel:
         decoder = self._decoder  # which another thread may take away
         if decoder is not None and len(tokens) == 1 and not (self.is_dynamic and extended > positions[0] + 1):
             return decoder.logits(tokens[0], segments[0].cache, extended)
-        logits: Tensor = module(
-            torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device),
-            self._attention(module.config, segments),
-            rows=None if rows is None else torch.tensor(rows, device=self.device), extended=extended,
-        )
-        return logits.float().cpu()
+        with self._threads():
+            logits: Tensor = module(
+                torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device),
+                self._attention(module.config, segments),
+                rows=None if rows is None else torch.tensor(rows, device=self.device), extended=extended,
+            )
+            return logits.float().cpu()
 
     def hidden_states(self, tokens: Sequence[int], positions: Sequence[int], segment: Segment, extended: int
                       ) -> Tensor:
         """Behind the last norm: [n, hidden], float32 on the CPU."""
         module = self.module
         check_tokens(tokens, self.vocab_size)
-        hidden: Tensor = module.model(
-            torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device),
-            self._attention(module.config, [segment]), extended)
-        return hidden.float().cpu()
+        with self._threads():
+            hidden: Tensor = module.model(
+                torch.tensor(tokens, device=self.device), torch.tensor(positions, device=self.device),
+                self._attention(module.config, [segment]), extended)
+            return hidden.float().cpu()
 
     @property
     def module(self) -> Transformer:
