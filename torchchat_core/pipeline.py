@@ -337,7 +337,8 @@ def open_files(files: ModelFiles, registry: Registry) -> Checkpoint:
     source = registry.claim("formats", files.format)
     if source is None:
         raise TorchchatError(f"nothing installed opens {files.weights[0].name!r}: the format {files.format!r} is of "
-                             "no installed model source", registry.how_to_get("formats", files.format))
+                             "no installed model source", registry.how_to_get("formats", files.format)
+                             or "give a .safetensors, .bin, .pt, .pth, .gguf or exported file, or a folder")
     checkpoint: Checkpoint = source.make().open(files)
     return checkpoint
 

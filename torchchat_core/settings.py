@@ -76,9 +76,11 @@ def read_config(path: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise TorchchatError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
+        raise TorchchatError(f"cannot read the settings in {str(path)!r}: {error.strerror or error}",
+                             f"unset {CONFIG_FILE}, or set it to a file" if os.environ.get(CONFIG_FILE) else None
+                             ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise TorchchatError(f"{str(path)!r} is not TOML: {error}", "mend it, or take it away") from None
+        raise TorchchatError(f"{str(path)!r} is not TOML: {error}", "fix the file, or delete it") from None
     flat: dict[str, Any] = {key: value for key, value in found.items() if key != "prefer"}
     prefer = found.get("prefer", {})
     if not isinstance(prefer, dict):

@@ -180,7 +180,7 @@ def test_a_folder_of_another_model_is_refused(few_runs: None, registry: Registry
 @pytest.mark.parametrize("window", [1, 100_000])
 def test_a_window_that_the_model_does_not_take_is_refused(window: int, few_runs: None, registry: Registry,
                                                           text: MeasuredText) -> None:
-    with pytest.raises(TorchchatError, match=f"the window is {window} tokens; the model takes 2 to "):
+    with pytest.raises(TorchchatError, match=f"--window is {window} tokens; the model takes 2 to "):
         compare(REQUEST, [], registry, text, window)
 
 

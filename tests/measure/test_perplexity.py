@@ -68,7 +68,7 @@ def test_windows_with_a_stride_predict_every_token_once_with_the_context_before_
 
 @pytest.mark.parametrize("stride", [0, 7])
 def test_a_stride_that_leaves_tokens_out_is_refused(stride: int) -> None:
-    with pytest.raises(TorchchatError, match=f"the stride is {stride} tokens; with windows of 7 it goes from 1 to 6"):
+    with pytest.raises(TorchchatError, match=f"--stride is {stride} tokens; with windows of 7 it goes from 1 to 6"):
         text_windows([1, 2, 3], 1, 7, stride)
 
 
@@ -88,7 +88,7 @@ def test_the_context_of_a_window_is_read_and_only_what_follows_is_scored() -> No
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("--window", "1000000"), "the window is 1000000 tokens"), (("--stride", "300"), "the stride is 300 tokens"),
+    (("--window", "1000000"), "--window is 1000000 tokens"), (("--stride", "300"), "--stride is 300 tokens"),
     (("--file", "/no/such/file"), "cannot be read"), (("--characters", "none"), "expected a whole number"),
 ])
 def test_what_cannot_be_measured_is_told_in_one_sentence(arguments: tuple[str, ...], message: str,

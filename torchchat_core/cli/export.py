@@ -123,8 +123,8 @@ def _with_preset(exporter: ExporterInfo, flags: dict[str, Any]) -> tuple[dict[st
     if preset is None:
         names = [each.name for each in exporter.presets]
         known = f"it has {', '.join(names)}" if names else "it has none"
-        raise UsageError(f"--preset: the exporter {quoted(exporter.name)} has no preset {quoted(wanted)}; {known}",
-                         did_you_mean(wanted, names))
+        fix = did_you_mean(wanted, names) or (f"--preset {' or '.join(names)}" if names else "leave --preset out")
+        raise UsageError(f"--preset: the exporter {quoted(exporter.name)} has no preset {quoted(wanted)}; {known}", fix)
     chosen = {"quantize": preset.quantize, **preset.options}
     unsaid = {name: value for name, value in chosen.items() if flags.get(name) is None}
     return {**flags, **unsaid}, preset.max_seq_length

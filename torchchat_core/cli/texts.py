@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from torchchat_core.cli.values import Number
+from torchchat_core.errors import TorchchatError
 from torchchat_core.small_files import expanded
 
 if TYPE_CHECKING:
@@ -55,5 +56,8 @@ def text_of(flags: Mapping[str, Any], characters: int) -> MeasuredText:
     """
     from torchchat_core.measure.text import measured_text
 
-    return measured_text(expanded(flags["file"]) if flags["file"] is not None else None,
-                         flags["characters"] or characters)
+    path = expanded(flags["file"]) if flags["file"] is not None else None
+    try:
+        return measured_text(path, flags["characters"] or characters)
+    except TorchchatError as error:
+        raise TorchchatError(f"--file: {error.message}" if path is not None else error.message, error.fix) from None

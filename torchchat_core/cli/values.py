@@ -51,7 +51,8 @@ class Number(click.ParamType[Any]):
     def _fault(self, value: object, parameter: click.Parameter | None) -> UsageError:
         what = "a whole number" if self._kind is int else "a number"
         bounds = self._detail.range
-        words = what if bounds is None else f"{what} from {bounds}" if " to " in bounds else f"{what}, {bounds}"
+        words = what if bounds is None else f"{what} from {bounds}" if " to " in bounds \
+            else f"{what} {bounds}" if bounds.startswith("above") else f"{what}, {bounds}"
         return UsageError(f"{flag_name(parameter)} is {quoted(value)}; expected {words}")
 
 

@@ -79,7 +79,7 @@ def window_size(asked: int | None, longest: int) -> int:
     Raises `TorchchatError` for a window that is impossible.
     """
     if asked is not None and not 2 <= asked <= longest:
-        raise TorchchatError(f"the window is {asked} tokens; the model takes 2 to {longest}")
+        raise TorchchatError(f"--window is {asked} tokens; the model takes 2 to {longest}", f"--window {longest}")
     return asked or min(WINDOW, longest)
 
 
@@ -95,7 +95,7 @@ def text_windows(ids: Sequence[int], bos_id: int | None, size: int = WINDOW, str
         raise TorchchatError(f"a window of {size} tokens predicts nothing", "2 is the least")
     stride = size - 1 if stride is None else stride
     if not 1 <= stride < size:
-        raise TorchchatError(f"the stride is {stride} tokens; with windows of {size} it goes from 1 to {size - 1}")
+        raise TorchchatError(f"--stride is {stride} tokens; with windows of {size} it goes from 1 to {size - 1}")
     first = () if bos_id is None else (bos_id,)
     room, predicted = size - len(first), 1 - len(first)  # tokens of a window's own; those that need no prediction
     windows = []

@@ -34,6 +34,7 @@ from torchchat_core.quantization.selection import (
     layers_of_sections,
     only,
 )
+from torchchat_core.run_options import OTHER_DTYPE_NAMES
 from torchchat_core.small_files import expanded, is_file, read_json
 from torchchat_core.specs import Calibration, LayerReport, QuantizerInfo, QuantReport
 
@@ -220,8 +221,14 @@ def _content(text: str, registry: Registry) -> Mapping[str, Any]:
     names = (*recipe_names(), *known)
     raise TorchchatError(f"there is no recipe, file or scheme {quoted_path(text)}; recipes: "
                          f"{', '.join(recipe_names())}; schemes here: {', '.join(known) or 'none'}",
-                         registry.how_to_get("schemes", text) or did_you_mean(text, names)
+                         registry.how_to_get("schemes", text) or _other_name(text) or did_you_mean(text, names)
                          or "give a recipe, a scheme, a JSON file, or a JSON object")
+
+
+def _other_name(text: str) -> str | None:
+    """Return the scheme for what other tools call a quantization, such as "q4_0"; None for any other text."""
+    meant = OTHER_DTYPE_NAMES.get(text.lower(), "")
+    return f"--quantize {meant}" if ":" in meant else None
 
 
 def stored_recipe(content: Mapping[str, Any] | None, schemes: Sequence[str], registry: Registry, device: str,
@@ -265,7 +272,7 @@ def _object(text: str, owner: str) -> Mapping[str, Any]:
     try:
         content = json.loads(text, object_pairs_hook=_without_repetition)
     except (ValueError, RecursionError) as error:
-        raise TorchchatError(f"{owner} is not JSON: {error}", "mend it there") from None
+        raise TorchchatError(f"{owner} is not JSON: {error}", "correct it there") from None
     if not isinstance(content, dict):
         raise TorchchatError(f"{owner} holds a JSON {type(content).__name__}; it has to be an object",
                              'such as {"linear:int4": {"groupsize": 32}}')
