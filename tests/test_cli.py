@@ -220,7 +220,8 @@ def test_wrong_usage_exits_with_2_and_names_the_flag(arguments: list[str], error
                                                      tmp_path: Path) -> None:
     """Before a model is opened."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torchchat_core.pipeline.fetch_files", lambda *_: pytest.fail("the model is opened"))
+    for source in ("EmbeddedSource", "LocalSource"):
+        monkeypatch.setattr(f"torchchat_core.sources.local.{source}.fetch", lambda *_: pytest.fail("a model is opened"))
     done = torchchat(*arguments)
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith(f"error: {error}"), done.err
