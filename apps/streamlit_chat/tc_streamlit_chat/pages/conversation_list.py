@@ -17,7 +17,8 @@ from tc_streamlit_chat.store import Conversation, Conversations
 from torchchat_core.errors import TorchchatError
 
 LONGEST_SEARCH = 200  # characters
-MENU = "more"  # whether the menu is open
+MENU = "more"
+MENUS_CLOSED = "menus-closed"  # number of times that the page closed the menu
 EXPORTS = (("Markdown", as_markdown, ".md", "text/markdown", ":material/download:"),
            ("JSON", as_json, ".json", "application/json", ":material/data_object:"))
 SHOWN = 100  # conversations of the list; a search finds the others
@@ -66,9 +67,9 @@ def _by_age(found: Sequence[Conversation]) -> Iterator[tuple[str, list[Conversat
 
 
 def more_menu(mine: Conversations, current: Conversation) -> None:
-    """Rename, export, delete."""
-    with st.popover("More", icon=":material/more_vert:", help="Rename, export, delete", key=MENU,
-                    on_change="rerun"):
+    """Show the menu that renames, exports or deletes the conversation."""
+    key = f"{MENU}-{st.session_state.get(MENUS_CLOSED, 0)}"
+    with st.popover("More", icon=":material/more_vert:", help="Rename, export, delete", key=key, on_change="rerun"):
         with st.form(key=f"rename-{current.id}", border=False):
             title = st.text_input("Title", value=current.title, key=f"title-{current.id}") or ""
             if st.form_submit_button("Rename", icon=":material/edit:", width="stretch",
@@ -90,8 +91,12 @@ def _exported(mine: Conversations, current: Conversation, write: Callable[..., s
 
 
 def _close_menu() -> None:
-    """It would cover the question whether to delete."""
-    st.session_state[MENU] = False
+    """Close the menu, which would cover the dialog.
+
+    The next run of the page has a new popover, which is closed. Setting the old one's state to False has no effect
+    if the run that opens it was skipped, because the browser acts on changes of the state only.
+    """
+    st.session_state[MENUS_CLOSED] = st.session_state.get(MENUS_CLOSED, 0) + 1
 
 
 def _rename(mine: Conversations, current: Conversation) -> None:
