@@ -40,6 +40,16 @@ ESCAPES = {
     "items of a cycler": "{% set ns = namespace(a=('x',)) %}{% for i in range(60) %}"
                          "{% set ns.a = cycler(ns.a, ns.a).items %}{% endfor %}{{ {1: 2}[ns.a].x }}",
     "refusal": TOWERS + "{{ raise_exception(ns.a) }}",
+    "element of a loop that a format names": TOWERS + "{% for a in [ns.a, 1] %}{{ '{0.previtem}'.format(loop) }}"
+                                             "{{ '{0.nextitem}'.format(loop) }}{% endfor %}",
+    "next element of a loop that a format names": TOWERS + "{% for a in [1, ns.a] %}{{ '{0.nextitem}'.format(loop) }}"
+                                                  "{% endfor %}",
+    "item of a cycler that a format names": TOWERS + "{{ '{c.current}'.format_map({'c': cycler(ns.a)}) }}",
+    "joined items of cyclers": TOWERS + "{{ [cycler(ns.a)] | join(',', attribute='current') }}",
+    "cyclers sorted by their items": TOWERS + "{{ [cycler(ns.a), cycler(ns.b)] | sort(attribute='current') }}",
+    "cyclers grouped by their items": TOWERS + "{{ [cycler(ns.a), cycler(ns.b)] | groupby('current') }}",
+    "width after a brace in brackets": "{{ '{0[}]:>9999999}'.format({'}': 1}) | length }}",
+    "width from an argument after a brace in brackets": "{{ '{0[}]:{1}}'.format({'}': 1}, 9999999) | length }}",
     "error of an index": TOWERS + "{{ [1][ns.a].x }}",
     "is lower": TOWERS + "{{ ns.a is lower }}",
     "selected as upper": TOWERS + "{{ [ns.a] | select('upper') | list }}",

@@ -10,10 +10,11 @@ import time
 from collections.abc import Collection, Iterable, Iterator, KeysView, Mapping, MappingView, Set, ValuesView
 from contextlib import contextmanager
 from contextvars import ContextVar
+from string import Formatter
 from typing import Any
 
 from jinja2.runtime import LoopContext
-from jinja2.utils import Namespace
+from jinja2.utils import Cycler, Namespace
 
 from torchchat_core.errors import TorchchatError, quoted
 
@@ -30,7 +31,7 @@ processor_time = time.thread_time  # in seconds; tests count looks instead
 LARGEST_SEARCH = 100_000_000  # characters compared by one search, about 0.1 s
 WIDE_PERCENT_PLACE = re.compile(r"[-+ #0]*(?:\d{4}|\*|\d*\.(?:\d{4}|\*))")  # flags, width and precision of a place
 PARENTHESES = re.compile(r"[()]")
-WIDE_BRACE_FORMAT = re.compile(r"\{[^{}]*(?:\d{4}|\{)")
+WIDE_BRACE_PLACE = re.compile(r"\d{4}|\{")  # in the part of a place that follows its colon
 ELEMENT_LENGTH = 4  # what an element of a list takes at the least when written out, with what parts it from others
 CONTAINERS = (list, tuple, Mapping, Set, MappingView)
 
@@ -158,6 +159,14 @@ class Budget:
         """Ask for `text % values`."""
         self.check_format(text, values, self._pads_widely(text))
 
+    def check_brace_format(self, text: str, values: Iterable[Any]) -> None:
+        """Ask for `text.format(...)` with these values. Raises `ValueError` for a text that is no format."""
+        is_wide = False
+        for _, _, width, _ in Formatter().parse(text):
+            self.step()
+            is_wide = is_wide or (width is not None and WIDE_BRACE_PLACE.search(width) is not None)
+        self.check_format(text, values, is_wide)
+
     def _pads_widely(self, text: str) -> bool:
         """Return True if a place of a `%` format has a width or precision of four digits or from an argument."""
         at = text.find("%")
@@ -248,4 +257,8 @@ def _inside(value: Any) -> Collection[Any]:
         return [*value.keys(), *value.values()]
     if isinstance(value, Namespace):  # which hides its own attributes
         return list(object.__getattribute__(value, "_Namespace__attrs").values())
+    if isinstance(value, Cycler):  # attributes that a format, or the name of an attribute in a filter, can reach
+        return value.items
+    if isinstance(value, LoopContext):
+        return [value.previtem, value.nextitem]
     return ()

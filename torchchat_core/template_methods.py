@@ -12,7 +12,7 @@ from typing import Any
 from jinja2.runtime import LoopContext, Macro
 from jinja2.utils import Cycler, Namespace
 
-from torchchat_core.template_limits import WIDE_BRACE_FORMAT, Budget
+from torchchat_core.template_limits import Budget
 
 Arguments = tuple[Any, ...]
 # Takes the value, positional and named arguments; returns the positional ones to call with.
@@ -54,7 +54,7 @@ def _joining(limits: Budget, separator: str, arguments: Arguments, _: Mapping[st
 
 
 def _formatting(limits: Budget, text: str, arguments: Arguments, named: Mapping[str, Any]) -> Arguments:
-    limits.check_format(text, [*arguments, *named.values()], WIDE_BRACE_FORMAT.search(text) is not None)
+    limits.check_brace_format(text, [*arguments, *named.values()])
     return arguments
 
 
