@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,17 +94,36 @@ def test_text_of_windows_is_the_same_text(flags: tuple[str, ...], runner: Path,
     assert len(counts[0]) == (2 if flags else 1)
 
 
-def test_a_kv_cache_that_no_memory_holds_is_told(runner: Path, embedded: Callable[[str], Path], tmp_path: Path) -> None:
-    path = tmp_path / "m.pt2"
-    with zipfile.ZipFile(embedded("pt2")) as archive:
+def with_runtime(source: Path, path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Write a copy of an exported file to `path`, in which `runtime` of the manifest is changed."""
+    with zipfile.ZipFile(source) as archive:
         entries = {info.filename: archive.read(info) for info in archive.infolist()}
     manifest = next(name for name in entries if name.endswith("torchchat/manifest.json"))
     content = json.loads(entries[manifest])
-    content["runtime"]["cache"].update(kv_heads=100_000, head_dim=100_000)
+    change(content["runtime"])
     path.touch()
     with ArchiveWriter(path) as writer:
         for name, data in {**entries, manifest: json.dumps(content).encode()}.items():
             writer.add(name, (data,), len(data))
+    return path
+
+
+@pytest.mark.parametrize("change", [lambda weights: weights.pop(), lambda weights: weights.append(weights[0])],
+                         ids=["fewer", "more"])
+def test_a_program_that_takes_another_number_of_weights_is_refused(
+        change: Callable[[list[str]], object], runner: Path, embedded: Callable[[str], Path],
+        tmp_path: Path) -> None:
+    path = with_runtime(embedded("pt2"), tmp_path / "m.pt2",
+                        lambda runtime: change(runtime["programs"]["any"]["weights"]))
+    done = started(runner, path, "--prompt", "x", "--max-new-tokens", "1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.search(r"error: the file cannot be run: its program 'any' takes \d+ inputs, but the file has \d+ weights "
+                     r"for it, which makes \d+ inputs\n", done.stderr)
+
+
+def test_a_kv_cache_that_no_memory_holds_is_told(runner: Path, embedded: Callable[[str], Path], tmp_path: Path) -> None:
+    path = with_runtime(embedded("pt2"), tmp_path / "m.pt2",
+                        lambda runtime: runtime["cache"].update(kv_heads=100_000, head_dim=100_000))
     done = started(runner, path, "--prompt", "x", "--max-new-tokens", "1")
     assert (done.returncode, done.stdout) == (1, "")
     assert "error: the KV cache cannot have room for 256 tokens" in done.stderr

@@ -11,6 +11,7 @@
 #include <nlohmann/json.hpp>
 
 #include "artifact/digest.h"
+#include "artifact/private_files.h"
 
 namespace torchchat {
 namespace {
@@ -60,7 +61,9 @@ CheckedFiles::CheckedFiles() {
 
 bool CheckedFiles::has(const std::string& path, const Digests& digests) const {
     if (folder_.empty()) return false;
-    std::ifstream file(note(path), std::ios::binary);
+    const fs::path place = note(path);
+    if (!is_private(place)) return false;
+    std::ifstream file(place, std::ios::binary);
     const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
     const json found = json::parse(text, nullptr, /*allow_exceptions=*/false);
     return found.is_object() && found == identity(path, digests);
@@ -74,13 +77,15 @@ void CheckedFiles::add(const std::string& path, const Digests& digests, const js
         std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::system_clock::now().time_since_epoch());
     if (now - std::chrono::nanoseconds(written) <= settled) return;
     std::error_code failure;
-    fs::create_directories(folder_, failure);
+    fs::create_directories(folder_.parent_path().parent_path(), failure);
+    for (const fs::path& folder : {folder_.parent_path(), folder_}) mkdir(folder.c_str(), S_IRWXU);
     const fs::path place = note(path);
     fs::path beside = place;
     beside += std::to_string(getpid());
     std::ofstream file(beside, std::ios::binary);
     file << before.dump();
     file.close();
+    fs::permissions(beside, fs::perms::owner_read | fs::perms::owner_write, failure);
     if (file) fs::rename(beside, place, failure);
     if (!file || failure) fs::remove(beside, failure);
 }

@@ -17,7 +17,8 @@ class CheckedFiles {
     // In the user's cache folder. Where there is none, nothing is noted.
     CheckedFiles();
 
-    // Whether all of the file was compared, and it has been the same file since.
+    // Returns true if all of the file was compared, it has been the same file since, and no other user could have
+    // written the note.
     bool has(const std::string& path, const Digests& digests) const;
     // Notes that all of it was compared between `before`, which is what `identity` was then, and now.
     void add(const std::string& path, const Digests& digests, const nlohmann::json& before) const;

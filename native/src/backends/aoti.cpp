@@ -112,13 +112,15 @@ class AotiBackend final : public Backend, public std::enable_shared_from_this<Ao
         const nlohmann::json* programs = member(runtime, "programs");
         const nlohmann::json* any = programs == nullptr ? nullptr : member(*programs, "any");
         if (any == nullptr) throw unusable("it has no program for several tokens");
-        several = std::make_unique<Program>(*artifact_, "any", *any, weights, folder);
+        const auto cache_tensors = static_cast<std::size_t>(2 * layers);
+        // The tokens, the length, and the rows whose logits are wanted; a program for one token has one row.
+        several = std::make_unique<Program>(*artifact_, "any", *any, 3 + cache_tensors, weights, folder);
         const nlohmann::json* described = member(runtime, "decoder");
         const nlohmann::json* decode = member(*programs, "decode");
         if (described != nullptr && member(*described, "hidden_size") != nullptr) {
             decoder = std::make_unique<TokenDecoder>(*described, manifest, weights);
         } else if (decode != nullptr) {
-            single = std::make_unique<Program>(*artifact_, "decode", *decode, weights, folder);
+            single = std::make_unique<Program>(*artifact_, "decode", *decode, 2 + cache_tensors, weights, folder);
         }
     }
 

@@ -68,6 +68,26 @@ std::string put_library(const Artifact& artifact, const std::string& name, const
     return failure ? folder.write(name + ".so", content) : link.string();
 }
 
+// Returns the number of tensors that a specification of torch.utils._pytree describes.
+std::size_t leaves_of(const nlohmann::json& node) {
+    const nlohmann::json* type = member(node, "type");
+    if (type == nullptr || type->is_null()) return 1;
+    std::size_t leaves = 0;
+    if (const nlohmann::json* children = member(node, "children_spec"); children != nullptr) {
+        for (const auto& child : *children) leaves += leaves_of(child);
+    }
+    return leaves;
+}
+
+// Returns the number of inputs of a compiled program, weights included.
+std::size_t inputs_of(torch::inductor::AOTIModelContainerRunner& runner) {
+    const std::vector<std::string> specification = runner.get_call_spec();
+    if (specification.empty()) throw unusable("its program does not describe its inputs");
+    const auto versioned = nlohmann::json::parse(specification.front(), nullptr, /*allow_exceptions=*/false);
+    if (!versioned.is_array() || versioned.size() != 2) throw unusable("its program does not describe its inputs");
+    return leaves_of(versioned[1]);
+}
+
 }  // namespace
 
 Error unusable(const std::string& what) {
@@ -107,7 +127,7 @@ Tensors named_weights(const nlohmann::json& owner, std::string_view key, const W
     return found;
 }
 
-Program::Program(const Artifact& artifact, const std::string& name, const nlohmann::json& declared,
+Program::Program(const Artifact& artifact, const std::string& name, const nlohmann::json& declared, std::size_t inputs,
                  const Weights& weights, const ScratchFolder& folder)
     : weights_(named_weights(declared, "weights", weights)) {
     const std::string library = put_library(artifact, name, text_of(declared, "library", ""), folder);
@@ -117,6 +137,12 @@ Program::Program(const Artifact& artifact, const std::string& name, const nlohma
         runner_ = std::make_unique<torch::inductor::AOTIModelContainerRunnerCpu>(library);
     } catch (const std::exception& error) {
         throw unusable("its program cannot be loaded: " + first_line(error.what()));
+    }
+    const std::size_t takes = inputs_of(*runner_), gets = inputs + weights_.size();
+    if (takes != gets) {
+        throw unusable("its program " + shown(name) + " takes " + std::to_string(takes) + " inputs, but the file has " +
+                       std::to_string(weights_.size()) + " weights for it, which makes " + std::to_string(gets) +
+                       " inputs");
     }
 }
 

@@ -35,9 +35,10 @@ Tensors named_weights(const nlohmann::json& owner, std::string_view key, const W
 // A compiled program, with the weights that it takes behind its other inputs.
 class Program {
   public:
-    // `folder` is where its library is put under `name` while it is loaded.
-    Program(const Artifact& artifact, const std::string& name, const nlohmann::json& declared, const Weights& weights,
-            const ScratchFolder& folder);
+    // `inputs` is the number of inputs before the weights. `folder` is where the library is put under `name` while it
+    // is loaded. Throws where the library takes another number of inputs than it would be given.
+    Program(const Artifact& artifact, const std::string& name, const nlohmann::json& declared, std::size_t inputs,
+            const Weights& weights, const ScratchFolder& folder);
     // The first output.
     at::Tensor run(Tensors inputs) const;
 
