@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 from torchchat_core.server import app, texts
 from torchchat_core.tokenizers.hugging_face import HuggingFaceTokenizer
 from torchchat_core.tokenizers.library import Library
+from torchchat_core.tokenizers.slicing import slices
 
 LIMIT = 1023  # tokens of a prompt of the tiny model
 LONGEST = 8  # bytes of its longest token, <|turn|>
@@ -106,6 +107,19 @@ def test_while_long_texts_are_read_health_is_answered_and_they_count_as_waiting(
         go_on.set()
         assert {each.result().status_code for each in long} == {400}
         assert client.post("/v1/completions", json=body("/v1/completions", "a")).status_code == 200
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_a_text_that_cannot_be_cut_is_a_400_that_names_the_field(
+        client: TestClient, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def uncut(*_: Any, **__: Any) -> Any:
+        return slices("a" * 5000, lambda text: ([len(text)], [0]), size=300, edge=32, longest=1000)
+
+    monkeypatch.setattr(HuggingFaceTokenizer, "encode_slices", uncut)
+    found = client.post(path, json=body(path, "some words"))
+    assert found.status_code == 400
+    assert found.json()["error"]["param"] == FIELDS[path]
+    assert "cannot be cut" in found.json()["error"]["message"]
 
 
 def test_a_text_at_which_the_tokenizer_fails_is_a_500_of_our_own(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -72,6 +73,28 @@ def test_a_file_that_the_library_fails_at_is_named_when_it_is_read(
         HuggingFaceReader().read(path, {})
     assert str(path) in caught.value.message
     assert "panicked" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [
+    {"normalizer": {"type": "Replace", "pattern": {"Regex": ""}, "content": "b" * 100_000}},
+    {"normalizer": {"type": "Sequence", "normalizers": [
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40}},
+    {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "a" * 300}] * 2}},
+    {"decoder": {"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40}},
+], ids=["a long text for nothing", "forty times two letters", "long prefixes", "decoder"])
+def test_a_file_whose_replacements_fill_the_memory_is_refused(write: Callable[..., Path], changes: dict[str, Any]
+                                                              ) -> None:
+    path = write(**changes)
+    with pytest.raises(TorchchatError, match="times as long") as caught:
+        HuggingFaceReader().read(path, {})
+    assert str(path) in caught.value.message
+
+
+def test_a_step_of_a_wrong_type_is_no_crash(write: Callable[..., Path]) -> None:
+    path = write(normalizer={"type": "Sequence", "normalizers": [{"type": {"type": "x"}, "prepend": "a"}]})
+    with contextlib.suppress(TorchchatError):  # the library may take it for what its fields say
+        assert HuggingFaceReader().read(path, {}).encode("b")
 
 
 def test_what_else_is_written_while_panics_are_captured_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:

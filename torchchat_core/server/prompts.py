@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torchchat_core.server.errors import ApiError, ClientGone
+from torchchat_core.server.errors import ApiError, ClientGone, refused
 from torchchat_core.server.logs import log_failure
 from torchchat_core.specs import Tokenizer
 from torchchat_core.tokenizers.faults import TokenizerError
+from torchchat_core.tokenizers.slicing import UncutTextError
 
 LARGE_BODY = 1 << 16  # bytes; larger ones wait for each other
 SHORT_TEXT = 4096  # characters that are encoded at once, whatever the limit
@@ -54,6 +55,8 @@ class BoundedTokenizer:
                 if self._stopped():
                     raise ClientGone
                 ids += some
+        except UncutTextError as error:
+            raise refused(error, self._param) from None
         except TokenizerError as error:
             log_failure("a text could not be encoded", error)
             raise ApiError(500, "the model's tokenizer fails at this text; the server's log says more") from None

@@ -16,7 +16,7 @@ from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, well_formed
 from torchchat_core.tokenizers.declared import SETTINGS, token_name
 from torchchat_core.tokenizers.faults import captured_panics
-from torchchat_core.tokenizers.lengths import longest_token
+from torchchat_core.tokenizers.lengths import check_growth, longest_token
 from torchchat_core.tokenizers.library import Library
 from torchchat_core.tokenizers.slicing import slices
 from torchchat_core.tokenizers.whole_json import TOKEN_NAMES, whole_content
@@ -60,6 +60,7 @@ def hugging_face_tokenizer(content: Mapping[str, Any], place: str, settings: Map
     """
     if not isinstance(content.get("model"), dict):
         raise TorchchatError(f"{place} has no \"model\"", "it is not a tokenizer.json of the tokenizers library")
+    check_growth(content, place)
     unknown = _unknown_token(content["model"])
     names = {key: token_name(settings, key) for key in TOKEN_NAMES}
     with captured_panics():

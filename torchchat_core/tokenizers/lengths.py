@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from torchchat_core.tokenizers.faults import TokenizerError
+
+LARGEST_GROWTH = 4096  # times that a text may grow by the replacements of a tokenizer.json; in use are up to 12
 # Normalizers, and how many times as long as their result a text can be at most, in bytes. Other ones may drop text.
 SHRINKING = {"Prepend": 1, "ByteLevel": 1, "NFC": 4, "NFD": 4, "NFKC": 4, "NFKD": 4, "Lowercase": 4}
 KEEPING = frozenset({"ByteLevel", "Metaspace", "Digits", "UnicodeScripts", "Split"})  # pre-tokenizers that drop nothing
@@ -20,7 +23,7 @@ def longest_token(content: Mapping[str, Any], pieces: Collection[str], alphabet:
     model, factor = content["model"], 1
     steps = list(_steps(content.get("normalizer"), "normalizers"))
     for step in steps:
-        kind = step.get("type")
+        kind = str(step.get("type"))
         if kind == "Replace":
             pattern = step.get("pattern")
             replaced = pattern.get("String") if isinstance(pattern, Mapping) else None
@@ -31,7 +34,7 @@ def longest_token(content: Mapping[str, Any], pieces: Collection[str], alphabet:
         else:
             return None
     cuts = list(_steps(content.get("pre_tokenizer"), "pretokenizers"))
-    if any(cut.get("type") not in KEEPING or cut.get("behavior") == "Removed" for cut in cuts):
+    if any(str(cut.get("type")) not in KEEPING or cut.get("behavior") == "Removed" for cut in cuts):
         return None
     if any(token.get("lstrip") or token.get("rstrip") for token in content.get("added_tokens") or []):
         return None
@@ -43,10 +46,32 @@ def longest_token(content: Mapping[str, Any], pieces: Collection[str], alphabet:
     return factor * max(len(piece.encode("utf-8", "replace")) for piece in pieces)
 
 
+def check_growth(content: Mapping[str, Any], place: str) -> None:
+    """Raise `TokenizerError` if the normalizer or the decoder of a tokenizer.json can fill the memory: one replaces a
+    character by a long text, or many double it. `place` names the file."""
+    for name, steps in (("normalizer", "normalizers"), ("decoder", "decoders")):
+        growth = 1.0
+        for step in _steps(content.get(name), steps):
+            growth *= _growth(step)
+            if growth > LARGEST_GROWTH:
+                raise TokenizerError(f"the {name} in {place} can make a text more than {LARGEST_GROWTH} times as long",
+                                     "choose another model; no tokenizer needs that")
+
+
+def _growth(step: Mapping[str, Any]) -> float:
+    """Return how many times as long as before a text can be after a step, whatever the step calls itself."""
+    pattern, inserted = step.get("pattern"), len(str(step.get("content", "")))
+    replaced = pattern.get("String") if isinstance(pattern, Mapping) else None
+    by_content = inserted / len(replaced) if isinstance(replaced, str) and replaced else inserted + 1
+    return max(1.0, by_content) * (1 + len(str(step.get("prepend", ""))))
+
+
 def _steps(part: Any, name: str) -> Iterator[Mapping[str, Any]]:
-    if isinstance(part, Mapping):
-        if part.get("type") == "Sequence":
-            for inner in part.get(name) or ():
-                yield from _steps(inner, name)
-        else:
-            yield part
+    """Yield the steps of a part, with sequences of them laid out."""
+    parts = [part]
+    while parts:
+        step = parts.pop()
+        if isinstance(step, Mapping) and isinstance(step.get(name), list):
+            parts += reversed(step[name])
+        elif isinstance(step, Mapping):
+            yield step

@@ -17,8 +17,13 @@ from torchchat_core.errors import TorchchatError
 
 SLICE = 16_384  # characters that are encoded at once
 EDGE = 128  # characters at a slice's ends that may be encoded otherwise than within the text
-LONGEST_SLICE = 1 << 20  # characters, where no place to cut is found before
+LONGEST_SLICE = 1 << 17  # characters, where no place to cut is found before: some tenths of a second
 TRIES = 8  # places at which a slice may begin
+
+
+class UncutTextError(TorchchatError):
+    """A text has a part too long to be encoded at once, without a place to cut it."""
+
 
 Encode = Callable[[str], tuple[Sequence[int], Sequence[int]]]
 
@@ -35,7 +40,7 @@ def slices(text: str, encode: Encode, size: int = SLICE, edge: int = EDGE, longe
            ) -> Iterator[Sequence[int]]:
     """Yield the ids of `text` in parts. `encode` returns the ids of a text and where in it each of them starts.
 
-    Raises `TorchchatError` where more than `longest` characters cannot be cut.
+    Raises `UncutTextError` where more than `longest` characters cannot be cut.
     """
 
     def encoded(start: int, end: int) -> _Slice:
@@ -50,7 +55,7 @@ def slices(text: str, encode: Encode, size: int = SLICE, edge: int = EDGE, longe
             yield current.ids[first:last]
             current, first = after, begin
         elif current.end - current.start >= longest:
-            raise TorchchatError(f"more than {longest} characters of the text cannot be cut between tokens",
+            raise UncutTextError(f"more than {longest} characters of the text cannot be cut between tokens",
                                  "shorten the text, or put spaces between its words")
         else:
             current = encoded(current.start, min(len(text), 2 * current.end - current.start))
