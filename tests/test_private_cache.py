@@ -12,7 +12,13 @@ import pytest
 from torchchat_core import private_cache
 from torchchat_core.errors import TorchchatError
 from torchchat_core.kernels.build import library_path
-from torchchat_core.private_cache import check_compiler_cache, code_folder, foreign_fault, private_path
+from torchchat_core.private_cache import (
+    check_compiler_cache,
+    code_folder,
+    foreign_fault,
+    make_code_folder,
+    private_path,
+)
 from torchchat_core.small_files import cache_folder, make_folder
 
 STRANGER = 12345
@@ -146,3 +152,16 @@ def test_records_of_checked_files_are_private_too(cache: Path) -> None:
     record = made(cache / "checked" / "a.json")
     record.chmod(0o666)
     assert foreign_fault(record) == f"everybody can write {record}"
+
+
+def test_a_folder_that_another_user_made_in_the_meantime_is_not_used(cache: Path, monkeypatch: pytest.MonkeyPatch
+                                                                      ) -> None:
+    folder = code_folder("kernels", "key")
+
+    def others_were_faster(path: Path) -> None:
+        make_folder(path)
+        cache.chmod(0o777)
+
+    monkeypatch.setattr(private_cache, "make_folder", others_were_faster)
+    with pytest.raises(TorchchatError, match="everybody can write"):
+        make_code_folder(folder)

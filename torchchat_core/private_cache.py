@@ -77,8 +77,14 @@ def check_compiler_cache() -> None:
 
 
 def make_code_folder(folder: Path) -> None:
-    """Make a folder that `code_folder` returned, or one in it, for the user alone. Raises `OSError`."""
+    """Make a folder that `code_folder` returned, or one in it, for the user alone.
+
+    Raises `OSError`, and `TorchchatError` if somebody else made a folder on the way to it in the meantime.
+    """
     make_folder(folder)
+    fault = foreign_fault(folder)
+    if fault is not None:
+        raise TorchchatError(f"{folder} is not used for compiled code: {fault}", OTHERS)
     folder.chmod(0o700)
 
 
