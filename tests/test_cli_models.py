@@ -21,7 +21,7 @@ from torchchat_core import memory, progress
 from torchchat_core.amounts import bytes_text, seconds_text
 from torchchat_core.cli import listing, progress_bars, rich_bars
 from torchchat_core.cli.completion import complete_model
-from torchchat_core.cli.listing import how_it_fits, table
+from torchchat_core.cli.listing import fit_in_memory, table
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.models.catalogue import STARTING_MODEL, load_catalogue
 from torchchat_core.products import Product, products, record
@@ -101,7 +101,7 @@ def rows(torchchat: Any, *flags: str) -> dict[str, dict[str, Any]]:
 
 def test_download_prints_the_path_and_shows_how_far_it_is(torchchat: Any, tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress_bars, "LOGGED", 0.0)
+    monkeypatch.setattr(progress_bars, "LOG_DELAY", 0.0)
     done = torchchat("download", "small")
     assert (done.code, done.out) == (0, f"{tmp_path}/kept/a\n")
     assert re.fullmatch(r"model.safetensors \(61 MB\) ...\nmodel.safetensors done in \d.\d s\n", done.err)
@@ -161,8 +161,8 @@ def test_list_shows_what_is_here_first_then_the_model_to_start_with(torchchat: A
     (4_000_000_000, True, "no"), (0, True, None),
 ])
 def test_a_model_fits_into_the_memory_as_it_is_or_quantized(total: int, quantizes: bool, fits: str | None) -> None:
-    assert how_it_fits(ListedModel(name="m", reference="r", bytes=16_060_522_496), total, quantizes) == fits
-    assert how_it_fits(ListedModel(name="m", reference="r"), total, quantizes) is None
+    assert fit_in_memory(ListedModel(name="m", reference="r", bytes=16_060_522_496), total, quantizes) == fits
+    assert fit_in_memory(ListedModel(name="m", reference="r"), total, quantizes) is None
 
 
 def test_on_a_terminal_the_list_ends_with_what_to_try(torchchat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +170,7 @@ def test_on_a_terminal_the_list_ends_with_what_to_try(torchchat: Any, monkeypatc
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     err = torchchat("list").err
-    assert "FITS: into the 16.0 GB of memory of this machine; int4: with --quantize linear:int4." in err
+    assert "FITS: in the 16.0 GB of memory of this machine; int4: with --quantize linear:int4." in err
     assert "torchchat chat qwen3-0.6b" in err
 
 
@@ -405,7 +405,7 @@ def test_nothing_is_shown_where_nothing_takes_time(monkeypatch: pytest.MonkeyPat
 
 
 def test_lines_tell_the_end_of_what_was_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress_bars, "LOGGED", 0.0)
+    monkeypatch.setattr(progress_bars, "LOG_DELAY", 0.0)
     monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
     with contextlib.suppress(OSError), shown_progress(), progress.task("weights", 10_000_000, "B") as task:
         task.advance(4_000_000)
@@ -417,7 +417,7 @@ def test_lines_tell_the_end_of_what_was_cut_off(monkeypatch: pytest.MonkeyPatch)
 
 def test_what_is_done_soon_gets_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
-    monkeypatch.setattr(progress_bars, "LOGGED", 1000.0)
+    monkeypatch.setattr(progress_bars, "LOG_DELAY", 1000.0)
     with contextlib.suppress(OSError), shown_progress(), progress.task("model", 2_000_000, "B") as task:
         task.advance(300)
         raise OSError
@@ -425,7 +425,7 @@ def test_what_is_done_soon_gets_no_line(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_total_that_is_known_late_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress_bars, "LOGGED", 0.0)
+    monkeypatch.setattr(progress_bars, "LOG_DELAY", 0.0)
     monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
     with contextlib.suppress(KeyboardInterrupt), shown_progress(), progress.task("layers") as task:
         task.set_total(32)

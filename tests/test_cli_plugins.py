@@ -52,7 +52,7 @@ def test_plugins_lists_what_each_offers_and_why_one_failed(run: Any, tmp_path: P
 
 def test_the_matrix_is_a_table_or_json(run: Any) -> None:
     lines = run("plugins", "--matrix").stdout.splitlines()
-    assert lines[0].split() == ["executor", "model", "quantisation", "cpu", "cuda", "mps"]
+    assert lines[0].split() == ["executor", "model", "quantization", "cpu", "cuda", "mps"]
     eager = next(line for line in lines if line.startswith("tc-eager:eager"))
     assert re.match(r"tc-eager:eager +in memory +none +fp32, bf16, fp16 ", eager)
     assert not any("|" in line for line in lines)
@@ -132,7 +132,7 @@ def test_doctor_tells_a_setting_that_cannot_work(key: str, value: str, detail: s
     ("device", "gpu", "device: unknown device 'gpu'"), ("device", "", "'device' is ''; it has to be a text"),
     ("dtype", "fp8", "dtype: unknown dtype 'fp8'"), ("executor", "eagre", "executor: there is no executor 'eagre'"),
     ("prefer.eager", "a:b", "no installed plugin offers 'a:b' under the name 'eager'"),
-    ("prefer.xyz", "a:b", "no installed plugin offers anything called 'xyz'"), ("devise", "cpu", "no setting 'devise'"),
+    ("prefer.xyz", "a:b", "no installed plugin offers anything named 'xyz'"), ("devise", "cpu", "no setting 'devise'"),
 ])
 def test_a_setting_that_cannot_be_right_is_not_written(key: str, value: str, message: str, torchchat: Any,
                                                        monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_the_completion_script_names_the_command_and_its_variable(shell: str, ru
 def test_install_and_uninstall_say_what_pip_could_not_do(run: Any) -> None:
     done = run("install", "/nonexistent/no-such-package-1.0-py3-none-any.whl")
     assert (done.returncode, "error: pip install failed with status" in done.stderr) == (1, True)
-    assert "'--index-url' is no package" in run("install", "--", "--index-url").stderr
+    assert "'--index-url' is not a package" in run("install", "--", "--index-url").stderr
     for name in ("torchchat_core", "torchchat.core", "TorchChat--Core>=0", " torchchat-core[testing]"):
         assert "torchchat-core is torchchat itself" in run("uninstall", "--yes", name).stderr
     assert run("install").returncode == 2

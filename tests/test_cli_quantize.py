@@ -111,7 +111,7 @@ def test_a_recipe_that_makes_the_model_larger_is_warned_of(capsys: pytest.Captur
     recipe = '{"precision": {"dtype": "fp32"}, "linear:int8": {"layers": ["model.layers.0.self_attn.q_proj"]}}'
     assert run("generate", "embedded", "--quantize", recipe, "--prompt", "x", "--max-new-tokens", "1") == 0
     told = capsys.readouterr().err
-    assert "warning: the recipe makes the model no smaller: 5.77 MB in its files, 11" in told
+    assert "warning: the recipe does not make the model smaller: 5.77 MB in its files, 11" in told
     assert run("generate", "embedded", "--quantize", "cpu", "--prompt", "x", "--max-new-tokens", "1") == 0
     assert "warning" not in capsys.readouterr().err
 

@@ -220,7 +220,7 @@ def test_another_model_has_files_of_its_own(chat: Chat) -> None:
 def test_a_file_is_overwritten_only_on_request(chat: Chat, tmp_path: Path) -> None:
     file = tmp_path / "c.json"
     file.write_text("precious")
-    assert "exists, and is not overwritten" in chat.say(f"/save {file}")
+    assert "already exists" in chat.say(f"/save {file}")
     assert file.read_text() == "precious"
     assert "0 messages written" in chat.say(f"/save --overwrite {file}")
     assert "messages" in file.read_text()

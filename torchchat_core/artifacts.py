@@ -104,9 +104,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     try:
         with unfinished(path) as folder:
-            beside = folder / path.name  # runtimes look at the ending
-            yield beside
-            os.replace(beside, path)  # noqa: PTH105 - what the exporter contract makes fail
+            partial = folder / path.name  # the same name, because runtimes look at the extension
+            yield partial
+            os.replace(partial, path)  # noqa: PTH105 - the exporter contract patches os.replace
     except OSError as error:
         raise TorchchatError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 

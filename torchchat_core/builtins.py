@@ -77,7 +77,7 @@ def torchchat_commands() -> list[CommandInfo]:
     return [
         CommandInfo(
             name="chat",
-            summary="Chat with a model; without MODEL, with the small one that comes with torchchat.",
+            summary="Chat with a model, by default the small one that comes with torchchat.",
             group=USE_A_MODEL,
             factory="torchchat_core.cli.chat:chat",
             order=10,
@@ -105,7 +105,7 @@ def torchchat_commands() -> list[CommandInfo]:
         ),
         CommandInfo(
             name="list",
-            summary="List models: known by name, downloaded, exported.",
+            summary="List local, exported and downloadable models.",
             group=MANAGE_MODELS,
             factory="torchchat_core.cli.listing:list_models",
             order=31,
@@ -147,7 +147,7 @@ def torchchat_commands() -> list[CommandInfo]:
         ),
         CommandInfo(
             name="quantize",
-            summary="Quantize a model, and measure what that costs.",
+            summary="Quantize a model and measure the loss of quality.",
             group=MAKE_FILES,
             factory="torchchat_core.cli.quantize:quantize",
             order=42,
@@ -182,7 +182,7 @@ def torchchat_commands() -> list[CommandInfo]:
         ),
         CommandInfo(
             name="plugins",
-            summary="List the plugins, what each provides, and why one failed.",
+            summary="List the plugins, what each provides, and why any failed to load.",
             group=TORCHCHAT_ITSELF,
             factory="torchchat_core.cli.plugins:plugins",
             order=80,

@@ -50,7 +50,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
-        """All names that the sources mention: fields that the template can read, and texts of its expressions."""
+        """Every attribute name and string constant in the template source: the message fields that it may read."""
         found: set[str] = set()
         for source in {self.source, self.tool_source or self.source}:
             with limited():

@@ -1,4 +1,4 @@
-"""The one error root. A message says what happened, with the value; a fix says what to do about it."""
+"""Define the root of all errors. A message says what happened, with the value; a fix says what to do about it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterable
 QUOTED_LENGTH = 60  # characters of a value that a message shows
 LONGEST_MESSAGE, LONGEST_FIX = 900, 600  # characters
 LONGEST_PATH = 300  # characters of a path or an address that a message shows
-NEAR = 0.7  # similarity from which a name may be a misspelling of another one, by difflib's ratio
-SHORTEST_PREFIX = 3  # characters that say enough to complete them
+NEAR = 0.7  # smallest difflib ratio of a likely misspelling
+SHORTEST_PREFIX = 3  # characters of a prefix that identify a name
 
 
 class TorchchatError(Exception):
@@ -18,7 +18,7 @@ class TorchchatError(Exception):
 
     `message` states what happened and the value concerned; `fix`, where there is one, is the next thing to try.
     The command line prints both without a traceback and exits with status 1.
-    Both are cut where a value from outside, which `quoted` should have cut, makes them long.
+    Both are truncated as a safeguard, in case a value from outside was not truncated by `quoted`.
     """
 
     def __init__(self, message: str, fix: str | None = None) -> None:
@@ -31,7 +31,7 @@ class TorchchatError(Exception):
 
 
 class UsageError(TorchchatError):
-    """A command line that no machine and no model could make right; the command line exits with status 2."""
+    """A command line that is wrong on any machine and for any model; the command line exits with status 2."""
 
 
 def quoted(value: object) -> str:
@@ -44,13 +44,15 @@ def quoted(value: object) -> str:
 
 
 def quoted_path(text: str) -> str:
-    """Return a path or an address from outside for a message: longer ones are cut than by `quoted`, for they are read
-    to their end."""
+    """Return the repr of a path or URL from outside for a message, cut to 300 characters.
+
+    The limit is larger than that of `quoted` because the end of a path matters.
+    """
     return repr(text) if len(text) <= LONGEST_PATH else repr(text[:LONGEST_PATH]) + "..."
 
 
 def shortened(text: str, length: int = 300) -> str:
-    """Return the text of another program or library for a message, cut to `length` characters; a cut ends in "..."."""
+    """Return text from another program or library for a message, cut to `length` characters; cut text ends in "..."."""
     return text if len(text) <= length else text[:length - 3] + "..."
 
 
@@ -76,8 +78,8 @@ _SHORT_REPR.maxother = QUOTED_LENGTH
 def near_matches(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """Return up to `count` of the `known` names that `name` may be a misspelling of, best first, ignoring case.
 
-    A name qualifies if it is at least `NEAR` alike, or if one of the two begins with the other (three characters or
-    more). Something at a larger distance is not what the user meant.
+    A name matches if its similarity is at least `NEAR`, or if one of the two starts with the other (three characters or
+    more). Anything less similar is unlikely to be what the user meant.
     """
     typed = name.lower()
     by_folded = {candidate.lower(): candidate for candidate in known}
@@ -91,7 +93,7 @@ def near_matches(name: str, known: Iterable[str], count: int = 3) -> list[str]:
 
 
 def _may_be_near(typed: str, folded: str) -> bool:
-    """Return False where the lengths alone rule a match out: comparing texts costs the product of their lengths."""
+    """Return False if the lengths alone rule out a match. A full comparison takes time quadratic in the lengths."""
     return len(typed) < 1000 and (folded.startswith(typed) or typed.startswith(folded)
                                   or 2 * min(len(typed), len(folded)) >= NEAR * (len(typed) + len(folded)))
 

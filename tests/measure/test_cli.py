@@ -48,7 +48,7 @@ def test_a_picture_that_is_a_folder_is_refused_before_anything_is_measured(torch
 
 
 def test_recipes_are_compared_in_a_table(torchchat: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchchat_core.cli.progress_bars.LOGGED", 0.0)
+    monkeypatch.setattr("torchchat_core.cli.progress_bars.LOG_DELAY", 0.0)
     done = torchchat("quantize", *COMMON, "--compare", "linear:int8", '{"linear:int4": {"except": ["lm_head"]}}')
     assert done.code == 0
     assert "only differences between models and recipes count" in " ".join(done.out.split())

@@ -123,7 +123,7 @@ def test_a_multiple_choice_task_scores_as_computed_by_hand(opened: OpenedModel, 
 
 def test_a_task_with_answers_scores_as_computed_by_hand(testdata: Path, torchchat: Run, tmp_path: Path,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchchat_core.cli.progress_bars.LOGGED", 0.0)
+    monkeypatch.setattr("torchchat_core.cli.progress_bars.LOG_DELAY", 0.0)
     answered = json.loads(torchchat("generate", testdata / "hf/TinyStories-656K", *COMMON, "--raw", "--prompt",
                                     QUESTIONS[0], "--temperature", "0", "--max-new-tokens", "12", "--stop", ",",
                                     "--json").out)["text"]
@@ -351,6 +351,6 @@ def test_data_that_is_none_is_told(content: str, name: str, message: str, testda
 
 def test_data_goes_with_one_task_and_has_to_be_there(torchchat: Run) -> None:
     done = torchchat("eval", "embedded", "--tasks", "wikitext,hellaswag", "--data", "x")
-    assert (done.code, "--data goes with one task" in done.err) == (2, True)
+    assert (done.code, "--data works with one task" in done.err) == (2, True)
     done = torchchat("eval", "embedded", "--data", "/nonexistent/x")
     assert (done.code, "--data: the file '/nonexistent/x' does not exist" in done.err) == (1, True)

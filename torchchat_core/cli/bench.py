@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from torchchat_core.cli.flags import model_flags, model_request
-from torchchat_core.cli.help_sections import Verb
+from torchchat_core.cli.help_sections import SectionedCommand
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.cli.values import Number
 from torchchat_core.errors import TorchchatError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torchchat_core.measure.benchmark import Failed, Row, Way
 
 
-@click.command(cls=Verb)
+@click.command(cls=SectionedCommand)
 @model_flags
 @click.option("--prompt-tokens", type=Number(minimum=1), default=128, show_default=True, metavar="N",
               help="Length of the prompt.")

@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from torchchat_core.cli.flags import generation_options, model_flags, sampling_flags
-from torchchat_core.cli.help_sections import Verb
+from torchchat_core.cli.help_sections import SectionedCommand
 from torchchat_core.cli.values import Number
 from torchchat_core.plugins import Registry
 
 
-@click.command(cls=Verb)
+@click.command(cls=SectionedCommand)
 @model_flags
 @click.option("--system", metavar="TEXT", help="A system message: how the model should answer.")
 @click.option("--max-new-tokens", type=Number(minimum=1), default=None, metavar="N",
@@ -25,7 +25,7 @@ from torchchat_core.plugins import Registry
 def chat(registry: Registry, /, **flags: Any) -> int:
     """Talk with a model; without MODEL, with the one that comes with torchchat.
 
-    /help lists the commands that can be typed in place of a message. Without a terminal, each line of standard input
+    /help lists the commands that you can type instead of a message. Without a terminal, each line of standard input
     is a message or a command, and the answers go to standard output.
     """
     generation_options(flags, {})  # a wrong value is an error before a model is loaded

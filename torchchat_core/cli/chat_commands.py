@@ -1,4 +1,4 @@
-"""The commands of the chat, which begin with a slash. The terminal and piped input share them."""
+"""Implement the slash commands of the chat, shared by the terminal and piped input."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torchchat_core.options import OptionDetail, detail_of
 from torchchat_core.small_files import expanded
 
 OVERWRITE = "--overwrite"
-NO_TEMPLATE = "This model has no chat template: it is given a plain transcript."
-SHOWN = 60  # characters of a message that was removed
+NO_TEMPLATE = "This model has no chat template, so it receives a plain transcript."
+SHOWN = 60  # characters shown of a removed message
 
 
 class Leave(Exception):
@@ -28,7 +28,7 @@ class Leave(Exception):
 
 
 class Display(Protocol):
-    """What commands need of a frontend."""
+    """The interface that commands need from a frontend."""
 
     def line(self, text: str) -> None:
         """Show a line."""
@@ -42,9 +42,9 @@ class Display(Protocol):
 
 @dataclass(frozen=True)
 class Command:
-    """One command. `run` receives what stands after its name."""
+    """One command. `run` receives the text after its name."""
 
-    names: tuple[str, ...]  # the first is the one that help shows first
+    names: tuple[str, ...]  # the first is the preferred name; the others are aliases
     argument: str
     help: str
     run: Callable[[str], None]
@@ -52,7 +52,7 @@ class Command:
 
 
 class ChatCommands:
-    """The commands over one chat session."""
+    """The commands of one chat session."""
 
     def __init__(self, session: ChatSession, display: Display) -> None:
         self._session = session
@@ -83,16 +83,16 @@ class ChatCommands:
         raise TorchchatError(f"there is no command {quoted(name)}", did_you_mean(name, names) or "/help")
 
     def run(self, name: str, argument: str) -> None:
-        """Run a command. Raises `Leave` for /bye, and `TorchchatError` for what cannot be done."""
+        """Run a command. Raises `Leave` for /bye, and `TorchchatError` if the command fails."""
         command = self.find(name)
         if argument and not command.argument:
-            raise TorchchatError(f"{name} takes no argument; it is given {quoted(argument)}", name)
+            raise TorchchatError(f"{name} takes no argument, but got {quoted(argument)}", name)
         command.run(argument)
 
     def _help(self, _: str) -> None:
         self._display.table([(f"{', '.join(command.names)} {command.argument}".strip(), command.help)
                              for command in self.all])
-        self._display.line('A message of several lines stands between """ and """; it may begin with a slash.')
+        self._display.line('Put a message of several lines between """ and """; it may start with a slash.')
 
     def _retry(self, _: str) -> None:
         session = self._session
@@ -100,12 +100,12 @@ class ChatCommands:
         message = self._removed()
         remaining = list(session.conversation.messages)
         if session.options.sampling.temperature == 0:
-            self._display.line("The temperature is 0, so the answer is likely to be the same: /set temperature 0.8 "
+            self._display.line("The temperature is 0, so the answer will probably be the same; /set temperature 0.8 "
                                "varies it.")
         try:
             self._display.answer(message, retry)
         finally:
-            if session.conversation.messages == remaining:  # there is no new answer: the old one stays
+            if session.conversation.messages == remaining:  # no new answer: restore the old one
                 session.conversation.messages = before
                 session.changed()
 
@@ -147,7 +147,7 @@ class ChatCommands:
             self._display.line(NO_TEMPLATE)
         count = len(session.conversation.messages)
         if session.used is None:
-            self._display.line("Its chat template refuses this conversation: /reset begins a new one.")
+            self._display.line("Its chat template rejects this conversation; /reset starts a new one.")
         elif count:
             self._display.line(f"The conversation is kept ({_count(count)}); the new model reads it before its next "
                                "answer.")
@@ -156,7 +156,7 @@ class ChatCommands:
         if text:
             name, _, value = text.partition(" ")
             if not value.strip():
-                raise TorchchatError(f"/set {quoted(name)} has no value", f"/set {name} VALUE, or /set to show all")
+                raise TorchchatError(f"/set {quoted(name)} needs a value", f"/set {name} VALUE, or /set to show all")
             self._session.set_option(name, value.strip())
         sampling = self._session.options.sampling
         self._display.table([(name, str(getattr(sampling, name)), detail.help) for name, detail in sampling_options()])
@@ -172,7 +172,7 @@ class ChatCommands:
         file = text.removeprefix(OVERWRITE).strip() if overwrite else text
         path = _path(file, "/save")
         if not overwrite and os.path.lexists(path):
-            raise TorchchatError(f"{quoted(file)} exists, and is not overwritten",
+            raise TorchchatError(f"{quoted(file)} already exists",
                                  f"choose another name, or /save {OVERWRITE} {file}")
         self._session.conversation.save(path)
         self._display.line(f"{_count(len(self._session.conversation.messages))} written to {file}.")
@@ -199,7 +199,7 @@ def session_line(session: ChatSession) -> str:
 
 
 def sampling_options() -> Iterator[tuple[str, OptionDetail]]:
-    """Yield the names and details of the options that /set knows."""
+    """Yield the names and details of the options that /set accepts."""
     for field in fields(SamplingOptions):
         if field.name != "logit_bias":
             yield field.name, detail_of(field)

@@ -1,4 +1,4 @@
-"""Completion in the chat: names of commands, and files, models and options after them."""
+"""Complete command names in the chat, and the files, models and options after them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchchat_core.cli.chat_commands import OVERWRITE, Command, sampling_option
 
 
 class ChatCompleter(Completer):
-    """Completes a line that begins with a slash. `models` is called when a model's name is first completed."""
+    """Complete a line that starts with a slash. `models` is called when a model name is first completed."""
 
     def __init__(self, commands: Sequence[Command], models: Callable[[], list[str]]) -> None:
         self._commands = commands

@@ -1,4 +1,4 @@
-"""Messages and commands as a person writes them to the chat: lines, and blocks between three quotation marks."""
+"""Parse the input of the chat: messages and commands on single lines, and blocks between triple quotes."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def parse_command(text: str) -> tuple[str, str] | None:
 
 
 def block_is_open(text: str) -> bool:
-    '''Return True if the text begins a block with """ that it does not end.'''
+    '''Return True if the text opens a block with """ and does not close it.'''
     found = BLOCK.match(text)
     return found is not None and not text[found.end():].rstrip().endswith(QUOTES)
 
 
 def without_quotes(text: str) -> str:
-    """Return the text of a block without its quotation marks and the line ends next to them; another text as it is."""
+    """Return a block's text without the triple quotes and the newlines next to them. Other text is unchanged."""
     text = text.strip()
     if len(text) < 2 * len(QUOTES) or not (text.startswith(QUOTES) and text.endswith(QUOTES)):
         return text
@@ -38,17 +38,17 @@ def without_quotes(text: str) -> str:
 
 
 def is_block(text: str) -> bool:
-    """Return True if the text is a message in a block, which is never a command."""
+    """Return True if the text is a triple-quoted message, which is never a command."""
     return text.lstrip().startswith(QUOTES)
 
 
 def read_messages(lines: Iterable[bytes]) -> Iterator[str]:
-    """Yield the messages and commands in the lines of standard input: one for each line, or for each block.
+    """Yield the messages and commands in the lines of standard input, one for each line or block.
 
     Empty lines are skipped. Raises `TorchchatError` for a line that is not UTF-8, or a block that does not end.
     """
     block: list[str] = []
-    begun = 0  # line in which the block begins
+    begun = 0  # line where the block begins
     for number, content in enumerate(lines, start=1):
         if number > 1 and content.startswith(codecs.BOM_UTF8):
             content = "\ufeff".encode() + content  # only the first line can have a byte order mark

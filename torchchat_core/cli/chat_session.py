@@ -1,4 +1,4 @@
-"""The model, the conversation and the options of one chat. The model can be exchanged; the conversation remains."""
+"""Hold the model, the conversation and the options of one chat. Switching models keeps the conversation."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from torchchat_core.sources.inventory import take_inventory
 if TYPE_CHECKING:
     from torchchat_core.pipeline import OpenedModel
 
-# Flags that describe the first model's files; another model has files of its own.
+# Flags that describe the first model's files. They do not apply after a switch to another model.
 OWN_FLAGS = (*(path[2:].replace("-", "_") for path in PATHS), "params_path", "tokenizer_path", "adapter")
 
 
 @dataclass(frozen=True)
 class Models:
-    """How a chat gets its models: `fetch` downloads, `open` loads, `names` are those to choose from, local first."""
+    """Access to models: `fetch` downloads one, `open` loads one, `names` lists the choices, local models first."""
 
     fetch: Callable[[Mapping[str, Any]], None]
     open: Callable[[Mapping[str, Any]], AbstractContextManager[tuple[OpenedModel, TokenSequence]]]
@@ -36,7 +36,7 @@ class Models:
 
 
 def installed_models(registry: Registry) -> Models:
-    """Return the models of all installed sources."""
+    """Return access to the models of all installed sources."""
 
     def fetch(flags: Mapping[str, Any]) -> None:
         from torchchat_core.pipeline import fetch_files
@@ -65,8 +65,8 @@ class ChatSession:
 
     def __init__(self, flags: Mapping[str, Any], models: Models) -> None:
         self.models = models
-        self.last: Statistics | None = None  # of the last answer, while it is part of the conversation
-        self.used: int | None = 0  # tokens of the conversation; None: not known
+        self.last: Statistics | None = None  # of the last answer; None if that was removed
+        self.used: int | None = 0  # tokens of the conversation; None if unknown
         self.retries = 0  # of the last message
         self._flags = dict(flags)
         self._changed: dict[str, Any] = {}  # sampling options that the user set
@@ -82,7 +82,7 @@ class ChatSession:
 
     @property
     def options(self) -> GenerationOptions:
-        """The options of the command line over the model's own defaults, and over both what the user has set."""
+        """The model's defaults, overridden by the command line, then by /set."""
         options = generation_options(self._flags, self.opened.text_format.defaults)
         return replace(options, sampling=replace(options.sampling, **self._changed))
 
@@ -91,7 +91,7 @@ class ChatSession:
         self._changed[name.replace("-", "_")] = from_text(SamplingOptions, name, value)
 
     def ask(self, message: str, cancelled: Callable[[], bool], retry: int = 0) -> Iterator[Event]:
-        """Yield the events of the answer. With a seed, each `retry` number gives another answer."""
+        """Yield the events of the answer. With a seed, each `retry` number gives a different answer."""
         self.retries = retry
         answered = True
         for event in self.conversation.ask(message, self.options, stream=retry, cancelled=cancelled):
@@ -100,22 +100,22 @@ class ChatSession:
                 self.used = event.statistics.prompt_tokens + event.statistics.new_tokens
                 answered = event.reason != "cancelled" or bool(event.text)
             yield event
-        if not answered:  # the message was not kept either
+        if not answered:  # the conversation dropped the message
             self.changed()
 
     def changed(self) -> None:
-        """Count the conversation anew: its messages are no longer those that the last answer left."""
+        """Recount the tokens of the conversation after its messages have changed."""
         self.last, self.retries = None, 0
         try:
             self.used = self.conversation.prompt_length()
-        except TorchchatError:  # the template refuses it; the next message says so
+        except TorchchatError:  # the template rejects it; the next message reports that
             self.used = None
 
     def switch(self, name: str) -> None:
-        """Exchange the model, and keep the messages.
+        """Switch to another model and keep the messages.
 
-        The new model is downloaded first and loaded once the old one is released, so that memory holds one model. If
-        loading fails, the old model is loaded again. Raises `TorchchatError` as `open_model` does.
+        The new model is downloaded before the old one is released, and loaded afterwards, so that memory holds only one
+        model. If loading fails, the old model is loaded again. Raises `TorchchatError` as `open_model` does.
         """
         flags = {**self._flags, **dict.fromkeys(OWN_FLAGS), "model": name}
         self.models.fetch(flags)
@@ -128,7 +128,7 @@ class ChatSession:
         self._flags = flags
 
     def _open(self, flags: Mapping[str, Any], messages: list[Message]) -> None:
-        """Load the model, and begin a conversation that has the messages."""
+        """Load the model and start a conversation with the messages."""
         with ExitStack() as stack:
             self.opened, sequence = stack.enter_context(self.models.open(flags))
             self.conversation = Conversation(sequence, self.opened.text_format)

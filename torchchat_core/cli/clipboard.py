@@ -1,4 +1,4 @@
-"""Copy text to the clipboard: with the system's own program, through tmux, or by an escape sequence of the terminal."""
+"""Copy text to the clipboard with a system program, through tmux, or with a terminal escape sequence."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import TextIO
 
 from torchchat_core.errors import TorchchatError
 
-SECONDS = 5  # that a program may take
-LONGEST_SEQUENCE = 74_994  # bytes of base64: what xterm accepts in OSC 52; other terminals accept more
+TIMEOUT_SECONDS = 5
+LONGEST_SEQUENCE = 74_994  # bytes of base64 that xterm accepts in OSC 52; other terminals accept more
 
 
 def copy_to_clipboard(text: str, terminal: TextIO | None) -> str:
-    """Copy the text, and return a sentence that says how, and whether that is known to have worked.
+    """Copy the text, and return a sentence for the user that says how.
 
-    `terminal` receives an escape sequence if it is a terminal and no program can copy. Raises `TorchchatError` if
-    there is no way to copy.
+    If no program can copy, an escape sequence is written to `terminal`, which may not support it. Raises
+    `TorchchatError` if there is no way to copy.
     """
     for command, sentence in _programs(os.environ, sys.platform):
         encoding = "utf-16" if command[0] == "clip.exe" else "utf-8"
-        if _runs(command, text.encode(encoding, errors="replace")):
+        if _succeeds(command, text.encode(encoding, errors="replace")):
             return sentence
     content = text.encode("utf-8", errors="replace")
     encoded = base64.b64encode(content)
@@ -32,7 +32,7 @@ def copy_to_clipboard(text: str, terminal: TextIO | None) -> str:
         raise TorchchatError("there is no clipboard: none of wl-copy, xclip, xsel, pbcopy, clip.exe and tmux can copy, "
                              "and the output is not a terminal", "write the conversation to a file: /save FILE")
     if len(encoded) > LONGEST_SEQUENCE:
-        raise TorchchatError(f"the text has {len(content)} bytes, more than terminals copy",
+        raise TorchchatError(f"the text has {len(content)} bytes, more than terminals can copy",
                              "write the conversation to a file: /save FILE")
     terminal.write(f"\x1b]52;c;{encoded.decode()}\x07")
     terminal.flush()
@@ -40,7 +40,7 @@ def copy_to_clipboard(text: str, terminal: TextIO | None) -> str:
 
 
 def _programs(environment: Mapping[str, str], platform: str) -> Iterator[tuple[list[str], str]]:
-    """Yield the programs that can copy here, best first. Over SSH, those of the remote desktop are of no use."""
+    """Yield the programs that can copy here, best first. Over SSH, those of the remote desktop are skipped."""
     copied = "Copied to the clipboard."
     if not (environment.get("SSH_CONNECTION") or environment.get("SSH_TTY")):
         if platform == "darwin":
@@ -57,13 +57,13 @@ def _programs(environment: Mapping[str, str], platform: str) -> Iterator[tuple[l
                                                   "tmux's set-clipboard allows that."
 
 
-def _runs(command: list[str], content: bytes) -> bool:
-    """Return True if the program is installed and takes the content without an error."""
+def _succeeds(command: list[str], content: bytes) -> bool:
+    """Return True if the program is installed and accepts the content without an error."""
     if shutil.which(command[0]) is None:
         return False
     try:
         done = subprocess.run(command, input=content, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                              timeout=SECONDS, check=False)
+                              timeout=TIMEOUT_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return False
     return done.returncode == 0

@@ -16,7 +16,7 @@ from torchchat_core.small_files import expanded
 
 @contextmanager
 def _usage_errors(key: str | None = None) -> Iterator[None]:
-    """Within it, a `TorchchatError` is one about the command line; `key` is named before it."""
+    """Turn each `TorchchatError` in the block into a `UsageError` whose message starts with `key`."""
     try:
         yield
     except TorchchatError as error:
@@ -63,12 +63,12 @@ def get(key: str) -> None:
 @click.argument("value")
 @click.pass_obj
 def set_value(registry: Registry, /, key: str, value: str) -> None:
-    """Set KEY to VALUE in the file, if the value can be right."""
+    """Check VALUE and set KEY to it in the file."""
     with _usage_errors(key):
         check_setting(key, value)
         check_setting_value(key, value, registry)
     if key == "model" and (path := expanded(value)).exists():
-        value = str(path.absolute())  # the setting counts in every folder
+        value = str(path.absolute())  # the setting applies in every folder
     click.echo(f"{key} = {value} in {write_setting(key, value)}", err=True)
 
 

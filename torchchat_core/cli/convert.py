@@ -38,7 +38,7 @@ FORMATS = ("meta", "hf", "torchtune")
                                                                           "folder [default: those found].")
 @click.option("--checkpoint-format", type=click.Choice(FORMATS), help="What the tensors in them are called "
                                                                       "[default: found out].")
-@click.option("--model-name", metavar="NAME", help="torchtune's name of the model, such as qwen2_0_5b, where no "
+@click.option("--model-name", metavar="NAME", help="torchtune's name of the model, such as qwen2_0_5b, if no "
                                                    "config.json or params.json gives its sizes.")
 @click.pass_obj
 def convert(registry: Registry, /, **flags: Any) -> None:

@@ -40,7 +40,7 @@ class Check:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--offline", is_flag=True, help="Do not try the network.")
-@click.option("--build-kernels", is_flag=True, help="Only compile the CPU kernels, so that no model waits for it.")
+@click.option("--build-kernels", is_flag=True, help="Only compile the CPU kernels, so that the first model need not.")
 @click.pass_obj
 def doctor(registry: Registry, /, as_json: bool, offline: bool, build_kernels: bool) -> int:
     """Check this machine and what is installed; status 1 where something that was asked for cannot work."""
@@ -61,7 +61,7 @@ def doctor(registry: Registry, /, as_json: bool, offline: bool, build_kernels: b
 
 
 def _built_kernels() -> Path:
-    """Compile the CPU kernels if they are not there yet; their file. Raises `TorchchatError` if that fails."""
+    """Compile the CPU kernels unless they exist, and return their file. Raises `TorchchatError` if that fails."""
     from torchchat_core import kernels
     from torchchat_core.cli.progress_bars import shown_progress
     from torchchat_core.kernels.build import library_path

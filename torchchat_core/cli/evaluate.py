@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from torchchat_core.cli.flags import model_flags
-from torchchat_core.cli.help_sections import Verb
+from torchchat_core.cli.help_sections import SectionedCommand
 from torchchat_core.cli.opening import opened_model
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.cli.values import Number
@@ -19,7 +19,7 @@ from torchchat_core.plugins import Registry
 from torchchat_core.small_files import existing_file, expanded, output_file, write_whole
 
 
-@click.command("eval", cls=Verb)
+@click.command("eval", cls=SectionedCommand)
 @model_flags
 @click.option("--tasks", multiple=True, metavar="NAME", help="A task of lm-eval, or several with commas "
                                                              "between; may be repeated [default: wikitext].")
@@ -28,19 +28,19 @@ from torchchat_core.small_files import existing_file, expanded, output_file, wri
 @click.option("--num-fewshot", type=Number(minimum=0), metavar="N", help="Examples before each question [default: "
                                                                              "what the task says].")
 @click.option("--data", metavar="FILE",
-              help="Documents in place of the task's data set, so that nothing is downloaded: a plain text such as "
+              help="Documents to use instead of the task's data set, without a download: plain text such as "
                    "WikiText's wiki.test.raw, or JSON lines.")
 @click.option("--include-path", metavar="DIR", help="A folder of tasks of your own, as lm-eval's YAML files.")
 @click.option("--seed", type=Number(minimum=0, maximum=2**32 - 1), metavar="N",
-              help="Seed of examples and of answers that a task draws by chance [default: lm-eval's own seeds].")
+              help="Seed for the examples and for sampled answers [default: lm-eval's own seeds].")
 @click.option("--output", metavar="FILE", help="Write lm-eval's results as JSON, with model, recipe and versions.")
 @click.option("--json", "as_json", is_flag=True, help="Print the same JSON.")
 @click.pass_obj
 def evaluate(registry: Registry, /, **flags: Any) -> None:
     """Score MODEL on tasks of lm-eval: perplexity, multiple choice, questions with an answer.
 
-    It needs pip install 'torchchat-core[eval]'. The data of a task is downloaded once; without a network, --data FILE
-    gives it: torchchat eval MODEL --data wiki.test.raw
+    It needs pip install 'torchchat-core[eval]'. The data of a task is downloaded once. Without a network, use a local
+    file: torchchat eval MODEL --data wiki.test.raw
     """
     if find_spec("lm_eval") is None:
         raise TorchchatError("the tasks are those of lm-eval, which is not installed",
@@ -53,7 +53,7 @@ def evaluate(registry: Registry, /, **flags: Any) -> None:
     if not names:
         raise click.UsageError("--tasks names no task")
     if flags["data"] is not None and len(names) > 1:
-        raise click.UsageError("--data goes with one task")
+        raise click.UsageError("--data works with one task only")
     data = existing_file("--data", flags["data"]) if flags["data"] is not None else None
     include = expanded(flags["include_path"]) if flags["include_path"] is not None else None
     wish = Wish(tasks=names, limit=flags["limit"], shots=flags["num_fewshot"], include=include,

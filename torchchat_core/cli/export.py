@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from torchchat_core.cli.flags import EXPORTED, model_flags, model_request
-from torchchat_core.cli.help_sections import Verb
+from torchchat_core.cli.help_sections import SectionedCommand
 from torchchat_core.errors import TorchchatError, UsageError, did_you_mean, quoted
 from torchchat_core.options import detail_of, from_text
 from torchchat_core.plugins import Registry, load_registry
@@ -21,7 +21,7 @@ OUTPUT = "output"
 RUNNING_ONLY = ("executor", "keep_quantized", *(flag[2:].replace("-", "_") for flag in EXPORTED))
 
 
-class ExportCommand(Verb):
+class ExportCommand(SectionedCommand):
     """A command whose flags are also those that the installed exporters declare."""
 
     def get_params(self, context: click.Context) -> list[click.Parameter]:
@@ -106,10 +106,9 @@ def _target(flags: dict[str, Any], registry: Registry) -> tuple[ExporterInfo, Pa
     if not path.suffix and len(exporters) == 1:
         return exporters[0], path
     if len(fitting) != 1:
-        what = "no ending" if not path.suffix else f"the ending {path.suffix!r}"
-        fix = registry.how_to_get("writes", path.suffix.lower()) or "give the file one of these endings"
-        raise UsageError(f"-o is {quoted(path.name)}, which has {what}; endings that the installed exporters write are "
-                         f"{listed}", fix)
+        what = "no extension" if not path.suffix else f"the extension {quoted(path.suffix)}"
+        fix = registry.how_to_get("writes", path.suffix.lower()) or "give the file one of these extensions"
+        raise UsageError(f"-o is {quoted(path.name)}, which has {what}; the installed exporters write {listed}", fix)
     return fitting[0], path
 
 
@@ -140,7 +139,7 @@ def _options(exporter: ExporterInfo, flags: dict[str, Any], registry: Registry) 
     all_names = {field.name for info in registry.infos(ExporterInfo) if info.options for field in fields(info.options)}
     foreign = next((name for name in sorted(all_names - own) if flags.get(name) is not None), None)
     if foreign is not None:
-        raise UsageError(f"--{foreign.replace('_', '-')} is no option of the exporter {quoted(exporter.name)}")
+        raise UsageError(f"--{foreign.replace('_', '-')} is not an option of the exporter {quoted(exporter.name)}")
     if exporter.options is None:
         return None
     try:

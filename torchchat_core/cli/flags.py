@@ -35,29 +35,29 @@ PATHS = ("--checkpoint-path", "--gguf-path", *EXPORTED)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 def model_flags(function: Function) -> Function:
-    """Add MODEL, how it runs, and where its files are."""
+    """Add MODEL and the flags for running it and locating its files."""
     for decorate in reversed([
         click.argument("model", required=False, shell_complete=complete_model),
         _option(RUNNING, "--quantize", metavar="RECIPE", type=RECIPE, shell_complete=complete_scheme,
                 help="Quantize the weights: a recipe such as cpu, a scheme such as linear:int8, a JSON object, or a "
                      "file that holds one."),
         _option(RUNNING, "--executor", metavar="NAME", type=EXECUTOR, shell_complete=complete_executor,
-                help="What runs the model; auto takes the first that works [default: auto]."),
+                help="Runtime for the model; auto picks the first that works [default: auto]."),
         _option(RUNNING, "--device", metavar="NAME", type=DEVICE, shell_complete=complete_device,
-                help="cpu, cuda, mps, or fast: a GPU if there is one [default: fast]."),
+                help="cpu, cuda, mps, or fast: the GPU if there is one, else the CPU [default: fast]."),
         _option(RUNNING, "-d", "--dtype", metavar="NAME", type=DTYPE, shell_complete=complete_dtype,
                 help="fp32, bf16, fp16, or fast [default: the checkpoint's]."),
         _option(RUNNING, "--max-seq-length", type=Number(minimum=1), metavar="N",
-                help="Limit on the tokens of prompt and answer together [default: the model's]."),
+                help="Maximum number of tokens in prompt and answer together [default: the model's]."),
         _option(RUNNING, "--keep-quantized", is_flag=True, default=None,
                 help="Run the quantized weights of a GGUF file as stored, instead of unpacking them."),
         _option(RUNNING, "--adapter", metavar="DIR", help="A LoRA adapter (PEFT format) to merge into the model."),
         _option(FILES, "--hf-token", metavar="TOKEN",
                 help="Access token for gated models [default: HF_TOKEN, or the stored login]."),
         _option(FILES, "--checkpoint-path", metavar="FILE",
-                help="The weights, a file or folder; MODEL is then only a name."),
-        _option(FILES, "--gguf-path", metavar="FILE", help="A GGUF file; MODEL is then only a name."),
-        *(_option(FILES, flag, metavar="FILE", help=f"An exported {what}; MODEL is then only a name.")
+                help="File or folder with the weights; MODEL is then only a label."),
+        _option(FILES, "--gguf-path", metavar="FILE", help="A GGUF file; MODEL is then only a label."),
+        *(_option(FILES, flag, metavar="FILE", help=f"An exported {what}; MODEL is then only a label.")
           for flag, what in EXPORTED.items()),
         _option(FILES, "--params-path", metavar="FILE", help="The model's config.json or params.json."),
         _option(FILES, "--tokenizer-path", metavar="FILE", help="The model's tokenizer.json or tokenizer.model."),
@@ -91,15 +91,15 @@ def model_request(flags: Mapping[str, Any]) -> ModelRequest:
 
 
 def sampling_flags(function: Function) -> Function:
-    """Add one flag for each field of `SamplingOptions`, and those that bound an answer."""
+    """Add one flag for each field of `SamplingOptions`, --stop and --logit-bias."""
     declared = [field for field in fields(SamplingOptions) if field.name != "logit_bias"]
     decorators = [_option(SAMPLING, f"--{field.name.replace('_', '-')}", type=OptionValue(SamplingOptions, field.name),
                           metavar="N", default=None, help=_help(detail_of(field), field.default)) for field in declared]
     decorators += [
         _option(SAMPLING, "--stop", metavar="TEXT", type=STOP, multiple=True,
-                help="End the answer before TEXT; may be repeated."),
+                help="Stop the answer before TEXT; may be repeated."),
         _option(SAMPLING, "--logit-bias", metavar="TOKEN=BIAS", multiple=True,
-                help="Add BIAS to the logit of a token id; may be repeated."),
+                help="Add BIAS to the logit of token id TOKEN; may be repeated."),
     ]
     for decorate in reversed(decorators):
         function = decorate(function)
@@ -130,5 +130,5 @@ def _parsed_bias(text: str) -> tuple[int, float]:
         SamplingOptions(logit_bias=dict([found]))
         return found
     except (ValueError, TorchchatError):
-        raise UsageError(f"--logit-bias is {quoted(text)}; it has to be TOKEN=BIAS, a token id and a "
-                         "number from -10000 to 10000, such as 42=-5") from None
+        raise UsageError(f"--logit-bias is {quoted(text)}; expected TOKEN=BIAS, a token id and a number from -10000 to "
+                         "10000, such as 42=-5") from None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from torchchat_core.cli.flags import generation_options, model_flags, sampling_flags
-from torchchat_core.cli.help_sections import Verb
+from torchchat_core.cli.help_sections import SectionedCommand
 from torchchat_core.cli.opening import opened_model
 from torchchat_core.cli.values import Number
 from torchchat_core.errors import TorchchatError, UsageError, quoted
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FIRST_WORDS = "Hello, my name is"  # where nobody gives a prompt
 
 
-@click.command(cls=Verb)
+@click.command(cls=SectionedCommand)
 @model_flags
 @click.option("--prompt", metavar="TEXT", help="The prompt; without it, --prompt-file or standard input.")
 @click.option("--prompt-file", metavar="FILE", help="A text file that holds the prompt.")
@@ -36,7 +36,7 @@ FIRST_WORDS = "Hello, my name is"  # where nobody gives a prompt
 @click.option("--raw", is_flag=True, help="Continue the prompt as it stands, control tokens included, also "
                                         "where the model has a chat template.")
 @click.option("--max-new-tokens", type=Number(minimum=1), default=200, show_default=True, metavar="N",
-              help="Length of the answer.")
+              help="Maximum number of tokens in the answer.")
 @click.option("--num-samples", type=Number(minimum=1), default=1, show_default=True, metavar="N",
               help="How many answers to the one prompt.")
 @click.option("--json-schema", metavar="FILE", help="Only texts that this JSON Schema describes; the answer is JSON.")
@@ -55,7 +55,7 @@ def generate(registry: Registry, /, **flags: Any) -> int:
 
     if flags["raw"] and flags["system"]:
         raise UsageError("--system and --raw exclude each other: a raw prompt has no system message",
-                         "put what the model should know into --prompt")
+                         "put the system message into --prompt")
     prompt, trace = _prompt(flags), _trace_path(flags["profile"])
     grammar = _grammar(flags["json_schema"])
     generation_options(flags, {})  # wrong values are told before a model is loaded
@@ -74,7 +74,7 @@ def _trace_path(text: str | None) -> Path | None:
         return None
     path = output_file("--profile", text)
     if not path.name.endswith((".json", ".json.gz")):
-        raise UsageError(f"--profile is {quoted(text)}; a trace ends in .json or .json.gz")
+        raise UsageError(f"--profile is {quoted(text)}; expected a file that ends in .json or .json.gz")
     return path
 
 

@@ -1,4 +1,4 @@
-"""Help with the flags in sections: those of the verb itself first, then what all verbs that open a model share."""
+"""Show the flags of a command in sections: its own flags first, then those shared by all commands that open a model."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ SECTIONS = (SAMPLING, RUNNING, FILES)
 
 
 class SectionOption(click.Option):
-    """A flag that belongs to a section of the help."""
+    """A flag in one of the help sections."""
 
     def __init__(self, *arguments: Any, section: str, **attributes: Any) -> None:
         super().__init__(*arguments, **attributes)
         self.section = section
 
 
-class Verb(click.Command):
-    """A command whose help lists its own flags first, and then those of each section."""
+class SectionedCommand(click.Command):
+    """A command whose help lists its own flags first, then those of each section."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         rows: dict[str, list[tuple[str, str]]] = {"Options": [], **{section: [] for section in SECTIONS}}

@@ -60,7 +60,7 @@ def _plugin_names() -> set[str]:
 def _pip(*arguments: str) -> None:
     options = [word for word in arguments[1:] if word.startswith("-") and word != "--yes"]
     if options:
-        raise UsageError(f"{quoted(options[0])} is no package", "use pip itself for its options")
+        raise UsageError(f"{quoted(options[0])} is not a package", "run pip directly to pass it options")
     done = subprocess.run([sys.executable, "-P", "-m", "pip", *arguments], check=False)
     if done.returncode:
         raise TorchchatError(f"pip {arguments[0]} failed with status {done.returncode}", "pip's own words are above")

@@ -30,9 +30,9 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def without_echo() -> Iterator[None]:
-    """Within it, the terminal does not echo what is typed. What is typed ahead is read later, as usual.
+    """Turn off the terminal's echo in the block. Text typed ahead is still read afterwards.
 
-    Nothing changes without a terminal, or on a system without termios.
+    Does nothing without a terminal, or on systems without termios.
     """
     before = _terminal_modes()
     if before is None:
@@ -50,7 +50,7 @@ def without_echo() -> Iterator[None]:
 
 
 def _terminal_modes() -> list[Any] | None:
-    """Return the modes of the terminal that is standard input; None if it is none, or on Windows."""
+    """Return the terminal modes of standard input; None if it is not a terminal, or on Windows."""
     if sys.platform == "win32" or sys.stdin is None or not sys.stdin.isatty():
         return None
     import termios

@@ -23,9 +23,9 @@ from torchchat_core.specs import QuantizerInfo
 HEADINGS = ("NAME", "SIZE", "FITS", "LICENSE", "HERE")
 LONGEST_NAME = 28  # longer ones stand on a line of their own
 GAP = "  "
-RUNNING = 600_000_000  # bytes that a program takes beside the weights, with the KV cache of a short conversation
-LOADING = 1.1  # of the weights: the peak while they are loaded
-INT4 = 0.35  # of weights in 16 bits that linear:int4 leaves, embeddings included
+RUNNING_BYTES = 600_000_000  # memory in addition to the weights, with the KV cache of a short conversation
+LOADING_PEAK = 1.1  # peak memory while loading, relative to the weights
+INT4_SIZE = 0.35  # size of a model quantized to linear:int4, embeddings included, relative to 16-bit weights
 
 
 @click.command("list")
@@ -33,10 +33,10 @@ INT4 = 0.35  # of weights in 16 bits that linear:int4 leaves, embeddings include
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def list_models(registry: Registry, /, downloaded: bool, as_json: bool) -> None:
-    """List the models that are here, what was made of them, and the models that can be downloaded by name.
+    """List local models, the files made from them, and the models that can be downloaded by name.
 
-    SIZE is about what a download takes. FITS says whether the memory of this machine holds the model: yes, no, or
-    int4 if it does with --quantize linear:int4. HERE is what is on this machine.
+    SIZE is the approximate size of the download. FITS says whether the model fits in the memory of this machine: yes,
+    no, or int4 if it fits with --quantize linear:int4. HERE is the size of the local copy.
     """
     inventory = take_inventory(registry)
     for warning in inventory.warnings:
@@ -44,7 +44,7 @@ def list_models(registry: Registry, /, downloaded: bool, as_json: bool) -> None:
     models = [model for model in in_order(inventory.models) if not downloaded or model.path is not None]
     memory = machine_memory()[0]
     quantizes = any(info.scheme == "linear:int4" for info in registry.infos(QuantizerInfo))
-    fits = [how_it_fits(model, memory, quantizes) for model in models]
+    fits = [fit_in_memory(model, memory, quantizes) for model in models]
     if as_json:
         click.echo(json.dumps([_as_json(model, how) for model, how in zip(models, fits, strict=True)]))
         return
@@ -55,18 +55,21 @@ def list_models(registry: Registry, /, downloaded: bool, as_json: bool) -> None:
 
 
 def in_order(models: Iterable[ListedModel]) -> list[ListedModel]:
-    """Return the models that are here first, then the one to start with, then the others as they come."""
+    """Return local models first, then the starting model, then the others in their original order."""
     return sorted(models, key=lambda model: (model.path is None, model.name != STARTING_MODEL))
 
 
-def how_it_fits(model: ListedModel, memory: int, quantizes: bool) -> str | None:
-    """Return "yes", "no", or "int4" if the model fits once quantized; None if its size or the memory is not known."""
+def fit_in_memory(model: ListedModel, memory: int, quantizes: bool) -> str | None:
+    """Return "yes", "no", or "int4" if the model fits only when quantized; None if a size is unknown.
+
+    `memory` is that of the machine in bytes; `quantizes` is True if linear:int4 is installed.
+    """
     size = model.bytes or model.bytes_here or (_stored_bytes(model.path) if model.path is not None else None)
     if not size or not memory:
         return None
-    if size * LOADING + RUNNING <= memory:
+    if size * LOADING_PEAK + RUNNING_BYTES <= memory:
         return "yes"
-    return "int4" if quantizes and size * INT4 * LOADING + RUNNING <= memory else "no"
+    return "int4" if quantizes and size * INT4_SIZE * LOADING_PEAK + RUNNING_BYTES <= memory else "no"
 
 
 def _stored_bytes(path: Path) -> int:
@@ -78,10 +81,10 @@ def _stored_bytes(path: Path) -> int:
 
 
 def _notes(fits: Sequence[str | None], memory: int) -> Iterator[str]:
-    """What a person at a terminal should know; a script reads the table alone."""
+    """Yield notes for a user at a terminal; scripts get only the table."""
     quantized = "; int4: with --quantize linear:int4" if "int4" in fits else ""
-    yield f"FITS: into the {bytes_text(memory)} of memory of this machine{quantized}."
-    yield f"A good first model, which anyone may download: torchchat chat {STARTING_MODEL}"
+    yield f"FITS: in the {bytes_text(memory)} of memory of this machine{quantized}."
+    yield f"To start with a small model that needs no permission: torchchat chat {STARTING_MODEL}"
 
 
 def _as_json(model: ListedModel, fits: str | None) -> dict[str, Any]:
@@ -98,10 +101,10 @@ def _width() -> int | None:
 
 
 def table(models: Sequence[ListedModel], fits: Sequence[str | None], width: int | None) -> Iterator[str]:
-    """Yield the lines: a heading, and for each model its row and what was made of it.
+    """Yield a heading, and for each model its row and the files made from it.
 
-    If `width` columns are too few, the license is shortened, then left out. Names and paths are never cut, because
-    they are there to be copied.
+    If the table is wider than `width`, the license is shortened, then left out. Names and paths are never cut, so that
+    users can copy them.
     """
     rows = [HEADINGS, *(_row(model, how or "-") for model, how in zip(models, fits, strict=True))]
     name, size, fit, licence, here = (max(len(row[column]) for row in rows if column or len(row[0]) <= LONGEST_NAME)

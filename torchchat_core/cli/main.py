@@ -41,10 +41,10 @@ class Verbs(click.Group):
         except TorchchatError as error:
             from torchchat_core.cli.setting_values import with_origin
 
-            told = with_origin(error, context)
-            if told is error:
+            detailed = with_origin(error, context)
+            if detailed is error:
                 raise
-            raise told from error
+            raise detailed from error
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """As click writes it, but from the descriptions: no command is imported for its help line."""
@@ -78,7 +78,7 @@ def _preferences() -> dict[str, str]:
 def _switch_off(context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> None:
     for value in values:
         if not value.startswith("no:"):
-            raise click.BadParameter(f"{quoted(value)} has to be no:NAME, the plugin that is to be left out")
+            raise click.BadParameter(f"{quoted(value)} has to be no:NAME, the plugin to disable")
     context.meta[DISABLED] = tuple(value.removeprefix("no:") for value in values)
 
 
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     debug = "--debug" in given
     given = [word for word in given if word != "--debug"]
     if debug:
-        import logging  # costs the other commands some milliseconds
+        import logging  # imported late, because it takes some milliseconds
 
         logging.getLogger("torchchat").setLevel(logging.DEBUG)
     try:
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _report(f"{error.filename or 'reading or writing'}: {error.strerror or error}", None)
     except (SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # panics of Rust libraries are no `Exception`
+    except BaseException as error:  # panics in Rust libraries are not an `Exception`
         if debug:
             raise
         _report(f"{type(error).__name__}: {error}", "this is a fault of torchchat or of a plugin; --debug shows where")

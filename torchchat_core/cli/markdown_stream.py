@@ -47,7 +47,7 @@ class MarkdownStream:
         self._live.update(LastRows(Markdown(self._tail(block)), self._rows), refresh=True)
 
     def _tail(self, block: str) -> str:
-        """Return the end of a block that has more lines than the terminal; a fence that was cut off is opened again."""
+        """Return the last lines of a block taller than the terminal, and reopen a code fence that was cut off."""
         lines = block.split("\n")
         if len(lines) <= self._rows:
             return block
@@ -56,7 +56,7 @@ class MarkdownStream:
 
     @property
     def _rows(self) -> int:
-        """How many rows of the terminal the block may take: those that scrolled away could not be erased."""
+        """The number of terminal rows that the block may take: rows that scroll away cannot be erased."""
         return max(self._console.height - 2, 1)
 
     def _settle(self, block: str) -> None:
@@ -71,7 +71,7 @@ class MarkdownStream:
 
 
 class LastRows:
-    """The last `count` rows of what something looks like on a terminal."""
+    """Render only the last `count` terminal rows of `content`."""
 
     def __init__(self, content: RenderableType, count: int) -> None:
         self._content = content

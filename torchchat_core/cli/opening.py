@@ -46,7 +46,7 @@ def kept_lines(opened: OpenedModel) -> Iterator[str]:
 
 
 def quantisation_lines(report: RecipeReport) -> Iterator[str]:
-    """Yield what a recipe did, with the reasons only if they are all the same, and a warning if it saved nothing."""
+    """Yield a summary of what a recipe did, and a warning if it did not make the model smaller."""
     reasons = {layer.reason for layer in report.left}
     why = f" ({reasons.pop()})" if len(reasons) == 1 else ""
     left = f", left {len(report.left)} alone{why}" if report.left else ""
@@ -55,5 +55,5 @@ def quantisation_lines(report: RecipeReport) -> Iterator[str]:
     before = report.bytes_before if report.bytes_in_files is None else report.bytes_in_files
     if report.bytes_after >= before:
         why = "; ".join(dict.fromkeys(layer.reason for layer in report.left if layer.reason))
-        yield f"warning: the recipe makes the model no smaller: {size_text(before)} in its files, " \
+        yield f"warning: the recipe does not make the model smaller: {size_text(before)} in its files, " \
               f"{size_text(report.bytes_after)} with the recipe" + (f" ({why})" if why else "")

@@ -9,7 +9,7 @@ import click
 
 from torchchat_core.amounts import seconds_text
 from torchchat_core.cli.flags import model_flags
-from torchchat_core.cli.help_sections import Verb
+from torchchat_core.cli.help_sections import SectionedCommand
 from torchchat_core.cli.opening import opened_model
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.cli.texts import text_flags, text_of
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CHARACTERS = 8000
 
 
-@click.command(cls=Verb)
+@click.command(cls=SectionedCommand)
 @model_flags
 @text_flags(CHARACTERS)
 @click.option("--stride", type=Number(minimum=1), metavar="N",

@@ -1,4 +1,4 @@
-"""The chat without a terminal: each line of standard input is a message or a command."""
+"""Run the chat without a terminal: each line of standard input is a message or a command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchchat_core.generation import FinishedEvent, NoticeEvent, TextEvent
 
 
 class PipedChat:
-    """Reads messages and commands from standard input. Answers go to standard output, all else to standard error."""
+    """Read messages and commands from standard input. Answers go to standard output, all else to standard error."""
 
     def __init__(self, session: ChatSession, as_json: bool) -> None:
         self._session = session
@@ -26,7 +26,7 @@ class PipedChat:
         self._interrupted = False
 
     def run(self) -> int:
-        """Answer until the input ends, and return the exit status. An error ends the chat, as in any script."""
+        """Answer until the input ends, and return the exit status. An error ends the chat."""
         for text in read_messages(sys.stdin.buffer if sys.stdin is not None else ()):
             command = None if is_block(text) else parse_command(text)
             try:

@@ -17,7 +17,7 @@ def plot_path(text: str) -> Path:
     if is_picture(path):
         require_matplotlib()
     elif path.suffix.lower() not in PAGES:
-        raise UsageError(f"--plot is {quoted(text)}; what is drawn ends in {', '.join(PICTURES + PAGES)}")
+        raise UsageError(f"--plot is {quoted(text)}; expected a file that ends in {', '.join(PICTURES + PAGES)}")
     return path
 
 

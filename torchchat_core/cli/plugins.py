@@ -54,19 +54,19 @@ def matrix_table(registry: Registry) -> str:
 
 
 def matrix_lines(registry: Registry) -> Iterator[str]:
-    """Yield the matrix as a table with aligned columns; what repeats from row to row is printed once."""
+    """Yield the matrix as a table with aligned columns; values that repeat from row to row are printed once."""
     headings, *rows = _matrix(registry)
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     before: Sequence[str] = ()
     for row in [headings, *rows]:
-        repeated = next((place for place, text in enumerate(row[:2]) if before[place:place + 1] != [text]), 2)
-        shown = ["" if place < repeated else text for place, text in enumerate(row)]
+        repeated = next((index for index, text in enumerate(row[:2]) if before[index:index + 1] != [text]), 2)
+        shown = ["" if index < repeated else text for index, text in enumerate(row)]
         yield "  ".join(text.ljust(width) for text, width in zip(shown, widths, strict=True)).rstrip()
         before = row
 
 
 def _matrix(registry: Registry) -> list[list[str]]:
-    """Return headings and rows: a row for executor, file format and scheme, a column for each device."""
+    """Return headings and rows: one row for each executor, file format and scheme, one column for each device."""
     cells: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for row in matrix_rows(registry):
         key = (row["executor"], "in memory" if row["format"] == "module" else row["format"], row["scheme"] or "none")
@@ -77,4 +77,4 @@ def _matrix(registry: Registry) -> list[list[str]]:
     devices = sorted({device for by_device in cells.values() for device in by_device})
     rows = [[*key, *(", ".join(by_device[device]) or "-" for device in devices)]
             for key, by_device in cells.items() if any(by_device.values())]
-    return [["executor", "model", "quantisation", *devices], *rows]
+    return [["executor", "model", "quantization", *devices], *rows]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torchchat_core.cli.rich_bars import RichBars
 
 PATIENCE = 0.3  # seconds before bars appear: what is done by then is not worth a flicker
-LOGGED = 1.0  # seconds before a task gets lines in a log
+LOG_DELAY = 1.0  # seconds before a task gets lines in a log
 
 
 class Display(Reporter, Protocol):
@@ -52,7 +52,7 @@ def amount_text(done: int, total: int | None, unit: Unit) -> str:
 
 
 class LineTask:
-    """A task that prints a line after `LOGGED` seconds, and another at its end; a shorter one prints nothing."""
+    """A task that prints a line after `LOG_DELAY` seconds and another at its end; shorter tasks print nothing."""
 
     def __init__(self, name: str, total: int | None, unit: Unit) -> None:
         self._name, self._total, self._unit = name, total, unit
@@ -60,7 +60,7 @@ class LineTask:
         self._started = time.monotonic()
         self._lock = threading.Lock()
         self._begun = self._ended = False
-        self._timer = threading.Timer(LOGGED, self._begin)
+        self._timer = threading.Timer(LOG_DELAY, self._begin)
         self._timer.daemon = True
         self._timer.start()
 
@@ -73,7 +73,7 @@ class LineTask:
     def end(self, completed: bool) -> None:
         """Print the last line, if the task took long enough to have a first one."""
         self._timer.cancel()
-        if time.monotonic() - self._started >= LOGGED:
+        if time.monotonic() - self._started >= LOG_DELAY:
             self._begin()  # the timer's thread may not have run yet
         with self._lock:
             self._ended = True
@@ -101,7 +101,7 @@ class LineTask:
 
 
 class Lines:
-    """For logs and pipes: a line for a task that takes more than a second, and one when it ends."""
+    """Show progress in logs and pipes: one line for a task that takes more than a second, and one when it ends."""
 
     def started(self, name: str, total: int | None, unit: Unit) -> LineTask:
         return LineTask(name, total, unit)

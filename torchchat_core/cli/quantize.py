@@ -13,7 +13,7 @@ import click
 from torchchat_core.amounts import size_text
 from torchchat_core.cli.completion import complete_scheme
 from torchchat_core.cli.flags import model_flags, model_request
-from torchchat_core.cli.help_sections import Verb
+from torchchat_core.cli.help_sections import SectionedCommand
 from torchchat_core.cli.opening import quantisation_lines
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.cli.texts import text_flags
@@ -31,7 +31,7 @@ MEASURING = ("file", "characters", "window", "plot", "executor")  # flags that o
 COMPARE = "--compare"
 
 
-class QuantizeCommand(Verb):
+class QuantizeCommand(SectionedCommand):
     """With `--compare A B ...`: every word up to the next option, or up to `--`, is one more recipe."""
 
     def get_params(self, context: click.Context) -> list[click.Parameter]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from torchchat_core.cli.flags import Function, model_flags, model_request
-from torchchat_core.cli.help_sections import Verb
+from torchchat_core.cli.help_sections import SectionedCommand
 from torchchat_core.cli.values import Number, OptionValue
 from torchchat_core.errors import TorchchatError, UsageError, quoted
 from torchchat_core.options import detail_of
@@ -36,7 +36,7 @@ def limit_flags(function: Function) -> Function:
     return function
 
 
-@click.command(cls=Verb)
+@click.command(cls=SectionedCommand)
 @model_flags
 @click.option("--model", "models", metavar="NAME[=MODEL]", multiple=True, help="A further model, loaded when it is "
               "first asked for; may be repeated. NAME is what requests call it.")

@@ -1,4 +1,4 @@
-"""Whether the value of a setting can be right, and where a value that an error is about was set."""
+"""Check the values of settings, and add to an error the places where the values that it mentions were set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ USED = "torchchat.settings"  # key of a click context's `meta`: the settings tha
 
 
 def check_setting_value(key: str, value: str, registry: Registry) -> None:
-    """Raise `TorchchatError` for a value that the setting cannot have, with what is installed here."""
+    """Raise `TorchchatError` if the value is invalid for the setting with the installed plugins."""
     if key == "model":
         from torchchat_core.sources.reference import resolve
 
@@ -37,15 +37,15 @@ def _check_preference(name: str, value: str, registry: Registry) -> None:
     offered = sorted(f"{plugin.distribution}:{info.name}" for plugin in registry.plugins for info in plugin.offers)
     if value in offered and value.rpartition(":")[2] == name:
         return
-    fitting = [each for each in offered if each.rpartition(":")[2] == name]
-    if not fitting:
-        raise TorchchatError(f"no installed plugin offers anything called {quoted(name)}", "torchchat plugins")
-    raise TorchchatError(f"no installed plugin offers {quoted(value)} under the name {quoted(name)}; known are "
-                         f"{', '.join(fitting)}", f"torchchat config set {PREFER}{name} {fitting[0]}")
+    choices = [each for each in offered if each.rpartition(":")[2] == name]
+    if not choices:
+        raise TorchchatError(f"no installed plugin offers anything named {quoted(name)}", "torchchat plugins")
+    raise TorchchatError(f"no installed plugin offers {quoted(value)} under the name {quoted(name)}; expected one of "
+                         f"{', '.join(choices)}", f"torchchat config set {PREFER}{name} {choices[0]}")
 
 
 def note_used(settings: Settings, given: Mapping[str, Any]) -> None:
-    """Remember which settings the command uses, for `with_origin`: those for which no flag was `given`."""
+    """Record the settings that the command uses, those that no `given` flag overrides, for `with_origin`."""
     context = click.get_current_context(silent=True)
     if context is not None:
         context.meta[USED] = {key: (value, settings.origins[key]) for key in KEYS
@@ -53,7 +53,7 @@ def note_used(settings: Settings, given: Mapping[str, Any]) -> None:
 
 
 def with_origin(error: TorchchatError, context: click.Context) -> TorchchatError:
-    """Return the error with where each value was set that it mentions and that no flag gave; itself if none was."""
+    """Return the error with the origin of each setting whose value it mentions; the same error if there is none."""
     used: Mapping[str, tuple[str, str]] = context.meta.get(USED, {})
     mentioned = {key: found for key, found in used.items()
                  if re.search(rf"(?<![\w.-]){re.escape(found[0])}(?![\w.-])", error.message)}

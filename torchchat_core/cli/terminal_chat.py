@@ -27,7 +27,7 @@ from torchchat_core.models.catalogue import STARTING_MODEL
 from torchchat_core.pipeline import DEFAULT_MODEL
 from torchchat_core.small_files import make_private
 
-KEYS = "Enter sends, Alt-Enter begins a new line, Tab completes, Ctrl-C ends an answer, Ctrl-D leaves."
+KEYS = "Enter sends, Alt-Enter starts a new line, Tab completes, Ctrl-C stops an answer, Ctrl-D leaves."
 HOW_TO_LEAVE = "To leave, press Ctrl-D or type /bye."
 
 
@@ -58,7 +58,7 @@ class TerminalChat:
             try:
                 line = reader.prompt(HTML("<b>&gt; </b>"))
             except KeyboardInterrupt:
-                if not reader.default_buffer.text:  # else it emptied the line, as in shells
+                if not reader.default_buffer.text:  # otherwise Ctrl-C only cleared the line, as in shells
                     self.line(HOW_TO_LEAVE)
                 continue
             except EOFError:
@@ -71,7 +71,7 @@ class TerminalChat:
                 return
 
     def take(self, line: str) -> None:
-        """Take one message or command. Errors are shown, and the chat continues. Raises `Leave` for /bye."""
+        """Handle one message or command. Errors are shown, and the chat continues. Raises `Leave` for /bye."""
         try:
             command = None if is_block(line) else parse_command(line)
             if command is not None:
@@ -100,7 +100,7 @@ class TerminalChat:
 
     def answer(self, message: str, retry: int = 0) -> None:
         finished: FinishedEvent | None = None
-        # What the terminal echoed meanwhile (^C, keys typed ahead) would move the text that is redrawn.
+        # Echoed keys (^C, text typed ahead) would move the text that is being redrawn.
         with without_echo(), interruptible() as cancelled, MarkdownStream(self._console) as output:
             for event in self._session.ask(message, cancelled, retry):
                 if isinstance(event, TextEvent):
@@ -125,7 +125,7 @@ class TerminalChat:
 
 
 def _keys() -> KeyBindings:
-    """Enter sends, or begins a new line of a block; Alt-Enter begins a new line."""
+    """Bind Enter to send, or to start a new line in a block, and Alt-Enter to start a new line."""
     keys = KeyBindings()
 
     @keys.add("enter")
@@ -144,8 +144,7 @@ def _keys() -> KeyBindings:
 
 
 def _history() -> History:
-    """Return what was typed in earlier conversations: a file in the user's state folder, or memory where none can be
-    written."""
+    """Return the input history: a file in the user's state folder, or memory if no file can be written."""
     try:
         folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "torchchat"
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What to say about a command line that cannot be parsed: an error and one thing to try, never a misleading hint."""
+"""Explain a command line that cannot be parsed: an error and one thing to try, never a misleading hint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torchchat_core.known_plugins import install_command, providers
 from torchchat_core.plugins import Registry
 from torchchat_core.specs import CommandInfo
 
-OTHER_TOOLS = Path(__file__).resolve().parent.parent / "data" / "other_tools.json"  # verbs and flags of other programs
+OTHER_TOOLS = Path(__file__).resolve().parent.parent / "data" / "other_tools.json"  # commands and flags of other tools
 
 
 @cache
@@ -27,7 +27,7 @@ def _other_tools() -> dict[str, dict[str, str]]:
 
 
 def unknown_verb(name: str, registry: Registry) -> UsageError:
-    """Return the error for a verb that is not installed: how to get it, ours for another tool's, or a near one."""
+    """Return the error for an unknown command. The fix is how to install it, our equivalent, or a similar name."""
     verbs = [info.name for info in registry.infos(CommandInfo)]
     near = near_matches(name, verbs)
     fix = registry.how_to_get("commands", name) or _other_tools()["verbs"].get(name.lower()) \
@@ -78,7 +78,7 @@ def _no_such_option(error: click.NoSuchOption, path: str) -> tuple[str, str]:
 
 
 def _extra_words(text: str, context: click.Context | None, path: str) -> tuple[str, str]:
-    """A word too many: for a verb that takes a model, it is often the prompt."""
+    """Return the error for extra arguments, which are often the prompt if the command takes a model."""
     message = f"{path} takes no further argument: {quoted(text)}"
     names = {parameter.name for parameter in context.command.params} if context is not None else set()
     if "prompt" in names:
@@ -89,11 +89,11 @@ def _extra_words(text: str, context: click.Context | None, path: str) -> tuple[s
 
 
 def refuse_words_as_model(model: object) -> None:
-    """Raise `UsageError` if MODEL holds spaces and is no path: it is a prompt, then, or several words."""
+    """Raise `UsageError` if MODEL contains spaces and is not a path: the user probably typed a prompt."""
     if not isinstance(model, str) or not re.search(r"\S\s+\S", model) or Path(model).expanduser().exists():
         return
     context = click.get_current_context(silent=True)
     names = {parameter.name for parameter in context.command.params} if context is not None else set()
     if names & {"prompt", "system"}:
-        raise UsageError(f"there is no model {quoted(model)}; a prompt is not the first argument",
+        raise UsageError(f"there is no model {quoted(model)}; a prompt needs --prompt",
                          f"torchchat generate --prompt {shlex.quote(model[:60])}")

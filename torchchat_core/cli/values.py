@@ -1,4 +1,4 @@
-"""Values of flags: what is wrong with one is a `UsageError` that names the flag, before any model is loaded."""
+"""Parse and check the values of flags before any model is loaded. Each `UsageError` names the flag."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchchat_core.specs import ExecutorInfo
 
 
 def flag_name(parameter: click.Parameter | None) -> str:
-    """Return how a user types the parameter: its longest flag, or the metavar of an argument."""
+    """Return the parameter as a user types it: its longest flag, or the metavar of an argument."""
     if parameter is None:
         return "the value"
     if isinstance(parameter, click.Argument):
@@ -26,7 +26,7 @@ def flag_name(parameter: click.Parameter | None) -> str:
 
 
 class Number(click.ParamType[Any]):
-    """A whole number, or any finite one with `kind` float, within bounds."""
+    """A whole number within bounds; any finite number if `kind` is float."""
 
     name = "number"
 
@@ -73,7 +73,7 @@ class OptionValue(click.ParamType[Any]):
 
 
 class Checked(click.ParamType[str]):
-    """A text that a function checks, such as the name of a device."""
+    """A string that a function checks, such as the name of a device."""
 
     name = "text"
 
@@ -89,8 +89,8 @@ class Checked(click.ParamType[str]):
         return str(value)
 
 
-class Installed(click.ParamType[str]):
-    """A name that only the registry can check. `bench` takes "all", too."""
+class CheckedByRegistry(click.ParamType[str]):
+    """A name that a function checks against the registry. `bench` also accepts "all"."""
 
     name = "text"
 
@@ -103,7 +103,8 @@ class Installed(click.ParamType[str]):
             try:
                 self._check(str(value), registry)
             except TorchchatError as error:
-                kind = TorchchatError if is_file(expanded(str(value))) else UsageError  # what a file holds is no usage
+                # A fault in a file's content is not a usage error.
+                kind = TorchchatError if is_file(expanded(str(value))) else UsageError
                 raise kind(f"{flag_name(parameter)}: {error.message}", error.fix) from None
         return str(value)
 
@@ -127,11 +128,11 @@ def _check_recipe(text: str, registry: Registry) -> None:
 
 def _check_stop(text: str) -> None:
     if not text:
-        raise TorchchatError("a stop string is empty; it would end every answer at once")
+        raise TorchchatError("a stop string is empty; it would end every answer immediately")
 
 
-EXECUTOR = Installed(_check_executor)
-RECIPE = Installed(_check_recipe)
+EXECUTOR = CheckedByRegistry(_check_executor)
+RECIPE = CheckedByRegistry(_check_recipe)
 STOP = Checked(_check_stop)
 DEVICE = Checked(check_device)
 DTYPE = Checked(check_dtype)

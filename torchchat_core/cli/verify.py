@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from torchchat_core.cli.flags import model_flags, model_request
-from torchchat_core.cli.help_sections import Verb
+from torchchat_core.cli.help_sections import SectionedCommand
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.cli.texts import text_flags, text_of
 from torchchat_core.cli.values import Number
@@ -30,7 +30,7 @@ LIMITS = {"max_difference": "largest_difference", "max_mean_kl": "mean_kl", "max
 CHANGES = ("model", "executor", "quantize", "dtype", "device")  # what a word KEY=VALUE of the other side may change
 
 
-@click.command(cls=Verb)
+@click.command(cls=SectionedCommand)
 @model_flags
 @click.argument("other", nargs=-1, metavar="[OTHER]...")
 @click.option("--all", "everything", is_flag=True, help="Every way to run MODEL that is installed, each beside the "
@@ -38,12 +38,13 @@ CHANGES = ("model", "executor", "quantize", "dtype", "device")  # what a word KE
 @text_flags(CHARACTERS)
 @click.option("--greedy-tokens", type=Number(minimum=1), default=32, show_default=True, metavar="N",
               help="Length of the greedy continuations of the text's first windows.")
-@click.option("--max-difference", type=Number(float, minimum=0), metavar="N", help="Largest difference of two logits.")
+@click.option("--max-difference", type=Number(float, minimum=0), metavar="N",
+              help="Largest difference between two logits.")
 @click.option("--max-mean-kl", type=Number(float, minimum=0), metavar="N", help="Largest mean KL divergence, nats.")
 @click.option("--max-p99-kl", type=Number(float, minimum=0), metavar="N",
               help="Largest KL divergence at the 99th percentile, nats.")
 @click.option("--min-top-1", type=Number(float, minimum=0, maximum=100), metavar="PERCENT",
-              help="Positions at which both have to find the same token likeliest.")
+              help="Share of positions at which both models have to pick the same most likely token.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
 def verify(registry: Registry, /, **flags: Any) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from torchchat_core.cli.flags import generation_options, model_flags, model_request, sampling_flags
-from torchchat_core.cli.help_sections import Verb
+from torchchat_core.cli.help_sections import SectionedCommand
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.cli.server import LOCAL
 from torchchat_core.cli.values import Number
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 PORT = 5000
 
 
-@click.command(cls=Verb)
+@click.command(cls=SectionedCommand)
 @model_flags
 @click.option("--system", metavar="TEXT", help="A system message: how the model should answer.")
 @click.option("--max-new-tokens", type=Number(minimum=1), default=None, metavar="N",
