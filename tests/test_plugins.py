@@ -237,7 +237,7 @@ def test_entry_points_are_loaded_and_a_raising_one_is_a_row(tmp_path: Path, monk
     states = {each.name: each.state for each in load_registry(disabled=["bad-import", "bad_exit"]).plugins}
     assert states.items() >= {"builtins": "loaded", "eager": "loaded", "bad_import": "disabled",
                               "bad_exit": "disabled"}.items()
-    assert "there is no plugin 'absent' to leave out" in load_registry(disabled=["absent"]).warnings
+    assert "there is no plugin 'absent' to disable" in load_registry(disabled=["absent"]).warnings
     monkeypatch.setenv("TORCHCHAT_STRICT_PLUGINS", "1")
     with pytest.raises((RuntimeError, SystemExit)):
         load_registry()

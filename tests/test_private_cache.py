@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "getuid"), reason="this system h
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    private_cache._say_once.cache_clear()
+    private_cache._warn_once.cache_clear()
     return tmp_path / "torchchat"
 
 

@@ -24,7 +24,7 @@ from torchchat_core.text_format import TextFormat
 from torchchat_core.tokenizers.stream import TextStream
 from torchchat_core.tool_calls import ToolCallReader
 
-OVERWORKED = re.compile(r"too (many|big|complex)|max is|TooComplex|fuel|limit", re.IGNORECASE)  # in its messages
+OVERWORKED = re.compile(r"too (many|big|complex)|max is|TooComplex|fuel|limit", re.IGNORECASE)  # llguidance's messages
 KEPT = 32  # compiled grammars of a vocabulary
 _vocabularies: weakref.WeakKeyDictionary[Tokenizer, dict[frozenset[int], _Vocabulary]] = weakref.WeakKeyDictionary()
 
@@ -97,7 +97,7 @@ class Constraint:
 
 
 class CallConstraint:
-    """Bind the calls in an answer to a grammar; all other text is free."""
+    """Constrain the calls in an answer to a grammar; all other text is unconstrained."""
 
     def __init__(self, calls: CallGrammar, text_format: TextFormat) -> None:
         """Raises `GrammarError` for a grammar that takes too much work."""
@@ -107,15 +107,15 @@ class CallConstraint:
         self._reader = ToolCallReader(calls.form, dict.fromkeys(calls.names), calls.thinking)
         self._text = TextStream(text_format.tokenizer, at_start=False, shown=calls.form.marks(text_format.tokenizer))
         self._begins = re.compile(calls.begins)
-        self._begun = 0  # the candidate of the reader that was seen to begin like a call
-        self._call: Constraint | None = None  # from there to the end of the call
+        self._begun = 0  # number of the reader's candidate that was found to start like a call
+        self._call: Constraint | None = None  # applies from there to the end of the call
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Return the logits [vocab], inside a call with -inf for every token that would break the grammar."""
+        """Return the logits [vocab]; inside a call, tokens that would break the grammar are -inf."""
         return logits if self._call is None else self._call.apply(logits)
 
     def accept(self, token: int) -> None:
-        """Count a token as said."""
+        """Advance by one sampled token."""
         self._reader.push(self._text.push(token))
         opened = self._reader.opened
         if opened is not None and self._begun == self._reader.candidates:
@@ -129,11 +129,11 @@ class CallConstraint:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing more can follow: never, as text can."""
+        """False, because text can always follow."""
         return False
 
     def _after(self, opened: str) -> Constraint | None:
-        """Return the constraint after what was said since the opener, or None where that is no call."""
+        """Return the constraint after the text since the opener, or None if that text is not a call."""
         matcher = self._vocabulary.matcher(self._grammar).deep_copy()
         ids = self._vocabulary.ids(opened)
         return None if ids is None or not matcher.consume_tokens(ids) else Constraint(matcher)
@@ -161,8 +161,8 @@ def _limits() -> Any:
 
 def _refused(grammar: Grammar, reason: str) -> TorchchatError:
     if "coerce_one_of" in reason:
-        reason = 'alternatives of "oneOf" that can both hold are not enforced; use "anyOf", or give each one a ' \
-                 'required property with a "const" of its own'
+        reason = '"oneOf" with alternatives that can both match cannot be enforced; use "anyOf", or give each ' \
+                 'alternative a required property with a different "const"'
     name = "JSON Schema" if grammar.kind == "json_schema" else "grammar"
     return TorchchatError(f"the {name} cannot be used: {_first_line(reason)}")
 
@@ -173,12 +173,12 @@ def _unsayable() -> GrammarError:
 
 
 def _failure(reason: str) -> GrammarError:
-    """Return the error for a grammar that failed during an answer; `reason` is in llguidance's internal words."""
+    """Return the error for a grammar that failed during an answer. `reason` is llguidance's internal message."""
     if "NoExtension" in reason:
         return _unsayable()
     if OVERWORKED.search(reason):
-        return GrammarError("the grammar of the answer takes more work than one token may", "simplify the schema")
-    return GrammarError("the grammar of the answer cannot be followed any further", "simplify the schema")
+        return GrammarError("the grammar of the answer needs too much work for one token", "simplify the schema")
+    return GrammarError("the grammar of the answer failed", "simplify the schema")
 
 
 def _first_line(message: str) -> str:
@@ -206,7 +206,7 @@ class _Vocabulary:
         self._lock = threading.Lock()  # of these
 
     def ids(self, text: str) -> list[int] | None:
-        """Return tokens whose bytes are those of the text, or None where the vocabulary has none."""
+        """Return tokens whose bytes are exactly the text, or None if the vocabulary has no such tokens."""
         ids = self._by_text(text)
         return ids if b"".join(self._by_text.tokens[token] for token in ids) == text.encode() else None
 

@@ -47,7 +47,7 @@ class Conversation:
         self._sequence = sequence
         self._format = text_format
         self._settled: tuple[str, list[int]] = ("", [])  # text and ids up to the end of the last answer
-        self._ends: list[tuple[int, int]] = []  # lengths of both at the end of each answer in `_settled`
+        self._ends: list[tuple[int, int]] = []  # length of the text and of the ids at the end of each settled answer
         self.system = system
 
     @property
@@ -66,9 +66,9 @@ class Conversation:
         self.messages = [message for message in self.messages if message["role"] == "system"]
 
     def undo(self) -> str | None:
-        """Remove the last message of the user and all that follows it; return its text, or None if there is none.
+        """Remove the last user message and everything after it. Returns its text, or None if there is none.
 
-        The next prompt shares the cache up to the exchange before: the cache is truncated when it is computed.
+        The next prompt reuses the cache of the remaining messages; the cache is truncated then.
         """
         last = next((index for index in reversed(range(len(self.messages)))
                      if self.messages[index]["role"] == "user"), None)
@@ -79,9 +79,9 @@ class Conversation:
         return text
 
     def prompt_length(self) -> int:
-        """Return how many tokens the conversation takes in the context; 0 if it has only a system message.
+        """Return the number of tokens of the conversation; 0 if it has only a system message.
 
-        Raises `TorchchatError` if the chat template refuses the conversation.
+        Raises `TorchchatError` if the chat template rejects the conversation.
         """
         if all(message["role"] == "system" for message in self.messages):
             return 0
@@ -154,7 +154,7 @@ class Conversation:
         """
         text, encode = render(self._format, messages)
         settled_text, settled_ids = self._settled
-        for text_end, ids_end in reversed(self._ends):  # an earlier end where the last exchanges were removed
+        for text_end, ids_end in reversed(self._ends):  # an earlier end applies after the last turns were removed
             rest = text[text_end:]
             if (text.startswith(settled_text[:text_end]) and MARK not in rest
                     and starts_with_control_token(rest, self._format.tokenizer)):
@@ -162,9 +162,9 @@ class Conversation:
         return text, encode(text)
 
     def _settle(self, text: str, ids: list[int]) -> None:
-        """Remember the text and ids up to the end of an answer, and which earlier answers are part of them."""
+        """Record the text and ids up to the end of an answer, and drop recorded ends that are not a prefix of them."""
         old_text, old_ids = self._settled
-        while self._ends:  # each end lies within the next one
+        while self._ends:  # the ends are ordered by length
             text_end, ids_end = self._ends[-1]
             if text.startswith(old_text[:text_end]) and ids[:ids_end] == old_ids[:ids_end]:
                 break
@@ -246,8 +246,8 @@ def encode_plain(text: str, tokenizer: Tokenizer, *, special: bool = False) -> l
 def encode_disarmed(text: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of a rendered template: the control tokens that stand in it, and no others.
 
-    Where a message contains the text of one, or the tokenizer finds one that the template did not write (normalization
-    can make one), control tokens are passed to the tokenizer by their ids, and the rest is ordinary text.
+    If a message contains the text of a control token, or normalization creates one that the template did not write,
+    the tokenizer receives control tokens as ids and everything else as ordinary text.
     """
     parts = [part for part, _ in _control_tokens(tokenizer).parts(text)]
     if MARK not in text:
@@ -261,8 +261,8 @@ def encode_disarmed(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _encode_parts(parts: Sequence[str | int], tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of ordinary text and of control tokens, which `parts` has as ids."""
-    encode = getattr(tokenizer, "encode_parts", None)  # tokenizers of plugins may lack it
+    """Return the ids of `parts`: ordinary text, and control tokens given as ids."""
+    encode = getattr(tokenizer, "encode_parts", None)  # optional for plugins' tokenizers
     if encode is not None:
         return list(encode(parts))
     ids: list[int] = []

@@ -100,8 +100,8 @@ def _paths(request: ModelRequest, files: ModelFiles) -> Iterator[Path]:
     named = (files.config, files.tokenizer_config, files.generation_config, files.chat_template)
     yield from (*files.weights, *files.tokenizer, *(path for path in named if path is not None))
     yield from files.more_chat_templates
-    beside = dict.fromkeys(path.parent / name for path in files.tokenizer for name in (NAMES, ADDED))
-    yield from (path for path in beside if path.is_file())
+    token_files = dict.fromkeys(path.parent / name for path in files.tokenizer for name in (NAMES, ADDED))
+    yield from (path for path in token_files if path.is_file())
     if request.adapter is not None:
         yield from sorted(path for path in expanded(request.adapter).glob("*") if path.is_file())
     if request.calibration is not None:
@@ -126,7 +126,7 @@ def _identity(path: Path, files: ModelFiles, request: ModelRequest) -> list[str 
 
 
 def _versions(distribution: str) -> dict[str, str]:
-    """Return the versions of a distribution, of what it needs, of core and of PyTorch."""
+    """Return the versions of a distribution, its requirements, core and PyTorch."""
     try:
         needed = [re.split(r"[^A-Za-z0-9._-]", text, maxsplit=1)[0]
                   for text in importlib.metadata.requires(distribution) or ()]

@@ -1,7 +1,7 @@
-"""An exported file that never ran here is loaded in a process of its own first.
+"""Load an exported file that never ran on this machine in a child process first.
 
-Its program runs as code, whatever its ending: a runtime that comes upon changed bytes may end the whole process. A file
-that loaded is remembered by its manifest, which holds the digests of all its parts, so that later starts cost nothing.
+Its program runs as code, and a runtime that finds corrupted bytes may abort the whole process. Files that loaded are
+recorded by their manifest, which holds the digests of all parts, so that later starts cost nothing.
 """
 
 from __future__ import annotations
@@ -25,31 +25,30 @@ from torchchat_core.specs import ExecutorInfo, LoadRequest
 
 FOLDER = "loaded"  # in the cache folder
 TIMEOUT_SECONDS = 1800
-SWITCH = "TORCHCHAT_FIRST_LOAD"  # set in the process of its own
-TOKENS = 3  # positions of the sequence that is tried
+SWITCH = "TORCHCHAT_FIRST_LOAD"  # set in the environment of the child process
+TOKENS = 3  # positions of the test sequence
 
 
 def try_first(artifact: Artifact, executor: str, registry: Registry) -> None:
-    """Load a file in a process of its own if it never loaded here. Its digests must have been compared before.
+    """Load a file in a child process if it never loaded here. Its digests must have been checked before.
 
-    Raises `TorchchatError` if that process is ended by the file; other errors are left to the load that follows.
+    Raises `TorchchatError` if the child process crashes. Other errors are ignored: the actual load reports them.
     """
     if _is_remembered(artifact) or SWITCH in os.environ:
         return
     try:
-        with progress.task("loading the file in a process of its own, once"):
+        with progress.task("testing the file in a separate process, once"):
             in_own_process(f"{__name__}:load_once", {"path": str(artifact.path), "executor": executor}, registry,
                            timeout=TIMEOUT_SECONDS, environment={SWITCH: "1"})
     except ProcessEnded as error:
-        raise TorchchatError(f"{artifact.path.name} cannot be loaded, since it is damaged or was changed: "
-                             f"{error.message}", "export the model again, or copy the file from where it was made"
-                             ) from None
+        raise TorchchatError(f"{artifact.path.name} cannot be loaded; it is damaged or was modified: {error.message}",
+                             "export the model again, or copy the original file again") from None
     except TorchchatError:
         return
 
 
 def remember(artifact: Artifact) -> None:
-    """Remember that a file loaded, or was made here. Nothing is raised where that cannot be written."""
+    """Record that a file loaded or was made here. Does nothing if the record cannot be written."""
     with contextlib.suppress(OSError, TorchchatError):
         record = _record(artifact)
         if not record.exists():
@@ -58,19 +57,19 @@ def remember(artifact: Artifact) -> None:
 
 
 def remember_export(path: Path) -> None:
-    """Remember that a file was exported here; one without a manifest does not run as code."""
+    """Record that a file was exported here. Files without a manifest are skipped, because they do not run as code."""
     if has_manifest(path):
         with contextlib.suppress(TorchchatError):
             remember(open_artifact(path))
 
 
 def in_first_load() -> bool:
-    """Return True in the process of its own, which must write to standard error whatever may be its last words."""
+    """Return True in the child process, whose last line on standard error becomes the error message."""
     return SWITCH in os.environ
 
 
 def load_once(registry: Registry, path: str, executor: str) -> dict[str, Any]:
-    """Load the file, and run a prompt and a token: what the process of its own does."""
+    """Load the file and run a prompt and one token. This is the task of the child process."""
     artifact = open_artifact(Path(path))
     target = artifact.manifest.target
     model = registry.find(ExecutorInfo, executor).make().load(
@@ -91,7 +90,7 @@ def _is_remembered(artifact: Artifact) -> bool:
 
 
 def _record(artifact: Artifact) -> Path:
-    """The record of all that decides whether a file loads: the file, and the packages that made it as they are now."""
+    """Return the path of the record for the file's content and the installed versions of the packages that made it."""
     versions = [[name, _installed_version(name)] for name in sorted(artifact.manifest.versions)]
     parts = json.dumps([artifact.content, versions], sort_keys=True)
     return cache_folder() / FOLDER / hashlib.sha256(parts.encode()).hexdigest()[:32]
@@ -100,5 +99,5 @@ def _record(artifact: Artifact) -> Path:
 def _installed_version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
-    except (importlib.metadata.PackageNotFoundError, ValueError):  # a name that is none
+    except (importlib.metadata.PackageNotFoundError, ValueError):  # ValueError: an invalid name
         return None

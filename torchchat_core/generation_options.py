@@ -55,13 +55,13 @@ class Grammar:
 
 @dataclass(frozen=True)
 class CallGrammar:
-    """What the calls of functions in an answer have to be like; other text is free."""
+    """A grammar for the function calls in an answer; other text is unconstrained."""
 
     form: ToolForm
-    names: tuple[str, ...]  # of the functions
-    begins: str  # a regular expression of what follows an opener of the form where a call has begun
-    grammar: Grammar  # of the call, which begins after the opener
-    thinking: str | None = None  # the mark with which the prompt opens the model's thinking
+    names: tuple[str, ...]  # the functions' names
+    begins: str  # regular expression for the text after an opener that is the start of a call
+    grammar: Grammar  # for the call, from the end of the opener
+    thinking: str | None = None  # the tag at the end of the prompt that opens the model's thinking
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class GenerationOptions:
     max_new_tokens: int | None = None  # None: until the model ends it or the context is full
     stop: tuple[str, ...] = ()
     grammar: Grammar | None = None
-    calls: CallGrammar | None = None  # has no effect with a grammar
+    calls: CallGrammar | None = None  # ignored if `grammar` is set
     logprobs: int | None = None  # of each token, and of so many of the likeliest ones beside it; None: of none
     shown: frozenset[int] = frozenset()  # control tokens whose names belong to the text, such as that of a tool call
 

@@ -15,8 +15,8 @@ from urllib.parse import unquote
 
 from torchchat_core.errors import TorchchatError, quoted
 
-# Between the parts of a JSON text: a space, or a new line and its indentation. A small model would go on and on where
-# any amount of white space is right.
+# Between the parts of a JSON text: a space, or a newline and its indentation. Without a limit, small models would write
+# white space forever.
 WHITE_SPACE = r"(\x20|\x0A[\x20]{0,32})"
 LITERAL_KEYS = ("const", "enum", "default", "examples")  # of schemas: what they hold is data
 NAMED_KEYS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # name -> schema

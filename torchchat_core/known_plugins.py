@@ -1,4 +1,4 @@
-"""Which distribution provides what, for hints about plugins that are not installed.
+"""Look up which distribution provides a feature, for hints about plugins that are not installed.
 
 The list is a data file. Nothing else in core names a plugin.
 """
@@ -13,19 +13,19 @@ from typing import Any, Literal
 
 LIST = Path(__file__).parent / "data" / "known_plugins.json"
 
-# What a plugin may provide: names of commands, executors and exporters, what executors read ("module" or the kind of an
-# exported file), endings that exporters write, flags of `export`, formats of model files, and quantization schemes.
+# Features of a plugin: names of commands, executors and exporters, inputs of executors ("module" or the kind of an
+# exported file), file extensions that exporters write, flags of `export`, formats of model files, quantization schemes.
 Offer = Literal["commands", "executors", "exporters", "reads", "writes", "formats", "schemes", "flags"]
 
 
 @cache
 def known_plugins() -> tuple[dict[str, Any], ...]:
-    """Return the entries of the data file, the first choice first."""
+    """Return the entries of the data file, in order of preference."""
     return tuple(json.loads(LIST.read_text(encoding="utf-8")))
 
 
 def providers(offer: Offer, name: str | None = None) -> list[str]:
-    """Return the distributions that provide `name`, or anything of that kind without a name; the first choice first."""
+    """Return the distributions that provide `name`, or any feature of that kind if `name` is None, preferred first."""
     return [entry["distribution"] for entry in known_plugins()
             if (name in entry.get(offer, ()) if name is not None else offer in entry)]
 

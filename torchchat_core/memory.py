@@ -1,4 +1,4 @@
-"""What memory this process uses, and what the machine has."""
+"""Report the memory use of this process and the memory of the machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-# Limits of a container's memory: cgroups of version 2, then of version 1.
+# Memory limits of a container: cgroups version 2, then version 1.
 CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -25,9 +25,9 @@ def peak_rss_bytes() -> int:
 
 
 def machine_memory() -> tuple[int, int]:
-    """Return the total and the available memory of this machine in bytes; 0 for what the system does not say.
+    """Return the total and the available memory of this machine in bytes; 0 if the system does not report it.
 
-    The limit of the container counts, if there is one.
+    A container's limit is taken into account.
     """
     total, available = _system_memory()
     for file in CONTAINER_LIMITS:

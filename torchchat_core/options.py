@@ -84,7 +84,7 @@ def _accepted(owner: type, name: str) -> tuple[type, tuple[type, ...]]:
 
 
 def check_value(owner: type, declared: Field[Any], value: Any, named: str | None = None) -> None:
-    """Checks one value against the declaration of its field in `owner`; errors call it `named`, such as "--top-k"."""
+    """Check one value against the declaration of its field in `owner`; errors call it `named`, such as "--top-k"."""
     named = named or declared.name
     detail = detail_of(declared)
     wanted, accepted = _accepted(owner, declared.name)
@@ -118,8 +118,10 @@ def from_mapping(owner: type[Options], values: Mapping[str, Any]) -> Options:
 
 
 def from_text(owner: type, name: str, text: str, named: str | None = None) -> Any:
-    """The value that `text`, as typed by a person, stands for. Raises `TorchchatError` where it is none; it calls the
-    option `named`, such as "--top-k"."""
+    """Parse `text`, as a user typed it, into the value of an option. Raises `TorchchatError` if it is invalid.
+
+    Errors call the option `named`, such as "--top-k".
+    """
     known: Sequence[Field[Any]] = fields(owner)
     declared = next((declared for declared in known if declared.name == name.replace("-", "_")), None)
     if declared is None:

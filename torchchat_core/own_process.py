@@ -1,4 +1,4 @@
-"""Work in a process of its own, so that a crash or a full memory costs that work alone.
+"""Run a task in a child process, so that a crash or running out of memory affects only that task.
 
 A task is a function of `(registry, **arguments)` with plain arguments that returns a plain object (what JSON can say).
 """
@@ -28,15 +28,15 @@ Found = dict[str, Any]
 
 
 class ProcessEnded(TorchchatError):
-    """The process ended, or was ended, before its task was done."""
+    """The child process crashed or was killed before its task was done."""
 
 
 def in_own_process(task: str, arguments: Mapping[str, Any], registry: Registry, *, timeout: float | None = None,
                    environment: Mapping[str, str] | None = None) -> Found:
     """What the task "package.module:function" returns in a new process with the same plugins.
 
-    `timeout` is in seconds; `environment` is added to ours. Raises the `TorchchatError` that the task raises, and
-    `ProcessEnded`, which says how the process ended, where it did not live to tell.
+    `timeout` is in seconds; `environment` is added to the current one. Raises the `TorchchatError` that the task
+    raises, or `ProcessEnded`, which says how the process ended, if it ended without a result.
     """
     disabled = [plugin.qualified_name for plugin in registry.plugins if plugin.state == "disabled"]
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +47,7 @@ def in_own_process(task: str, arguments: Mapping[str, Any], registry: Registry, 
                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=timeout,
                                   env={**_environment(), **(environment or {})})
         except subprocess.TimeoutExpired:
-            raise ProcessEnded(f"the process was ended after {timeout:g} s") from None
+            raise ProcessEnded(f"the process timed out after {timeout:g} s") from None
         if not result.exists():
             raise ProcessEnded(_end(done))
         told: Found = json.loads(result.read_text(encoding="utf-8"))

@@ -161,7 +161,7 @@ def export_model(request: ModelRequest, exporter: ExporterInfo, path: Path, opti
         config = checkpoint.config  # with a window, runtimes export no more positions than it has
         limit = min(longest, config.max_context, config.sliding_window or longest, original or longest)
     if original is not None and (limit is None or limit > original):
-        raise beyond_dynamic(original, f"the files of the exporter {exporter.name!r} do not do",
+        raise beyond_dynamic(original, f"the exporter {quoted(exporter.name)} does not support",
                              f"--max-seq-length {original}" if exporter.stands_alone else
                              "run the model itself, with --executor eager")
     text = text_content(files, registry, checkpoint.config.vocab_size) if exporter.stands_alone else None
@@ -177,7 +177,7 @@ def export_model(request: ModelRequest, exporter: ExporterInfo, path: Path, opti
 
 
 def _dynamic_context(config: ModelConfig) -> int | None:
-    """Positions up to which a model with dynamic rope scaling has fixed frequencies; None without such scaling."""
+    """Return the original context of a model with dynamic rope scaling, None for other models."""
     scaling = config.rope_scaling
     return scaling.original_context if scaling is not None and scaling.kind == "dynamic" else None
 
@@ -254,7 +254,7 @@ def _settled(wished: RecipeText | None, request: ModelRequest, checkpoint: Check
 
 def _applied(recipe: Recipe, module: Transformer, windows: Calibration | None, checkpoint: Checkpoint, dtype: str
              ) -> RecipeReport:
-    """Quantize the module; the report says what its weights take in the checkpoint's own dtype, too."""
+    """Quantize the module, and add the size of its weights in the checkpoint's own dtype to the report."""
     report = recipe.apply(module, windows)
     size = report.bytes_before * checkpoint.dtype.itemsize // TORCH_DTYPES[dtype].itemsize
     return dataclasses.replace(report, bytes_in_files=size)
@@ -286,10 +286,10 @@ def _schemes(recipe: Recipe | None, checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def fetch_files(request: ModelRequest, registry: Registry, running: bool = False) -> ModelFiles:
-    """Return the files of the model that was asked for, with the user's own choices in place of those found.
+    """Return the files of the requested model. Files that the user names replace those that are found.
 
-    What the request names has to exist before anything is downloaded; the device too if the model is to be `running`.
-    Files that are on this machine are opened first: an exported one says itself what goes with it.
+    Named files, and the device if the model will be `running`, are checked before anything is downloaded. Local files
+    are opened first, because an exported file declares what belongs to it.
     """
     named = [text for text in (request.checkpoint_path, request.model, DEFAULT_MODEL) if text is not None]
     reference = resolve(named[0], registry)
@@ -351,14 +351,14 @@ def chosen_device(request: ModelRequest, recipe: RecipeText | None, otherwise: s
     if recipe is not None and named is not None:
         _check_named(named, request, recipe)
         if named in DEVICES and not has_device(named):
-            raise TorchchatError(f"the recipe {quoted(request.quantize)} asks for the device {named}, which this "
-                                 "machine, or this build of PyTorch, does not have",
+            raise TorchchatError(f"the recipe {quoted(request.quantize)} needs the device {named}, which is not "
+                                 "available on this machine or in this build of PyTorch",
                                  f"choose another recipe, or add --device {choose_device('fast')}")
     return choose_device(named or otherwise)
 
 
 def _check_named(device: str, request: ModelRequest, recipe: RecipeText) -> None:
-    """Raise `TorchchatError`, which names the recipe if the device is from there, for an unknown device."""
+    """Raise `TorchchatError` for an unknown device. It names the recipe if that sets the device."""
     if request.device not in FAST_DEVICES or recipe.device is None:
         check_device(device)
         return
@@ -369,7 +369,7 @@ def _check_named(device: str, request: ModelRequest, recipe: RecipeText) -> None
 
 
 def wished_dtype(request: ModelRequest, recipe: RecipeText | None) -> str | None:
-    """Return the dtype that was asked for, else the recipe's. Raises `TorchchatError` if the recipe's is unknown."""
+    """Return the requested dtype, else the recipe's. Raises `TorchchatError` if the recipe's is unknown."""
     if request.dtype is not None or recipe is None or recipe.dtype is None:
         return request.dtype
     try:
@@ -437,7 +437,7 @@ def checked_limit(asked: int | None, maximum: int) -> int:
 
 
 def _existing(flag: str, path: str | None) -> Path | None:
-    """Return the path that was given with a flag. Raises `TorchchatError` if there is no such file."""
+    """Return the path given with a flag, or None without one. Raises `TorchchatError` if there is no such file."""
     if not path:
         return None
     found = expanded(path)

@@ -39,7 +39,7 @@ HOOKS: Mapping[str, type[Description]] = {
     "torchchat_commands": CommandInfo,
 }
 PROVIDED: Mapping[type[Description], KnownOffer] = {CommandInfo: "commands", ExecutorInfo: "executors",
-                                                    ExporterInfo: "exporters"}  # named kinds in the known plugins
+                                                    ExporterInfo: "exporters"}  # offers that `find` looks up by name
 STRICT = "TORCHCHAT_STRICT_PLUGINS"
 TRACE = "TORCHCHAT_TRACE_PLUGINS"
 NO_AUTOLOAD = "TORCHCHAT_DISABLE_PLUGIN_AUTOLOAD"
@@ -168,8 +168,11 @@ class Registry:
         raise TorchchatError(message, hint or did_you_mean(name, known))
 
     def how_to_get(self, offer: KnownOffer, name: str | None = None) -> str | None:
-        """Return what makes a known plugin provide `name`, or anything of that kind without a name: install it, stop
-        leaving it out with -p, or see why it failed. None if no known plugin provides it, or if it is loaded."""
+        """Return the fix that makes a known plugin provide `name`, or any offer of that kind if `name` is None.
+
+        The fix is to install it, to stop disabling it with -p, or to see why it failed. Returns None if no known plugin
+        provides it, or if the plugin is loaded.
+        """
         found = providers(offer, name)
         if not found:
             return None
@@ -286,7 +289,7 @@ def load_registry(disabled: Sequence[str] = (), prefer: Mapping[str, str] | None
                 registry.add_entry_point(entry)
     known = {name for plugin in registry.plugins
              for name in (plugin.name, plugin.distribution, plugin.qualified_name)}
-    registry.warnings += [f"there is no plugin {quoted(name)} to leave out" for name in disabled if name not in known]
+    registry.warnings += [f"there is no plugin {quoted(name)} to disable" for name in disabled if name not in known]
     registry.warn_of_clashes()
     return registry
 

@@ -1,7 +1,7 @@
-"""Compiled code in the cache folder, which runs as soon as it is loaded: only the user and root may have written it.
+"""Check that compiled code in the cache, which runs as soon as it is loaded, can come only from the user or root.
 
-A file is used only if it and every folder and link on the way to it belong to the user or root, and nobody else can
-write them. A folder with the sticky bit, as /tmp has, and a group of which the user is the only member are no danger.
+A file is used only if it and every folder and link on its path are owned by the user or root and writable by nobody
+else. Folders with the sticky bit, such as /tmp, and groups whose only member is the user are safe.
 """
 
 from __future__ import annotations
@@ -20,54 +20,56 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.small_files import cache_folder, make_folder
 
 log = logging.getLogger(__name__)
-MOST_LINKS = 40  # that lead to each other
+MAX_LINKS = 40  # in a chain of symbolic links
 COMPILER_CACHE = "TORCHINDUCTOR_CACHE_DIR"
-OTHERS = "set XDG_CACHE_HOME to a folder that only you can write, or correct its owner and mode"
+FIX = "set XDG_CACHE_HOME to a folder that only you can write, or correct its owner and mode"
 
 
 def foreign_fault(path: Path) -> str | None:
-    """Return why somebody else could have written a file or folder; None if only the user and root could.
+    """Return why another user could have written a file or folder; None if only the user and root could.
 
-    What does not exist is judged by the folders above it. Systems without numeric user ids are not checked.
+    A path that does not exist is judged by its parent folders. Systems without numeric user ids are not checked.
     """
     if not hasattr(os, "getuid"):
         return None
     try:
-        faults = (_fault(each) for each in _way(path.absolute()))
+        faults = (_fault(each) for each in _path_components(path.absolute()))
         return next((fault for fault in faults if fault is not None), None)
     except OSError as error:
-        return f"{path} cannot be looked at: {error.strerror or error}"
+        return f"{path} cannot be checked: {error.strerror or error}"
 
 
 def code_folder(kind: str, key: str) -> Path:
-    """Return the folder for compiled code of a kind with a key: below the cache folder, or, if somebody else could
-    have written there, below a temporary folder of this process, which a line in the log says once.
+    """Return the folder for compiled code of a kind with a key; `make_code_folder` creates it.
 
-    The folder need not exist; `make_code_folder` makes it.
+    It is in the cache folder. If another user could have written there, it is in a temporary folder of this process,
+    and a warning is logged once.
     """
     folder = cache_folder() / kind / key
     fault = _folder_fault(folder)
     if fault is None:
         return folder
-    _say_once(fault)
+    _warn_once(fault)
     return _temporary_folder() / kind / key
 
 
 def private_path(kind: str, name: str) -> Path:
     """Return the path of a file in the cache that is expensive to make and runs as code.
 
-    Raises `TorchchatError` if somebody else could have written it.
+    Raises `TorchchatError` if another user could have written it.
     """
     path = cache_folder() / kind / name
     fault = foreign_fault(path)
     if fault is not None:
-        raise TorchchatError(f"{path.parent} is not used for exported models: {fault}", OTHERS)
+        raise TorchchatError(f"{path.parent} is not used for exported models: {fault}", FIX)
     return path
 
 
 def check_compiler_cache() -> None:
-    """Raise `TorchchatError` if somebody else could have written where PyTorch's compiler keeps its own code, by
-    default a folder below /tmp with a name that can be guessed."""
+    """Raise `TorchchatError` if another user could have written to the cache of PyTorch's compiler.
+
+    By default, that is a folder in /tmp with a predictable name.
+    """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     fault = foreign_fault(Path(os.environ.get(COMPILER_CACHE) or default_cache_dir()))
@@ -77,14 +79,14 @@ def check_compiler_cache() -> None:
 
 
 def make_code_folder(folder: Path) -> None:
-    """Make a folder that `code_folder` returned, or one in it, for the user alone.
+    """Create a folder that `code_folder` returned, or one in it, with mode 0700.
 
-    Raises `OSError`, and `TorchchatError` if somebody else made a folder on the way to it in the meantime.
+    Raises `OSError`, and `TorchchatError` if another user created a folder on its path in the meantime.
     """
     make_folder(folder)
     fault = foreign_fault(folder)
     if fault is not None:
-        raise TorchchatError(f"{folder} is not used for compiled code: {fault}", OTHERS)
+        raise TorchchatError(f"{folder} is not used for compiled code: {fault}", FIX)
     folder.chmod(0o700)
 
 
@@ -98,7 +100,7 @@ def _folder_fault(folder: Path) -> str | None:
         return f"{folder} cannot be read: {error.strerror or error}"
 
 
-def _way(path: Path, links: int = MOST_LINKS) -> Iterator[Path]:
+def _path_components(path: Path, links: int = MAX_LINKS) -> Iterator[Path]:
     """Yield every folder and link from the root to `path`, and the path itself."""
     current = Path(path.anchor)
     yield current
@@ -108,7 +110,7 @@ def _way(path: Path, links: int = MOST_LINKS) -> Iterator[Path]:
         if current.is_symlink():
             if links == 0:
                 raise OSError(f"{path} has too many symbolic links")
-            yield from _way(current.parent / current.readlink(), links - 1)
+            yield from _path_components(current.parent / current.readlink(), links - 1)
             current = current.resolve()
 
 
@@ -139,7 +141,7 @@ def _user_name(number: int) -> str:
 
 @functools.cache
 def _is_private_group(number: int) -> bool:
-    """Return True for the group that many systems make for each user, with no other members."""
+    """Return True for the user's private group, which many systems create, if it has no other members."""
     import grp
     import pwd
 
@@ -151,9 +153,9 @@ def _is_private_group(number: int) -> bool:
 
 
 @functools.cache
-def _say_once(fault: str) -> None:
-    log.warning("the cache folder is not used for compiled code, which is compiled anew in every process: %s; %s",
-                fault, OTHERS)
+def _warn_once(fault: str) -> None:
+    log.warning("the cache folder is not used for compiled code, so every process compiles it again: %s; %s",
+                fault, FIX)
 
 
 @functools.cache

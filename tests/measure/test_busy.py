@@ -30,7 +30,7 @@ def test_what_others_use_is_named_in_cores() -> None:
     before = Usage(all=100, idle=50, own=10)
     text = busy_warning(before, Usage(all=120, idle=51, own=16), cores=2)
     assert text is not None
-    assert text.startswith("other programs used 1.3 of 2 cores during the measurement; the rates are too low.")
+    assert text.startswith("other programs used 1.3 of 2 cores during the measurement, so the rates are too low.")
 
 
 @pytest.mark.parametrize("after", [Usage(all=120, idle=60, own=20), Usage(all=120, idle=55, own=24),

@@ -51,7 +51,7 @@ def test_recipes_are_compared_in_a_table(torchchat: Run, monkeypatch: pytest.Mon
     monkeypatch.setattr("torchchat_core.cli.progress_bars.LOG_DELAY", 0.0)
     done = torchchat("quantize", *COMMON, "--compare", "linear:int8", '{"linear:int4": {"except": ["lm_head"]}}')
     assert done.code == 0
-    assert "only differences between models and recipes count" in " ".join(done.out.split())
+    assert "only differences between models and recipes are meaningful" in " ".join(done.out.split())
     lines = done.out.splitlines()
     assert lines[0] == "embedded:guide"
     assert "the first 600 of " in lines[1]
@@ -166,7 +166,7 @@ def test_a_recipe_that_was_named_and_cannot_run_fails_after_the_others_were_meas
     (["--plot", "a.png", "-o", "OUT", "--quantize", "cpu"], 2, "--plot goes with --report or --compare"),
     (["--executor", "eager", "-o", "OUT", "--quantize", "cpu"], 2, "--executor goes with --report or --compare"),
     (["--report", "--plot", "OUT/a.png"], 1, "there is no folder"),
-    (["--report", "--plot", "a.gif"], 2, "what is drawn ends in .png, .html, .htm"),
+    (["--report", "--plot", "a.gif"], 2, "expected a file that ends in .png, .html, .htm"),
     (["--report", "--file", "OUT"], 1, "cannot be read"),
     (["--compare", "cpu", "cpu"], 2, "cpu is to be compared twice"),
     (["--compare", "cpu", "embedded"], 1, "MODEL goes before --compare"),

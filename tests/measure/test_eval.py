@@ -249,8 +249,8 @@ def test_what_a_task_that_draws_does_not_say_is_as_lm_evals_own_model_has_it() -
     (("--include-path", "/no/such/folder"), "there is no folder '/no/such/folder'"),
     (("--tasks", "mine", "--include-path", "MADE"), "the data of mine cannot be read: Unable to find '/no/such.jsonl'"),
     (("--output", "/no/such/folder/out.json"), "there is no folder"),
-    ((), "the data of wikitext cannot be had: Couldn't reach 'EleutherAI/wikitext_document_level' on the Hub; there "
-         "is no network (it is unplugged), and it is not kept here"),
+    ((), "the data of wikitext is not available: Couldn't reach 'EleutherAI/wikitext_document_level' on the Hub; there "
+         "is no network (it is unplugged), and the data is not cached here"),
 ])
 def test_what_cannot_be_evaluated_is_told_in_one_sentence(arguments: tuple[str, ...], message: str, torchchat: Run,
                                                           monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_the_default_task_needs_no_network_with_data(testdata: Path, torchchat: 
 @pytest.mark.parametrize(("content", "name", "message"), [
     ("", "a.raw", "is empty"), ("{", "a.jsonl", "is not JSON: .* at line 1, column 2"),
     ("[]", "a.json", "no documents"),
-    ("3\n", "a.jsonl", "no documents"), ('{"nothing": 1}\n', "a.jsonl", "cannot be done with the documents in"),
+    ("3\n", "a.jsonl", "no documents"), ('{"nothing": 1}\n', "a.jsonl", "failed with the documents in"),
 ])
 def test_data_that_is_none_is_told(content: str, name: str, message: str, testdata: Path, torchchat: Run, tmp_path: Path
                                    ) -> None:

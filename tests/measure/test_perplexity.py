@@ -186,7 +186,7 @@ def test_the_text_of_our_own_is_read_whole() -> None:
     text = measured_text()
     assert 7000 < text.read == text.whole == len(text.content) <= 8000
     assert text.description.startswith("torchchat's own text, 7")
-    assert "only differences between models and recipes count" in (text.note or "")
+    assert "only differences between models and recipes are meaningful" in (text.note or "")
 
 
 def test_of_a_long_text_the_beginning_is_read_and_separators_go(tmp_path: Path) -> None:

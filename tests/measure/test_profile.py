@@ -31,11 +31,11 @@ def test_a_trace_is_written_and_the_answer_is_the_same(name: str, torchchat: Run
     assert f"written: {tmp_path / name}" in traced.err
 
 
-@pytest.mark.parametrize(("path", "message"), [("trace.txt", "expected a file that ends in .json"),
-                                               ("/no/such/folder/trace.json", "there is no folder")])
-def test_a_trace_that_cannot_be_written_is_told_before_anything_is_loaded(path: str, message: str, torchchat: Run
-                                                                         ) -> None:
+@pytest.mark.parametrize(("path", "code", "message"), [
+    ("trace.txt", 2, "expected a file that ends in .json"), ("/no/such/folder/trace.json", 1, "there is no folder")])
+def test_a_trace_that_cannot_be_written_is_told_before_anything_is_loaded(path: str, code: int, message: str,
+                                                                         torchchat: Run) -> None:
     done = torchchat("generate", "--prompt", "Hi", "--profile", path)
-    assert done.code == 1
+    assert done.code == code
     assert message in done.err
     assert done.out == ""

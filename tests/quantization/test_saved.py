@@ -110,7 +110,7 @@ def test_a_folder_runs_without_the_plugin_that_made_it(registry: Registry, tmp_p
     assert without.out.strip()
     assert without.out == torchchat(*arguments).out
     again = torchchat("-p", "no:tc-quant-int4", "generate", "embedded", "--quantize", "linear:int4", "--device", "cpu")
-    assert again.code == 1
+    assert again.code == 2
     assert "no recipe, file or scheme 'linear:int4'" in again.err
 
 
@@ -180,7 +180,7 @@ def manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     (manifest(lambda m: m["layers"][NAME]["format"].update(bits=8)), "it has to be uint8"),
     (manifest(lambda m: m["layers"][NAME]["format"].update(bits=2)), "a weight of 2 bits"),
     (manifest(lambda m: m["layers"][NAME]["format"].update(group_size=[])), "the group size is"),
-    (manifest(lambda m: m["layers"][NAME].update(format=None)), "is no format of quantised weights"),
+    (manifest(lambda m: m["layers"][NAME].update(format=None)), "is not a format of quantized weights"),
     (manifest(lambda m: m["layers"][NAME].update(scheme=7)), "has no scheme for the layer"),
     (manifest(lambda m: m.update(layers={})), "names no layers"), (manifest(lambda m: m.pop("dtype")), "does not say"),
     (manifest(lambda m: m.update(version=9)), "of version 9"),

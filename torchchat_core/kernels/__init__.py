@@ -87,10 +87,10 @@ def available(building: bool = True) -> bool:
 
 @contextmanager
 def engine_threads() -> Iterator[None]:
-    """Keep PyTorch's operations on the calling thread; the kernels run on the engine's own threads (crew.h).
+    """Run PyTorch's operations on the calling thread in the block; the kernels use the engine's own threads (crew.h).
 
-    OpenMP's threads wait for each other at every operation, which takes milliseconds where other programs use a core.
-    `load` has to have succeeded.
+    OpenMP threads wait for each other in every operation, which takes milliseconds while other programs use a core.
+    Call `load` first; it has to succeed.
     """
     before = torch.ops.torchchat.keep_pytorch_serial(True)
     try:

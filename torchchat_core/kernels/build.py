@@ -45,7 +45,7 @@ def find_compiler() -> list[str]:
     if named:
         command = shlex.split(named)
         if not command or shutil.which(command[0]) is None:
-            raise TorchchatError(f"CXX is {quoted(named)}, and there is no such program", "set it to a C++ compiler")
+            raise TorchchatError(f"CXX is {quoted(named)}, which is not a program", "set CXX to a C++ compiler")
         return command
     found = next((path for name in COMPILERS if (path := shutil.which(name))), None)
     if found is None:

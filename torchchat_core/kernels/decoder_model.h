@@ -230,7 +230,7 @@ struct DecoderModel {
     int64_t bytes = 0;
     for (const Product& product : layers_.front().products) bytes += static_cast<int64_t>(product.weight.nbytes());
     bytes = std::max(bytes, static_cast<int64_t>(head_[0].weight.nbytes()));
-    return threads_at_most(bytes / kBytesOfAThread);
+    return threads_for(bytes / kBytesOfAThread);
   }
 
   int64_t hidden_, heads_, kv_heads_, size_;

@@ -127,19 +127,19 @@ class RotaryTable:
     def __init__(self, rotary: RotaryEmbedding, positions: int) -> None:
         """`positions`: what a sequence may have."""
         self._rotary, self._positions = rotary, positions
-        self._tables: dict[bool, tuple[Tensor, Tensor]] = {}  # by whether they are extended
+        self._tables: dict[bool, tuple[Tensor, Tensor]] = {}  # key: extended or not
 
     def up_to(self, count: int, extended: int) -> tuple[Tensor, Tensor]:
-        """What `RotaryEmbedding` gives for at least `count` positions: cos, signed sin, float32 [n, 1, head_dim].
+        """Return cos and signed sin of `RotaryEmbedding` for at least `count` positions, float32 [n, 1, head_dim].
 
-        With dynamic scaling each extended position is that of a sequence that ends there, as when it is decoded.
+        With dynamic scaling, each extended position gets the frequencies of a sequence that ends there, as in decoding.
         """
         table = self._tables.get(bool(extended))
         if table is None or len(table[0]) < count:
             count = min(max(FIRST_CAPACITY, 1 << (count - 1).bit_length()), self._positions)
             positions = torch.arange(count)
             each = positions + 1 if extended and self._rotary.dynamic is not None else extended
-            with one_thread():  # MKL would start threads for some hundred cosines
+            with one_thread():  # MKL would start threads for a few hundred cosines
                 cos, sin = self._rotary(positions, each)
             table = self._tables[bool(extended)] = cos.contiguous(), sin.contiguous()
         return table  # whatever other threads put in its place meanwhile

@@ -31,11 +31,11 @@ namespace {
 
 constexpr int64_t kFewTokens = 8;  // that attend head by head; more of them are worth PyTorch's blocked kernel
 constexpr size_t kWorthOneDnn = 3 << 18;  // bytes of weights: its preparation takes some 15 microseconds
-// What one thread multiplies at a time of a large matrix: so many outputs, in pieces of so many parts for each thread, and
-// not fewer rows than that where outputs alone are too few for all threads.
-constexpr int64_t kLeastOutputs = 64, kMostOutputs = 256, kPartsOfAThread = 2, kLeastRows = 128;
-// A product of keys and queries takes as long as so many of a large matrix, head by head and in blocks.
-constexpr int64_t kWorkOfAScore = 16, kWorkOfABlockedScore = 4;
+// Tile sizes of a large matrix multiplication: minimum and maximum outputs per tile, tiles per thread, and minimum rows per
+// tile. Rows are split only if there are too few outputs for all threads.
+constexpr int64_t kMinOutputs = 64, kMaxOutputs = 256, kTilesPerThread = 2, kMinRows = 128;
+// Cost of one multiplication in attention scores relative to one in a large matrix, head by head and in blocks.
+constexpr int64_t kCostPerScore = 16, kCostPerBlockedScore = 4;
 constexpr int64_t kRowsAtOnce = 192;  // of activations: their int8 values stay in the second-level cache
 
 constexpr const char* kInstructionNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};  // in the order of the enum
@@ -86,7 +86,7 @@ at::Tensor pack_quantized(const at::Tensor& values, const at::Tensor& scales, co
   at::Tensor packed = weight_memory(panels_of(outputs) * layout.panel_bytes());
   uint8_t* target = packed.mutable_data_ptr<uint8_t>();
   const auto pack = bits == 8 ? pack_panel<8> : pack_panel<4>;
-  for_range(panels_of(outputs), kPanelRows * columns * kWorkOfAByte, [&](int64_t first, int64_t last) {
+  for_range(panels_of(outputs), kPanelRows * columns * kCostPerByte, [&](int64_t first, int64_t last) {
     for (int64_t panel = first; panel < last; ++panel)
       pack(layout, stored, panel, target + panel * layout.panel_bytes());
   });
@@ -100,7 +100,7 @@ at::Tensor in_weight_memory(const at::Tensor& packed) {
   at::Tensor copy = weight_memory(packed.numel());
   const uint8_t* from = packed.const_data_ptr<uint8_t>();
   uint8_t* to = copy.mutable_data_ptr<uint8_t>();
-  for_range(packed.numel(), kWorkOfAByte, [&](int64_t first, int64_t last) {
+  for_range(packed.numel(), kCostPerByte, [&](int64_t first, int64_t last) {
     std::memcpy(to + first, from + first, last - first);
   });
   return copy;
@@ -121,7 +121,7 @@ at::Tensor unpack_quantized(const at::Tensor& packed, int64_t outputs, int64_t c
   at::Tensor matrix = at::empty({outputs, columns}, packed.options().dtype(at::kFloat));
   const uint8_t* source = packed.const_data_ptr<uint8_t>();
   float* target = matrix.mutable_data_ptr<float>();
-  for_range(panels_of(outputs), kPanelRows * columns * kWorkOfAByte, [&](int64_t first, int64_t last) {
+  for_range(panels_of(outputs), kPanelRows * columns * kCostPerByte, [&](int64_t first, int64_t last) {
     for (int64_t panel = first; panel < last; ++panel) {
       const uint8_t* at = source + panel * layout.panel_bytes();
       for (int64_t begin = 0; begin < layout.blocks; begin += layout.group) {
@@ -163,10 +163,10 @@ void multiply(const at::Tensor& x, const Matrices& matrices, const float* bias, 
   const Scalar* from = x.const_data_ptr<Scalar>();
   Scalar* to = out.mutable_data_ptr<Scalar>();
   RoundedRows rounded(rows, columns);
-  for_range(rows, columns * kWorkOfAByte, [&](int64_t begin, int64_t end) {
+  for_range(rows, columns * kCostPerByte, [&](int64_t begin, int64_t end) {
     round_rows(from, columns, begin, end, round, rounded);
   });
-  for_range(matrices.panels(), std::max(rows * columns * kPanelRows, bytes * kWorkOfAByte), [&](int64_t begin, int64_t end) {
+  for_range(matrices.panels(), std::max(rows * columns * kPanelRows, bytes * kCostPerByte), [&](int64_t begin, int64_t end) {
     std::vector<float> products(std::min(rows, kRowsAtOnce) * kPanelRows);
     for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
       const int64_t count = std::min(kRowsAtOnce, rows - first);
@@ -261,7 +261,7 @@ at::Tensor few_rows(const at::Tensor& x, at::TensorList weights, const std::opti
   Scalar* to = out.mutable_data_ptr<Scalar>();
   const RowProducts<Scalar> products;
   const auto bytes = static_cast<int64_t>(sizeof(Scalar)) * columns;
-  for_range(width, std::max(count * columns, bytes * kWorkOfAByte), [&](int64_t begin, int64_t end) {
+  for_range(width, std::max(count * columns, bytes * kCostPerByte), [&](int64_t begin, int64_t end) {
     std::vector<float> sums(count);
     int64_t left = 0;  // outputs of the matrices before this one
     for (const at::Tensor& weight : weights) {
@@ -293,54 +293,55 @@ at::Tensor multiply_by_pytorch(const at::Tensor& x, const at::Tensor& weight, co
   return by_one_dnn ? many_float32_rows(x, weight, bias) : at::linear(x, weight, bias);
 }
 
-// Some rows of x, times some outputs of one of several matrices, whose outputs stand side by side.
-struct Part {
+// A tile of a matrix multiplication: a range of rows of x times a range of outputs of one of several matrices, whose
+// outputs are adjacent in the result.
+struct Tile {
   const at::Tensor& weight;
-  int64_t first, count, column;  // rows of the weight, and the column of the result that the first of them makes
+  int64_t first, count, column;  // first row of the weight, number of rows, first column of the result
   int64_t first_row, rows;       // of x
 };
 
-// The parts of a product by so many threads. Small matrices stay whole, and all do for one thread.
-std::vector<Part> parts_of(int64_t rows, at::TensorList weights, int64_t width, int64_t threads) {
-  const int64_t wanted = kPartsOfAThread * threads;
-  const int64_t outputs_at_once = std::clamp((width / wanted + kLeastOutputs - 1) / kLeastOutputs * kLeastOutputs,
-                                             kLeastOutputs, kMostOutputs);
-  const int64_t row_parts = std::clamp<int64_t>(wanted * outputs_at_once / width, 1, std::max<int64_t>(1, rows / kLeastRows));
-  const int64_t rows_at_once = threads > 1 ? (rows + row_parts - 1) / row_parts : rows;
-  std::vector<Part> parts;
+// Splits a multiplication into tiles. Small matrices are not split, and with one thread no matrix is.
+std::vector<Tile> tiles_of(int64_t rows, at::TensorList weights, int64_t width, int64_t threads) {
+  const int64_t wanted = kTilesPerThread * threads;
+  const int64_t outputs_per_tile = std::clamp((width / wanted + kMinOutputs - 1) / kMinOutputs * kMinOutputs, kMinOutputs,
+                                              kMaxOutputs);
+  const int64_t row_tiles = std::clamp<int64_t>(wanted * outputs_per_tile / width, 1, std::max<int64_t>(1, rows / kMinRows));
+  const int64_t rows_per_tile = threads > 1 ? (rows + row_tiles - 1) / row_tiles : rows;
+  std::vector<Tile> tiles;
   int64_t column = 0;
   for (const at::Tensor& weight : weights) {
     const int64_t outputs = weight.size(0);
-    const int64_t some = threads > 1 && weight.nbytes() >= kWorthOneDnn ? outputs_at_once : outputs;
-    for (int64_t first = 0; first < outputs; first += some)
-      for (int64_t row = 0; row < rows; row += rows_at_once)
-        parts.push_back({weight, first, std::min(some, outputs - first), column + first, row,
-                         std::min(rows_at_once, rows - row)});
+    const int64_t step = threads > 1 && weight.nbytes() >= kWorthOneDnn ? outputs_per_tile : outputs;
+    for (int64_t first = 0; first < outputs; first += step)
+      for (int64_t row = 0; row < rows; row += rows_per_tile)
+        tiles.push_back({weight, first, std::min(step, outputs - first), column + first, row,
+                         std::min(rows_per_tile, rows - row)});
     column += outputs;
   }
-  return parts;
+  return tiles;
 }
 
-// Many rows by PyTorch's products, of which each runs on one of the engine's own threads.
+// Multiplies many rows with PyTorch's matmul, each tile on one of the engine's own threads.
 at::Tensor many_rows(const at::Tensor& x, at::TensorList weights, const std::optional<at::Tensor>& bias) {
   int64_t width = 0;
   for (const at::Tensor& weight : weights) width += weight.size(0);
-  const int64_t threads = threads_at_most(x.size(0) * x.size(1) * width / kWorkOfAThread);
-  const std::vector<Part> parts = parts_of(x.size(0), weights, width, threads);
-  const auto count = static_cast<int64_t>(parts.size());
-  const PyTorchInPieces by_pytorch;
+  const int64_t threads = threads_for(x.size(0) * x.size(1) * width / kCostPerThread);
+  const std::vector<Tile> tiles = tiles_of(x.size(0), weights, width, threads);
+  const auto count = static_cast<int64_t>(tiles.size());
+  const PyTorchInTasks by_pytorch;
   at::Tensor out = count == 1 ? at::Tensor() : at::empty({x.size(0), width}, x.options());
-  const auto multiply = [&](const Part& part) {
-    const auto shift = bias ? std::optional(bias->narrow(0, part.column, part.count)) : std::nullopt;
-    const bool by_one_dnn = x.scalar_type() == at::kFloat && part.weight.nbytes() >= kWorthOneDnn;
-    const at::Tensor product = multiply_by_pytorch(x.narrow(0, part.first_row, part.rows),
-                                                   part.weight.narrow(0, part.first, part.count), shift, by_one_dnn);
+  const auto multiply = [&](const Tile& tile) {
+    const auto shift = bias ? std::optional(bias->narrow(0, tile.column, tile.count)) : std::nullopt;
+    const bool by_one_dnn = x.scalar_type() == at::kFloat && tile.weight.nbytes() >= kWorthOneDnn;
+    const at::Tensor product = multiply_by_pytorch(x.narrow(0, tile.first_row, tile.rows),
+                                                   tile.weight.narrow(0, tile.first, tile.count), shift, by_one_dnn);
     if (count == 1) out = product;
-    else out.narrow(0, part.first_row, part.rows).narrow(1, part.column, part.count).copy_(product);
+    else out.narrow(0, tile.first_row, tile.rows).narrow(1, tile.column, tile.count).copy_(product);
   };
-  for_pieces(count, 1, threads, [&](int64_t first, int64_t last) {
+  for_chunks(count, 1, threads, [&](int64_t first, int64_t last) {
     by_pytorch([&] {
-      for (int64_t index = first; index < last; ++index) multiply(parts[index]);
+      for (int64_t index = first; index < last; ++index) multiply(tiles[index]);
     });
   });
   return out;
@@ -363,7 +364,7 @@ at::Tensor multiply_dense(const at::Tensor& x, at::TensorList weights, const std
   return many_rows(x, weights, bias);
 }
 
-// Keeps PyTorch's operations to the calling thread until it is called with false; returns whether they were before. The
+// Turns the restriction of PyTorch's operations to the calling thread on or off, and returns the previous state. The
 // engine's own loops keep their threads.
 bool keep_pytorch_serial(bool serial) {
   thread_local std::optional<SerialPyTorch> held;
@@ -430,7 +431,7 @@ at::Tensor attend_few(const at::Tensor& query, const at::Tensor& keys, const at:
   const Scalar *queries = query.const_data_ptr<Scalar>(), *all_keys = keys.const_data_ptr<Scalar>(),
                *all_values = values.const_data_ptr<Scalar>();
   Scalar* to = out.mutable_data_ptr<Scalar>();
-  for_range(heads, (held + count) * size * count * kWorkOfAScore, [&](int64_t begin, int64_t end) {
+  for_range(heads, (held + count) * size * count * kCostPerScore, [&](int64_t begin, int64_t end) {
     HeadAttention<Scalar> attend(held + count, size, scale);
     for (int64_t head = begin; head < end; ++head)
       for (int64_t row = 0; row < count; ++row) {
@@ -457,16 +458,16 @@ at::Tensor attend_many(const at::Tensor& query, const at::Tensor& keys, const at
                    all_values = values.narrow(1, 0, length).unsqueeze(0);  // [1, heads, positions, size]
   const int64_t heads = query.size(1), group = heads / keys.size(0);
   at::Tensor out = at::empty({count, heads, query.size(2)}, query.options());
-  const PyTorchInPieces by_pytorch;
+  const PyTorchInTasks by_pytorch;
   const auto attend = [&](int64_t first, int64_t last) {
-    const int64_t some = last - first, kv = first / group, kv_some = (last - 1) / group + 1 - kv;
+    const int64_t query_heads = last - first, kv = first / group, kv_heads = (last - 1) / group + 1 - kv;
     const at::Tensor context = at::scaled_dot_product_attention(
-        queries.narrow(1, first, some), all_keys.narrow(1, kv, kv_some), all_values.narrow(1, kv, kv_some), mask, 0.0,
-        !mask.has_value(), scale, some != kv_some);
-    out.narrow(1, first, some).copy_(context.squeeze(0).transpose(0, 1));
+        queries.narrow(1, first, query_heads), all_keys.narrow(1, kv, kv_heads), all_values.narrow(1, kv, kv_heads), mask,
+        0.0, !mask.has_value(), scale, query_heads != kv_heads);
+    out.narrow(1, first, query_heads).copy_(context.squeeze(0).transpose(0, 1));
   };
-  const int64_t threads = threads_at_most(heads * count * length * query.size(2) * kWorkOfABlockedScore / kWorkOfAThread);
-  for_pieces(heads, threads > 1 ? 1 : heads, threads,
+  const int64_t threads = threads_for(heads * count * length * query.size(2) * kCostPerBlockedScore / kCostPerThread);
+  for_chunks(heads, threads > 1 ? 1 : heads, threads,
              [&](int64_t first, int64_t last) { by_pytorch([&] { attend(first, last); }); });
   return out.view({count, -1});
 }
@@ -526,7 +527,7 @@ at::Tensor attend_each(const at::Tensor& query, const at::Tensor& key, const at:
   at::Tensor out = at::empty({count, heads * size}, query.options());
   const Scalar* queries = query.const_data_ptr<Scalar>();
   Scalar* to = out.mutable_data_ptr<Scalar>();
-  for_range(count * heads, all / count * size * kWorkOfAScore, [&](int64_t begin, int64_t end) {
+  for_range(count * heads, all / count * size * kCostPerScore, [&](int64_t begin, int64_t end) {
     HeadAttention<Scalar> attend(longest, size, scale);
     for (int64_t at = begin; at < end; ++at) {
       const int64_t row = at / heads, head = at % heads, last = held[row] + 1;
@@ -580,7 +581,7 @@ void normalise(const at::Tensor& x, const at::Tensor& weight, float eps, at::Ten
   const int64_t columns = x.size(1);
   const Scalar *from = x.const_data_ptr<Scalar>(), *factors = weight.const_data_ptr<Scalar>();
   Scalar* to = out.mutable_data_ptr<Scalar>();
-  for_range(x.size(0), columns * kWorkOfAByte, [&](int64_t begin, int64_t end) {
+  for_range(x.size(0), columns * kCostPerByte, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       normalise_row(from + row * columns, factors, columns, eps, to + row * columns);
   });
@@ -611,7 +612,7 @@ void unpack_format(const at::Tensor& blocks, at::Tensor& out) {
   const uint8_t* from = blocks.const_data_ptr<uint8_t>();
   const Instructions instructions = instructions_in_use;
   const auto run = [&](auto* to) {
-    for_range(count, Format::kElements * kWorkOfAByte, [&](int64_t begin, int64_t end) {
+    for_range(count, Format::kElements * kCostPerByte, [&](int64_t begin, int64_t end) {
       unpack_blocks<Format>(from + begin * Format::kBytes, end - begin, to + begin * Format::kElements, instructions);
     });
   };
@@ -645,7 +646,7 @@ void take_apart(const at::Tensor& blocks, at::Tensor& values, at::Tensor& scales
   uint8_t* to = values.mutable_data_ptr<uint8_t>();
   at::Half* factors = scales.mutable_data_ptr<at::Half>();
   at::Half* middles = centres ? centres->mutable_data_ptr<at::Half>() : nullptr;
-  for_range(count, Format::kBytes * kWorkOfAByte, [&](int64_t begin, int64_t end) {
+  for_range(count, Format::kBytes * kCostPerByte, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block)
       Format::take(from + block * Format::kBytes, to + block * Format::kValueBytes, factors + block * Format::kGroups,
                    Format::kCentres ? middles + block * Format::kGroups : nullptr);

@@ -106,7 +106,7 @@ struct Groups : Job {
 };
 
 int64_t threads_of(const DecoderModel& model, int64_t rows) {
-  return rows == 1 ? model.threads() : threads_at_most(model.weights_ * rows / kProductsOfAThread);
+  return rows == 1 ? model.threads() : threads_for(model.weights_ * rows / kProductsOfAThread);
 }
 
 // In how many groups the rows are taken; one group is for all threads together.

@@ -1,4 +1,4 @@
-"""PyTorch's operations on one thread, where the kernels are not built and a model is small."""
+"""Run PyTorch's operations on one thread if the kernels are not built and the model is small."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from torch import nn
 
 from torchchat_core.kernels.build import openmp_of_torch
 
-SMALL_BYTES = 8 << 20  # of weights: an operation on them takes no longer than a busy machine's threads take to meet
+SMALL_BYTES = 8 << 20  # weights whose operations take no longer than synchronizing threads on a busy machine
 
 
 def is_small(module: nn.Module) -> bool:
-    """Return True if a second thread gains less for the operations of `module` than it may cost."""
+    """Return True if a second thread may cost more than it gains for the operations of `module`."""
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())) <= SMALL_BYTES
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run PyTorch's CPU operations on the calling thread alone; other threads of the process keep their number.
+    """Run PyTorch's CPU operations only on the calling thread in the block. Other calling threads are not affected.
 
-    Does nothing where the OpenMP library of PyTorch is not found.
+    Does nothing if PyTorch's OpenMP library is not found.
     """
     openmp, mkl = _openmp(), _mkl()
     if openmp is None:
         yield
         return
-    before = torch.get_num_threads()  # which also lets PyTorch initialize the number of this thread
+    before = torch.get_num_threads()  # also makes PyTorch initialize this thread's number
     openmp.omp_set_num_threads(1)
     mkl_before = mkl.MKL_Set_Num_Threads_Local(1) if mkl is not None else 0
     try:

@@ -21,8 +21,8 @@ COLUMNS = ("executor", "recipe", "runs on", "decode t/s", "prefill t/s", "TTFT",
 NAMES = COLUMNS[:3]
 NARROW = (("decode t/s", "prefill t/s", "TTFT", "reads", "share"), ("load", "compile", "memory", "per token"))
 NAME_WIDTH = 30
-LEGEND = "per token: weights that a token reads; reads: that times the decoding speed; share: of what the memory " \
-         "gives, or \"in cache\" if the weights are read faster than that"
+LEGEND = "per token: weights read per token; reads: that times the decoding speed; share: of the memory bandwidth, " \
+         "or \"in cache\" if the weights are read faster than that"
 
 
 def table_lines(model: str, rows: Sequence[Row], failed: Sequence[Failed], width: int = WIDTH) -> Iterator[str]:

@@ -156,7 +156,7 @@ class Wish:
     limit: float | None = None  # documents of each task; below 1 a share of them
     shots: int | None = None  # examples before each question; None: as the task says
     include: Path | None = None  # folder of tasks of one's own
-    data: Path | None = None  # file whose documents take the place of the task's data set; with one task alone
+    data: Path | None = None  # file with documents that replace the task's data set; for a single task
     seed: int | None = None  # of examples, of documents that are drawn, and of answers; None: lm-eval's own
 
     @property
@@ -204,7 +204,7 @@ def evaluate(opened: OpenedModel, wish: Wish, manager: TaskManager, recipe: str 
         raise
     except Exception as error:
         if documents is not None:
-            raise TorchchatError(f"the task {', '.join(wish.tasks)} cannot be done with the documents in {wish.data}: "
+            raise TorchchatError(f"the task {', '.join(wish.tasks)} failed with the documents in {wish.data}: "
                                  f"{type(error).__name__}: {str(error).strip():.200}", FIX) from error
         if not _is_about_data(error):
             raise
@@ -213,10 +213,10 @@ def evaluate(opened: OpenedModel, wish: Wish, manager: TaskManager, recipe: str 
         if not any(isinstance(each, ConnectionError) for each in _chain(error)):
             raise TorchchatError(f"the data of {', '.join(wish.tasks)} cannot be read: {first:.200}",
                                  "see what the task's dataset_path and dataset_kwargs say") from error
-        offline = f"; there is no network ({fault}), and it is not kept here" if fault is not None else ""
-        raise TorchchatError(f"the data of {', '.join(wish.tasks)} cannot be had: {first:.200}{offline}",
-                             "connect to the network once, after which it is kept; or give a file of documents with "
-                             "--data, a task of your own with --include-path, or use torchchat perplexity") from error
+        offline = f"; there is no network ({fault}), and the data is not cached here" if fault is not None else ""
+        raise TorchchatError(f"the data of {', '.join(wish.tasks)} is not available: {first:.200}{offline}",
+                             "connect to the network once to download it, or use --data with a file of documents, "
+                             "--include-path with a task of your own, or torchchat perplexity") from error
     if found is None:
         raise TorchchatError("lm-eval gave no results")
     ours = {"model": opened.name, "executor": opened.executor.name, "device": opened.model.device,
@@ -242,8 +242,10 @@ def quiet(names: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def without_git() -> Iterator[None]:
-    """Within it, lm-eval does not ask git for the commit of the current folder, which is not the model's or its own:
-    outside of a repository, git prints "fatal: not a git repository"."""
+    """Keep lm-eval from asking git for the commit of the current folder in the block.
+
+    The commit is meaningless here, and outside a repository git prints "fatal: not a git repository".
+    """
     before = lm_eval.evaluator.get_git_commit_hash
     lm_eval.evaluator.get_git_commit_hash = lambda: None
     try:

@@ -13,8 +13,8 @@ from torchchat_core.specs import Tokenizer
 OWN_TEXT = Path(__file__).resolve().parent.parent / "data" / "texts" / "lighthouse.txt"
 DOCUMENT_END = "<|endoftext|>"  # how collections such as TinyStories separate their documents; no part of the text
 CHARACTERS = 8000
-OWN_NOTE = "torchchat's own text was written for it: only differences between models and recipes count; --file TEXT " \
-           "measures on a text of your own"
+OWN_NOTE = "torchchat's own text was written for this purpose, so only differences between models and recipes are " \
+           "meaningful; --file TEXT measures on a text of your own"
 WINDOW = 256  # tokens
 
 
@@ -26,11 +26,11 @@ class MeasuredText:
     content: str  # without separators of documents
     read: int  # characters, with them
     whole: int  # characters of the text that it is the beginning of
-    is_own: bool = False  # the text that comes with torchchat
+    is_own: bool = False  # True for the text that comes with torchchat
 
     @property
     def note(self) -> str | None:
-        """Return what figures on the text say, if it comes with torchchat; None for a text of the user's."""
+        """A note on how to read results on torchchat's own text; None for the user's text."""
         return OWN_NOTE if self.is_own else None
 
     @property
@@ -41,8 +41,8 @@ class MeasuredText:
 
 
 def measured_text(path: Path | None = None, characters: int = CHARACTERS) -> MeasuredText:
-    """Return the first `characters` of a UTF-8 file, or of the text that comes with torchchat, without separators of
-    documents. Line ends of Windows become line feeds.
+    """Return the first `characters` of a UTF-8 file, or of the text that comes with torchchat, without document
+    separators. Windows line endings become line feeds.
 
     Raises `TorchchatError` for a file that cannot be read, is no UTF-8, or too short to say anything.
     """

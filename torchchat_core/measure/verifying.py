@@ -36,7 +36,7 @@ CONVERSATIONS: Sequence[Sequence[Mapping[str, Any]]] = (
     ({"role": "system", "content": "Be brief."}, USER, ASSISTANT, USER))
 
 
-Prompts = tuple[tuple[int, ...] | None, ...]  # ids of each
+Prompts = tuple[tuple[int, ...] | None, ...]  # token ids of each prompt; None if the template rejects it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Verification:
     text: MeasuredText
     window: int  # tokens
     same_tokens: bool  # whether both tokenizers make the same tokens of the text
-    same_prompts: bool  # whether both make the same tokens of prompts: BOS and text, and conversations
+    same_prompts: bool  # both encode plain text with BOS and chat prompts to the same tokens
     agreement: Agreement
     limits: Limits
     candidates: tuple[str, str] | None  # texts of the tokens where greedy continuations part first
@@ -78,7 +78,7 @@ class Verification:
         """Why they disagree, one sentence each; none where they agree."""
         tokens = () if self.same_tokens else ("their tokenizers make different tokens of the text",)
         if self.same_tokens and not self.same_prompts:
-            tokens = ("they make different tokens of prompts, of a conversation or of plain text",)
+            tokens = ("they encode chat prompts or plain text differently",)
         return (*tokens, *objections(self.agreement, self.limits))
 
     @property
@@ -106,19 +106,19 @@ def verify(first: ModelRequest, second: ModelRequest, registry: Registry, text: 
 
 
 def _check(first: ModelRequest, second: ModelRequest, registry: Registry) -> None:
-    """Raise `TorchchatError` for what can be told before the first model is run, which may take minutes."""
+    """Raise `TorchchatError` for errors that can be found before the models run, which may take minutes."""
     if second.executor != "auto":
         registry.find(ExecutorInfo, second.executor)
     if second.quantize is not None:
         parse_recipe(second.quantize, registry)
     (one, expected), (other, found) = (_vocabulary(request, registry) for request in (first, second))
     if found != expected:
-        raise TorchchatError(f"{other} has a vocabulary of {found} tokens, {one} one of {expected}",
+        raise TorchchatError(f"the vocabularies differ: {one} has {expected} tokens, {other} has {found}",
                              "compare two ways to run the same model")
 
 
 def _vocabulary(request: ModelRequest, registry: Registry) -> tuple[str, int]:
-    """Return what the model is called, and how many tokens it knows; no weights are read."""
+    """Return the model's name and vocabulary size, without reading its weights."""
     files = fetch_files(request, registry)
     exported = exported_file(files)
     config = open_artifact(exported).manifest.config if exported is not None else \
@@ -176,7 +176,7 @@ def _recording(request: ModelRequest, registry: Registry, text: MeasuredText, wi
 
 
 def _prompts(text_format: TextFormat) -> Prompts:
-    """Return the ids of plain text, and of conversations; None for one that the template refuses."""
+    """Return the ids of plain text and of chat prompts; None for a conversation that the template rejects."""
     def ids(messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...] | None:
         try:
             text, encode = render(text_format, [dict(message) for message in messages],

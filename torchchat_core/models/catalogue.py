@@ -8,8 +8,7 @@ from pathlib import Path
 from torchchat_core.small_files import read_json
 from torchchat_core.specs import CatalogueEntry
 
-# The model that help, hints and documents name: an instruct model that anyone may download, that runs on any machine,
-# and whose matrices all recipes can quantize.
+# The example in help, hints and documentation: a small, ungated instruct model that all recipes can quantize.
 STARTING_MODEL = "qwen3-0.6b"
 CATALOGUE = Path(__file__).with_name("catalog.json")
 

@@ -13,8 +13,8 @@ from torchchat_core.errors import TorchchatError, quoted
 MAXIMUM_LAYERS = 1024
 MAXIMUM_SIZE = 1 << 22  # of any dimension: larger ones are a damaged or hostile file
 OTHER_MODEL = "choose a model of one of these architectures: torchchat list"
-MOST_ROTATIONS = 1e9  # within a context, of YaRN's beta_fast and beta_slow
-STRETCHING = ("linear", "dynamic", "yarn")  # kinds of rope scaling whose factor multiplies the context
+MAX_ROTATIONS = 1e9  # bound on YaRN's beta_fast and beta_slow, in rotations within a context
+EXTENDING = ("linear", "dynamic", "yarn")  # kinds of rope scaling whose factor multiplies the context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         for name in ("factor", "low_frequency_factor", "high_frequency_factor", "beta_fast", "beta_slow"):
-            _check_positive(name, getattr(self, name), MOST_ROTATIONS if name.startswith("beta") else None)
+            _check_positive(name, getattr(self, name), MAX_ROTATIONS if name.startswith("beta") else None)
         if self.original_context is not None:
             _check_size("original_max_position_embeddings", self.original_context, MAXIMUM_SIZE, minimum=2)
         if self.low_frequency_factor == self.high_frequency_factor:
@@ -102,7 +102,7 @@ class ModelConfig:
         scaling = self.rope_scaling
         if scaling is not None and scaling.kind == "dynamic" and (scaling.original_context is None
                                                                   or self.head_dim <= 2):
-            raise TorchchatError("dynamic NTK scaling needs the original context, and a head_dim of more than 2")
+            raise TorchchatError("dynamic NTK scaling needs the original context and a head_dim greater than 2")
         if self.rope_theta == 1.0:
             raise TorchchatError("rope_theta is 1.0; all positions would be the same")
         for name in ("hidden_size", "intermediate_size", "num_heads"):
@@ -145,7 +145,7 @@ def config_from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
     adapt = ARCHITECTURES[model_type]
     activation = raw.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise TorchchatError(f"hidden_act is {quoted(activation)}; torchchat's transformer has silu alone")
+        raise TorchchatError(f"hidden_act is {quoted(activation)}; torchchat's transformer supports only silu")
     heads = _required(raw, "num_attention_heads")
     hidden = _required(raw, "hidden_size")
     if not raw.get("head_dim") and heads and hidden % heads:
@@ -161,7 +161,7 @@ def config_from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
         "num_heads": heads,
         "num_kv_heads": raw.get("num_key_value_heads") or heads,
         "head_dim": raw.get("head_dim") or hidden // max(heads, 1),
-        "max_context": stretched_context(_required(raw, "max_position_embeddings"), scaling),
+        "max_context": extended_context(_required(raw, "max_position_embeddings"), scaling),
         "norm_eps": _number(raw, "rms_norm_eps", 1e-6),
         "rope_theta": _number(_rope_fields(raw), "rope_theta", 10000.0),
         "rope_scaling": scaling,
@@ -171,7 +171,7 @@ def config_from_hugging_face(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def refuse_unknown_architecture(raw: Mapping[str, Any]) -> None:
-    """Raises `TorchchatError`, which names the model_type, for a config.json of an architecture not in the list."""
+    """Raise a `TorchchatError` that names the model_type if config.json has an unsupported architecture."""
     model_type = raw.get("model_type")
     if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return
@@ -182,13 +182,13 @@ def refuse_unknown_architecture(raw: Mapping[str, Any]) -> None:
                          OTHER_MODEL)
 
 
-def stretched_context(positions: int, scaling: RopeScaling | None) -> int:
-    """Return how many positions a model takes whose config states `positions`, as vLLM computes it.
+def extended_context(positions: int, scaling: RopeScaling | None) -> int:
+    """Return the maximum context of a model whose config states `positions`, as vLLM computes it.
 
-    YaRN, linear and dynamic scaling take the model to `factor` times the context that it was trained with, even if the
-    config was not changed beyond adding the scaling. A larger stated number of positions is kept.
+    YaRN, linear and dynamic scaling extend the context to `factor` times the original one, even if the config states
+    only the scaling. A larger stated number of positions is kept.
     """
-    if scaling is None or scaling.kind not in STRETCHING:
+    if scaling is None or scaling.kind not in EXTENDING:
         return positions
     return max(positions, int(min(scaling.factor * (scaling.original_context or positions), MAXIMUM_SIZE)))
 
@@ -265,8 +265,8 @@ def _rope_scaling(raw: Mapping[str, Any]) -> RopeScaling | None:
         return RopeScaling(kind=kind, factor=_number(fields, "factor"), original_context=original or context)
     if kind == "dynamic":
         if fields.get("alpha") is not None:
-            raise TorchchatError(f"rope scaling 'dynamic' has alpha {quoted(fields['alpha'])}, which torchchat does "
-                                 "not have; it has factor alone")
+            raise TorchchatError(f"rope scaling 'dynamic' has alpha {quoted(fields['alpha'])}; torchchat supports only "
+                                 "factor")
         return RopeScaling(kind=kind, factor=_number(fields, "factor"), original_context=context)
     if kind == "llama3":
         return RopeScaling(
@@ -316,7 +316,7 @@ def _boolean(raw: Mapping[str, Any], name: str, default: bool = False) -> bool:
 def _number(raw: Mapping[str, Any], name: str, default: float | None = None) -> float:
     value = raw.get(name, default)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        with suppress(OverflowError):  # of a whole number with hundreds of digits
+        with suppress(OverflowError):  # raised for an integer with hundreds of digits
             if math.isfinite(number := float(value)):
                 return number
     raise TorchchatError(f"{name} is {quoted(value)} in the config; it has to be a number")

@@ -79,7 +79,7 @@ def _written(config: ModelConfig, architecture: str) -> dict[str, Any]:
 
 
 def _stated_context(config: ModelConfig) -> int:
-    """The original context where Hugging Face's formula takes it from `max_position_embeddings`."""
+    """Return `max_position_embeddings`: with dynamic scaling, the original context, as Hugging Face defines it."""
     scaling = config.rope_scaling
     original = scaling.original_context if scaling is not None and scaling.kind == "dynamic" else None
     return original or config.max_context

@@ -15,9 +15,9 @@ from torchchat_core.models.config import ModelConfig, RopeScaling
 class RotaryEmbedding(nn.Module):
     """Angles for positions, in a layout that `apply_rotary` multiplies in.
 
-    Two kinds of scaling have other frequencies beyond the original context. With longrope the choice is made once for a
-    sequence, by the length that it may reach, so that all its keys agree. With dynamic NTK scaling the frequencies
-    follow the length of the sequence at each step, as in transformers. `extension` says which are due.
+    Two kinds of scaling use different frequencies beyond the original context. With longrope, the maximum length of a
+    sequence selects them once, so that all its keys agree. With dynamic NTK scaling, the frequencies depend on the
+    length of the sequence at each step, as in transformers. `extension` selects the frequencies.
     """
 
     short: Tensor  # [head_dim / 2], radians per position, float32
@@ -41,20 +41,20 @@ class RotaryEmbedding(nn.Module):
         return self
 
     def extends(self, length: int) -> bool:
-        """Return True if a sequence that may reach `length` positions takes the frequencies for long ones.
+        """Return True if a sequence that may reach `length` positions uses the frequencies for long sequences.
 
-        For runtimes whose frequencies do not change while a sequence grows. Raises `TorchchatError` if they do.
+        For runtimes whose frequencies do not change while a sequence grows. Raises `TorchchatError` if the model's do.
         """
         if self.dynamic is not None and length > self.dynamic.original_context:
             context = self.dynamic.original_context
-            raise beyond_dynamic(context, "this runtime does not do",
+            raise beyond_dynamic(context, "this runtime does not support",
                                  f"--executor eager, or --max-seq-length {context}")
         return self.original_context is not None and length > self.original_context
 
     def extension(self, limit: int, length: int) -> int:
-        """Return what `forward` takes as `extended` for a step after which a sequence has `length` positions.
+        """Return the argument `extended` of `forward` for a step after which a sequence has `length` positions.
 
-        `limit` is the length that the sequence may reach. 0 means the frequencies of the original context.
+        `limit` is the length that the sequence may reach. 0 selects the frequencies of the original context.
         """
         if self.dynamic is not None:
             return length if length > self.dynamic.original_context else 0
@@ -63,7 +63,7 @@ class RotaryEmbedding(nn.Module):
     def forward(self, positions: Tensor, extended: int | Tensor = 0) -> tuple[Tensor, Tensor]:
         """positions [n] -> cos, signed sin, each [n, 1, head_dim] float32.
 
-        `extended` is that of `extension`; with dynamic scaling it may be int64 [n], one length for each position.
+        `extended` comes from `extension`. With dynamic scaling it may be int64 [n], one length for each position.
         """
         if self.dynamic is not None and not (isinstance(extended, int) and extended == 0):
             frequencies = self.dynamic(torch.as_tensor(extended, device=positions.device))
@@ -79,9 +79,9 @@ class RotaryEmbedding(nn.Module):
 
 
 class DynamicFrequencies:
-    """Dynamic NTK scaling: beyond the original context the base grows with the length of the sequence.
+    """Dynamic NTK scaling: beyond the original context, the base grows with the length of the sequence.
 
-    The formula is that of transformers (modeling_rope_utils.py, `_compute_dynamic_ntk_parameters`).
+    The formula comes from transformers (modeling_rope_utils.py, `_compute_dynamic_ntk_parameters`).
     """
 
     def __init__(self, config: ModelConfig, scaling: RopeScaling) -> None:
@@ -89,7 +89,7 @@ class DynamicFrequencies:
         self._theta, self._factor, self._head_dim = config.rope_theta, scaling.factor, config.head_dim
 
     def __call__(self, lengths: Tensor) -> Tensor:
-        """lengths [] or [n], of sequences -> radians per position, float32 [head_dim / 2] or [n, head_dim / 2]."""
+        """sequence lengths [] or [n] -> radians per position, float32 [head_dim / 2] or [n, head_dim / 2]."""
         ratio = lengths.double().clamp(min=self.original_context) / self.original_context
         grown = (self._factor * ratio - (self._factor - 1)) ** (self._head_dim / (self._head_dim - 2))
         exponents = torch.arange(0, self._head_dim, 2, dtype=torch.float32, device=lengths.device) / self._head_dim
@@ -98,7 +98,7 @@ class DynamicFrequencies:
 
 
 def beyond_dynamic(original_context: int, what: str, fix: str) -> TorchchatError:
-    """The error for a runtime without frequencies that change with the length of the sequence."""
+    """Return the error for a runtime whose frequencies cannot change with the length of the sequence."""
     return TorchchatError(f"the model's rope scaling 'dynamic' changes its frequencies beyond {original_context} "
                           f"positions, which {what}", fix)
 

@@ -31,8 +31,10 @@ HEAD = "lm_head"
 def calibrate_layers(model: Transformer, scheme: str, form: WeightFormat, calibration: Calibration,
                      refusal: Refusal = lambda *_: None, negative_scales: bool = True, whole_groups: bool = False
                      ) -> QuantReport:
-    """Replaces every linear layer by one with weights in `form`, chosen by GPTQ; `refusal` says why not, and
-    `whole_groups` is as for `quantise_layers`."""
+    """Replace every linear layer by one with weights in `form`, chosen by GPTQ.
+
+    `refusal` returns why a layer is left alone; `whole_groups` is as for `quantise_layers`.
+    """
     linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     fitted = {name: fit_groups(form, layer.in_features, whole_groups) for name, layer in linear.items()}
     reasons = {name: reason_to_leave(layer, refusal) or (fitted[name][1] if fitted[name][0] is None else None)

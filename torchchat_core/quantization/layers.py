@@ -41,7 +41,7 @@ class WeightFormat:
             raise TorchchatError(f"the group size is {quoted(size)}; it has to be a multiple of {GROUP_STEP}, "
                                  "or none for one scale a row")
         if not isinstance(self.asymmetric, bool) or self.activations not in ("float", "int8"):
-            raise TorchchatError(f"{quoted(asdict(self))} is no format of quantised weights")
+            raise TorchchatError(f"{quoted(asdict(self))} is not a format of quantized weights")
 
     @property
     def middle(self) -> int:
@@ -225,7 +225,7 @@ def format_from_json(content: Any) -> WeightFormat:
     """A `WeightFormat` from what `dataclasses.asdict` made of one. Raises `TorchchatError` for anything else."""
     names = ("bits", "group_size", "asymmetric", "activations")
     if not isinstance(content, dict) or content.keys() != set(names):
-        raise TorchchatError(f"{quoted(content)} is no format of quantised weights; it has {', '.join(names)}")
+        raise TorchchatError(f"{quoted(content)} is not a format of quantized weights; expected {', '.join(names)}")
     if isinstance(content["bits"], bool) or isinstance(content["group_size"], bool):
-        raise TorchchatError(f"{quoted(content)} is no format of quantised weights")
+        raise TorchchatError(f"{quoted(content)} is not a format of quantized weights")
     return WeightFormat(**content)

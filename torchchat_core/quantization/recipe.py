@@ -34,7 +34,7 @@ from torchchat_core.quantization.selection import (
     layers_of_sections,
     only,
 )
-from torchchat_core.run_options import OTHER_DTYPE_NAMES
+from torchchat_core.run_options import DTYPE_SYNONYMS
 from torchchat_core.small_files import expanded, is_file, read_json
 from torchchat_core.specs import Calibration, LayerReport, QuantizerInfo, QuantReport
 
@@ -88,7 +88,7 @@ class RecipeReport:
     layers: tuple[LayerReport, ...]
     bytes_before: int  # of all weights; those that layers share count once
     bytes_after: int
-    bytes_in_files: int | None = None  # of all weights in the dtype of the checkpoint; None: not known
+    bytes_in_files: int | None = None  # of all weights in the dtype of the checkpoint; None if unknown
 
     @property
     def done(self) -> tuple[LayerReport, ...]:
@@ -227,7 +227,7 @@ def _content(text: str, registry: Registry) -> Mapping[str, Any]:
 
 def _other_name(text: str) -> str | None:
     """Return the scheme for what other tools call a quantization, such as "q4_0"; None for any other text."""
-    meant = OTHER_DTYPE_NAMES.get(text.lower(), "")
+    meant = DTYPE_SYNONYMS.get(text.lower(), "")
     return f"--quantize {meant}" if ":" in meant else None
 
 

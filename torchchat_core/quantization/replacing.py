@@ -31,8 +31,8 @@ def quantise_layers(model: nn.Module, scheme: str, form: WeightFormat, refusal: 
                     ) -> QuantReport:
     """Replaces every layer of the scheme's kind by one with weights in `form`, unless `refusal` says why not.
 
-    A weight that another layer shares stays with that one as it is. With `whole_groups`, a layer whose columns are not
-    a multiple of the group size gets the largest smaller one that divides them, and is left alone if none does.
+    A weight that another layer shares stays unchanged in that layer. With `whole_groups`, a layer whose columns are not
+    a multiple of the group size gets the largest smaller group size that divides them, and is left alone if none does.
     """
     kind = KINDS[scheme.partition(":")[0]]
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kind)]
@@ -70,8 +70,7 @@ def left_alone(name: str, layer: nn.Module, reason: str) -> LayerReport:
 
 def replace_layer(model: nn.Module, name: str, scheme: str, weights: IntegerWeights, note: str | None = None
                   ) -> LayerReport:
-    """Puts `weights` in the place of those of a linear or embedding layer; a bias stays as it is. The report has the
-    `note` as its reason."""
+    """Replace a linear or embedding layer by one with `weights`; a bias is kept. `note` is the reason in the report."""
     layer = model.get_submodule(name)
     smaller = QuantizedEmbedding(weights, _weight(layer).dtype) if isinstance(layer, nn.Embedding) \
         else QuantizedLinear(weights, layer.get_parameter("bias") if layer.bias is not None else None)
@@ -97,10 +96,10 @@ def token_bytes(model: Transformer) -> int:
 
 
 def fit_groups(form: WeightFormat, columns: int, whole_groups: bool) -> tuple[WeightFormat | None, str | None]:
-    """Return the format for rows of so many columns, and what is to be said of it.
+    """Return the format for rows with `columns` columns, and a note if it differs from `form`.
 
-    With `whole_groups`, the group size is the largest one of at most that of `form` that divides the columns; None for
-    the format if none does.
+    With `whole_groups`, the group size is the largest one that divides `columns` and is at most that of `form`. If none
+    does, the format is None and the note says why.
     """
     size = form.group_size
     if not whole_groups or size is None or columns % size == 0:

@@ -19,7 +19,7 @@ from tc_gguf.file import DAMAGED, GgufFile
 from tc_gguf.tensors import Unpacker
 from tc_gguf.values import shown
 from torchchat_core.errors import TorchchatError, quoted
-from torchchat_core.models.config import ModelConfig, RopeScaling, stretched_context
+from torchchat_core.models.config import ModelConfig, RopeScaling, extended_context
 
 log = logging.getLogger(__name__)
 Fields = TypeVar("Fields", ModelConfig, RopeScaling)
@@ -87,7 +87,7 @@ def config_of(file: GgufFile) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=_for_all_layers(file, f"{key}.attention.head_count_kv", layers, heads),
         head_dim=head_dim,
-        max_context=stretched_context(file.integer(f"{key}.context_length"), scaling),
+        max_context=extended_context(file.integer(f"{key}.context_length"), scaling),
         norm_eps=file.number(f"{key}.attention.layer_norm_rms_epsilon"),
         rope_theta=_rope_theta(file, key),
         rope_scaling=scaling,
