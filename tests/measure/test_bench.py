@@ -232,10 +232,10 @@ def torchchat_executors():
     assert "you tried to allocate" in found["failed"][1]["reason"]
 
 
-def test_what_was_asked_for_by_name_and_fails_gives_status_1(torchchat: Run) -> None:
+def test_an_executor_that_is_not_installed_is_a_usage_error(torchchat: Run) -> None:
     done = torchchat("bench", "--executor", "nope", *FEW)
-    assert done.code == 1
-    assert "not measured: nope: there is no executor 'nope'" in done.out
+    assert done.code == 2
+    assert "--executor: there is no executor 'nope'" in done.err
     assert torchchat("bench", "--json", "--csv").code == 2
     assert "no folder" in torchchat("bench", "--plot", "/no/such/folder/a.png").err
 
