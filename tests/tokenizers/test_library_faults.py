@@ -91,6 +91,13 @@ def test_a_file_whose_replacements_fill_the_memory_is_refused(write: Callable[..
     assert str(path) in caught.value.message
 
 
+def test_a_table_that_says_it_is_larger_than_it_is_is_refused(write: Callable[..., Path]) -> None:
+    path = write(normalizer={"type": "Precompiled", "precompiled_charsmap": "/" * 800})  # 4 GiB
+    with pytest.raises(TorchchatError, match="shorter than it says") as caught:
+        HuggingFaceReader().read(path, {})
+    assert str(path) in caught.value.message
+
+
 def test_a_step_of_a_wrong_type_is_no_crash(write: Callable[..., Path]) -> None:
     path = write(normalizer={"type": "Sequence", "normalizers": [{"type": {"type": "x"}, "prepend": "a"}]})
     with contextlib.suppress(TorchchatError):  # the library may take it for what its fields say

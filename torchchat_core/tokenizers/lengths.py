@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -48,10 +49,13 @@ def longest_token(content: Mapping[str, Any], pieces: Collection[str], alphabet:
 
 def check_growth(content: Mapping[str, Any], place: str) -> None:
     """Raise `TokenizerError` if the normalizer or the decoder of a tokenizer.json can fill the memory: one replaces a
-    character by a long text, or many double it. `place` names the file."""
+    character by a long text, many double it, or a table says that it is longer than it is. `place` names the file."""
     for name, steps in (("normalizer", "normalizers"), ("decoder", "decoders")):
         growth = 1.0
         for step in _steps(content.get(name), steps):
+            if _overstates_its_table(step):
+                raise TokenizerError(f"the precompiled_charsmap in {place} is shorter than it says",
+                                     "the file may be damaged: download or copy the model again")
             growth *= _growth(step)
             if growth > LARGEST_GROWTH:
                 raise TokenizerError(f"the {name} in {place} can make a text more than {LARGEST_GROWTH} times as long",
@@ -64,6 +68,19 @@ def _growth(step: Mapping[str, Any]) -> float:
     replaced = pattern.get("String") if isinstance(pattern, Mapping) else None
     by_content = inserted / len(replaced) if isinstance(replaced, str) and replaced else inserted + 1
     return max(1.0, by_content) * (1 + len(str(step.get("prepend", ""))))
+
+
+def _overstates_its_table(step: Mapping[str, Any]) -> bool:
+    """Return True if a table in base64, which begins with its size in bytes, is smaller than that: the library asks for
+    that much memory, and ends the process where there is none."""
+    table = step.get("precompiled_charsmap")
+    if not isinstance(table, str):
+        return False
+    try:
+        size = int.from_bytes(base64.b64decode(table[:8])[:4], "little")
+    except ValueError:  # the library says so
+        return False
+    return size > len(table) * 3 // 4
 
 
 def _steps(part: Any, name: str) -> Iterator[Mapping[str, Any]]:
