@@ -38,7 +38,7 @@ def test_a_flag_precedes_the_environment_which_precedes_the_file(key: str, own: 
 
 def test_a_checkpoint_that_was_named_is_not_overruled_by_a_default_model(config: Path) -> None:
     config.write_text('model = "of-file"\n')
-    assert model_request({**NO_FLAGS, "checkpoint_path": "x.pt"}).model is None
+    assert model_request({**NO_FLAGS, "checkpoint_path": str(config)}).model is None  # any file that exists
 
 
 def test_the_place_of_the_file_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

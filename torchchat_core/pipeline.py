@@ -29,7 +29,7 @@ from torchchat_core.quantization.recipe import Recipe, RecipeReport, RecipeText,
 from torchchat_core.quantization.replacing import stored_bytes, token_bytes
 from torchchat_core.quantization.saved import refuse_quantised
 from torchchat_core.run_options import DEVICES, DTYPE_NAMES, FAST_DEVICES, check_device, check_dtype
-from torchchat_core.small_files import expanded
+from torchchat_core.small_files import expanded, read_json
 from torchchat_core.sources.reference import missing_file, resolve
 from torchchat_core.specs import (
     Calibration,
@@ -301,6 +301,8 @@ def fetch_files(request: ModelRequest, registry: Registry, running: bool = False
     if request.hf_token is not None:
         reference = dataclasses.replace(reference, token=request.hf_token)
     params = _existing("--params-path", request.params_path)
+    if params is not None:
+        read_json(params, "give the model's config.json or params.json with --params-path")
     tokenizer = _existing("--tokenizer-path", request.tokenizer_path)
     if reference.scheme != "file":
         _existing("--adapter", request.adapter)

@@ -169,7 +169,7 @@ def test_a_recipe_that_was_named_and_cannot_run_fails_after_the_others_were_meas
     (["--report", "--plot", "a.gif"], 2, "expected a file that ends in .png, .html, .htm"),
     (["--report", "--file", "OUT"], 1, "cannot be read"),
     (["--compare", "cpu", "cpu"], 2, "cpu is to be compared twice"),
-    (["--compare", "cpu", "embedded"], 1, "MODEL goes before --compare"),
+    (["--compare", "cpu", "embedded"], 2, "MODEL goes before --compare"),
     (["--compare"], 2, "--compare needs a value"),
     (["--report", "--window", "1"], 2, "--window is '1'; expected a whole number, 2 or more"),
     (["--report", "-o", "OUT"], 2, "say how"),

@@ -262,7 +262,7 @@ def test_words_say_what_the_other_side_is() -> None:
 
 @pytest.mark.parametrize(("arguments", "code", "message"), [
     (("embedded",), 2, "say what to compare it with"),
-    (("embedded", "compile", "--all"), 2, "say what to compare it with"),
+    (("embedded", "compile", "--all"), 2, "--all and OTHER ('compile') exclude each other"),
     (("embedded", "compile", "eager"), 2, "are both a executor"),
     (("embedded", "no-such-model/at-all.pte"), 1, "no file"),
     (("embedded", "--all", "--quantize", "cpu"), 2, "leave --quantize out"),

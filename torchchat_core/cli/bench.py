@@ -13,6 +13,7 @@ import click
 from torchchat_core.cli.flags import model_flags, model_request
 from torchchat_core.cli.help_sections import SectionedCommand
 from torchchat_core.cli.progress_bars import shown_progress
+from torchchat_core.cli.setting_values import with_origin
 from torchchat_core.cli.values import Number
 from torchchat_core.errors import TorchchatError
 from torchchat_core.plugins import Registry
@@ -77,7 +78,8 @@ def _measured(wanted: Sequence[Way], registry: Registry, flags: dict[str, Any]) 
         for way in wanted:
             try:
                 rows.append(measure_way(way, registry, flags["prompt_tokens"], flags["new_tokens"], flags["repeat"]))
-            except TorchchatError as error:
+            except TorchchatError as found:
+                error = with_origin(found, click.get_current_context())
                 failed.append(Failed(executor=way.executor, recipe=way.recipe, reason=error.message, fix=error.fix))
             done.advance(1)
     return rows, failed

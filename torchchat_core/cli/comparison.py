@@ -13,7 +13,7 @@ import click
 from torchchat_core.cli.plots import is_picture, plot_path
 from torchchat_core.cli.progress_bars import shown_progress
 from torchchat_core.cli.texts import text_of
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, UsageError
 from torchchat_core.measure.comparing import (
     Candidate,
     Comparison,
@@ -29,7 +29,7 @@ from torchchat_core.measure.text import CHARACTERS, MeasuredText
 from torchchat_core.pipeline import ModelRequest, choose_device
 from torchchat_core.plugins import Registry
 from torchchat_core.quantization.recipe import RecipeReport, parse_recipe
-from torchchat_core.small_files import write_whole
+from torchchat_core.small_files import expanded, write_whole
 
 
 @dataclass
@@ -92,8 +92,11 @@ def _candidate(name: str, request: ModelRequest, registry: Registry) -> Candidat
     try:
         return candidate(name, request, registry)
     except TorchchatError as error:
+        if name == request.quantize:
+            raise
         fix = f"{error.fix}; MODEL goes before --compare" if error.fix else None
-        raise TorchchatError(error.message, fix) from None
+        kind = TorchchatError if expanded(name).exists() else UsageError  # what a file or folder holds is no usage
+        raise kind(f"--compare: {error.message}", fix) from None
 
 
 def _draw(comparison: Comparison, path: Path) -> None:

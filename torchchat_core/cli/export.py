@@ -91,7 +91,9 @@ def _target(flags: dict[str, Any], registry: Registry) -> tuple[ExporterInfo, Pa
     """What writes, and where to. Raises `TorchchatError` or a usage error where that is not one answer."""
     exporters = registry.infos(ExporterInfo)
     if not exporters:
-        raise TorchchatError("no exporter is installed", registry.how_to_get("exporters"))
+        ending = Path(flags[OUTPUT] or "").suffix.lower()
+        raise TorchchatError("no exporter is installed", registry.how_to_get("writes", ending)
+                             or registry.how_to_get("exporters"))
     named = [(info, flags[_path_name(info)]) for info in exporters if info.flag and flags.get(_path_name(info))]
     if len(named) + (flags[OUTPUT] is not None) > 1:
         given = [info.flag for info, _ in named] + (["-o"] if flags[OUTPUT] is not None else [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,10 +20,11 @@ from torchchat_core.cli.help_sections import FILES, RUNNING, SAMPLING, SectionOp
 from torchchat_core.cli.setting_values import note_used
 from torchchat_core.cli.usage import refuse_words_as_model
 from torchchat_core.cli.values import DEVICE, DTYPE, EXECUTOR, RECIPE, STOP, Number, OptionValue
-from torchchat_core.errors import TorchchatError, UsageError, quoted
+from torchchat_core.errors import TorchchatError, UsageError, quoted, quoted_path
 from torchchat_core.generation_options import GenerationOptions, SamplingOptions
 from torchchat_core.options import OptionDetail, detail_of
 from torchchat_core.settings import KEYS, load_settings
+from torchchat_core.small_files import expanded
 
 if TYPE_CHECKING:
     from torchchat_core.pipeline import ModelRequest
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 EXPORTED = {"--dso-path": "shared library (.so)", "--aoti-package-path": "AOTInductor package (.pt2)",
             "--pte-path": "ExecuTorch program (.pte)"}
 PATHS = ("--checkpoint-path", "--gguf-path", *EXPORTED)
+ENDINGS = {"--gguf-path": ".gguf", "--dso-path": ".so", "--aoti-package-path": ".pt2", "--pte-path": ".pte"}
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -78,7 +81,8 @@ def model_request(flags: Mapping[str, Any]) -> ModelRequest:
     paths = {flag: path for flag in PATHS if (path := flags.get(flag[2:].replace("-", "_"))) is not None}
     if len(paths) > 1:
         raise click.UsageError(f"{' and '.join(paths)} exclude each other")
-    for path in paths.values():
+    for flag, path in paths.items():
+        _check_path(flag, path)
         given["checkpoint_path"] = path
     if "checkpoint_path" not in given:
         refuse_words_as_model(flags.get("model"))
@@ -88,6 +92,27 @@ def model_request(flags: Mapping[str, Any]) -> ModelRequest:
         chosen.pop("model", None)
     note_used(settings, {**given, "model": None} if "checkpoint_path" in given else given)
     return ModelRequest(**{**chosen, **given}, defaults=frozenset(chosen.keys() - given.keys()))
+
+
+def _check_path(flag: str, path: str) -> None:
+    """Raise `TorchchatError` if the value of a flag for files does not exist here, or is a file of another kind."""
+    if "://" in path:
+        return
+    found = expanded(path)
+    try:
+        exists = found.exists()
+    except OSError:
+        exists = False
+    if not exists:
+        raise TorchchatError(f"{flag}: there is no file or folder {quoted_path(path)}", "give the path of a file")
+    ending = ENDINGS.get(flag)
+    if ending is not None and found.suffix not in ([ending] if flag not in EXPORTED else map(ENDINGS.get, EXPORTED)):
+        from torchchat_core.sources.reference import MODEL_SUFFIXES
+
+        other = next((name for name, each in ENDINGS.items() if each == found.suffix),
+                     "--checkpoint-path" if found.suffix in MODEL_SUFFIXES else None)
+        raise UsageError(f"{flag} is {quoted_path(path)}; expected a file that ends in {ending}",
+                         f"{other} {shlex.quote(path)}" if other else f"give the {ending} file")
 
 
 def sampling_flags(function: Function) -> Function:

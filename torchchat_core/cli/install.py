@@ -18,6 +18,8 @@ from torchchat_core.hookspecs import ENTRY_POINT_GROUP
 @click.argument("packages", nargs=-1, required=True, metavar="PKG...")
 def install(packages: tuple[str, ...]) -> None:
     """Install plugins: pip install, for the Python that runs torchchat."""
+    if not all(package.strip() for package in packages):
+        raise UsageError("the name of a package is empty", "torchchat install PKG...")
     before = _plugin_names()
     _pip("install", *packages)
     added = sorted(_plugin_names() - before)
@@ -37,6 +39,11 @@ def uninstall(packages: tuple[str, ...], yes: bool) -> None:
         raise TorchchatError(f"{names} {'is' if len(missing) == 1 else 'are'} not installed; nothing was uninstalled",
                              "torchchat plugins, which lists the installed distributions")
     _pip("uninstall", *(["--yes"] if yes else []), *packages)
+    importlib.invalidate_caches()
+    kept = [package for package in packages if _is_installed(package)]  # pip's status is 0 for these, too
+    if kept:
+        raise TorchchatError(f"{', '.join(map(quoted, kept))} {'is' if len(kept) == 1 else 'are'} still installed",
+                             "pip's own words are above")
 
 
 def _distribution(package: str) -> str:

@@ -78,7 +78,8 @@ def _preferences() -> dict[str, str]:
 def _switch_off(context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> None:
     for value in values:
         if not value.startswith("no:"):
-            raise click.BadParameter(f"{quoted(value)} has to be no:NAME, the plugin to disable")
+            raise UsageError(f"-p is {quoted(value)}; expected no:NAME, the plugin to disable",
+                             f"torchchat -p {quoted('no:' + value)[1:-1]} COMMAND")
     context.meta[DISABLED] = tuple(value.removeprefix("no:") for value in values)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ import click
 
 from torchchat_core.cli.flags import Function, model_flags, model_request
 from torchchat_core.cli.help_sections import SectionedCommand
-from torchchat_core.cli.values import Number, OptionValue
+from torchchat_core.cli.values import Checked, Number, OptionValue
 from torchchat_core.errors import TorchchatError, UsageError, quoted
 from torchchat_core.options import detail_of
 from torchchat_core.plugins import Registry
@@ -36,6 +38,14 @@ def limit_flags(function: Function) -> Function:
     return function
 
 
+def _check_origin(text: str) -> None:
+    if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", text):
+        host = text.partition("://")[2].partition("/")[0] or text.partition("/")[0]
+        raise TorchchatError(f"{quoted(text)} is no origin; browsers send SCHEME://HOST or SCHEME://HOST:PORT, "
+                             "without a path", f"--allow-origin {shlex.quote('https://' + host.lower())}"
+                             if re.fullmatch(r"[\w.:-]+", host) else "--allow-origin https://example.org")
+
+
 @click.command(cls=SectionedCommand)
 @model_flags
 @click.option("--model", "models", metavar="NAME[=MODEL]", multiple=True, help="A further model, loaded when it is "
@@ -45,8 +55,8 @@ def limit_flags(function: Function) -> Function:
               help="Where to listen; 0: any port that is free.")
 @click.option("--api-key", metavar="KEY", envvar="TORCHCHAT_API_KEY", help="What requests have to know, but for "
               "/health; also TORCHCHAT_API_KEY.")
-@click.option("--allow-origin", "origins", metavar="ORIGIN", multiple=True, help="A web page whose scripts may use the "
-              "server, such as https://example.org; may be repeated.")
+@click.option("--allow-origin", "origins", metavar="ORIGIN", multiple=True, type=Checked(_check_origin),
+              help="A web page whose scripts may use the server, such as https://example.org; may be repeated.")
 @limit_flags
 @click.pass_obj
 def server(registry: Registry, /, **flags: Any) -> int:

@@ -65,4 +65,6 @@ def with_origin(error: TorchchatError, context: click.Context) -> TorchchatError
     flag = re.match(rf"(?:use )?--{key} (\S+)", fix)
     if flag:
         fix = f"{origin}={flag[1]}" if origin == variable(key) else f"torchchat config set {key} {flag[1]}"
+    elif fix.startswith("--"):  # a flag of another kind does not help while the setting holds
+        fix = f"{f'unset {origin}' if origin == variable(key) else f'torchchat config unset {key}'}, then {fix}"
     return type(error)(f"{error.message}; {'; '.join(notes)}", fix)

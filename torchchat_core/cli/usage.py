@@ -13,7 +13,7 @@ from typing import cast
 import click
 
 from torchchat_core.cli.values import flag_name
-from torchchat_core.errors import UsageError, near_matches, quoted
+from torchchat_core.errors import TorchchatError, UsageError, near_matches, quoted
 from torchchat_core.known_plugins import install_command, providers
 from torchchat_core.plugins import Registry
 from torchchat_core.specs import CommandInfo
@@ -31,8 +31,20 @@ def unknown_verb(name: str, registry: Registry) -> UsageError:
     verbs = [info.name for info in registry.infos(CommandInfo)]
     near = near_matches(name, verbs)
     fix = registry.how_to_get("commands", name) or _other_tools()["verbs"].get(name.lower()) \
-        or (f"torchchat {' or torchchat '.join(near)}" if near else "torchchat --help, which lists the commands")
+        or (f"torchchat {' or torchchat '.join(near)}" if near else None) \
+        or (f"torchchat chat {shlex.quote(name)}" if _is_model(name, registry) else None) \
+        or "torchchat --help, which lists the commands"
     return UsageError(f"there is no command {quoted(name)}", fix)
+
+
+def _is_model(text: str, registry: Registry) -> bool:
+    """Return True if a word in place of a verb is a model: a path that exists, a known name, owner/name or a URL."""
+    from torchchat_core.sources.reference import resolve
+
+    try:
+        return bool(resolve(text, registry))
+    except TorchchatError:
+        return False
 
 
 def explained(error: click.UsageError, arguments: Sequence[str] = ()) -> tuple[str, str | None]:
@@ -43,10 +55,13 @@ def explained(error: click.UsageError, arguments: Sequence[str] = ()) -> tuple[s
     help_command = f"{path} --help"
     if isinstance(error, click.NoSuchOption):
         return _no_such_option(error, path)
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        return f"{path} needs a command", f"{help_command}, which lists the commands"
     if isinstance(error, click.MissingParameter) and error.param is not None:
         what = flag_name(error.param)
-        usage = f"{path} {what}" if isinstance(error.param, click.Argument) else f"{what} {error.param.metavar or ''}"
-        return f"{what} is missing", usage.strip()
+        if not isinstance(error.param, click.Argument) or context is None:
+            return f"{what} is missing", f"{what} {error.param.metavar or ''}".strip()
+        return f"{what} is missing", " ".join([path, *context.command.collect_usage_pieces(context)[1:]])
     if isinstance(error, click.BadParameter) and error.param is not None:
         return f"{flag_name(error.param)}: {error.message.rstrip('.')}", help_command
     extra = re.match(r"Got unexpected extra arguments? \((.*)\)", error.message, re.DOTALL)
@@ -72,7 +87,7 @@ def _no_such_option(error: click.NoSuchOption, path: str) -> tuple[str, str]:
     if found := providers("flags", name):
         return message, install_command(found)
     if other is not None and (other.split()[0].rstrip(",") in known or not other.startswith("-")):
-        return message, other.replace("VERB", path.rpartition(" ")[2])
+        return message, other.replace("VERB", path.rpartition(" ")[2] if " " in path else "chat")
     near = [flag for flag in near_matches(name, known) if flag.startswith("--")]
     return message, " or ".join(near) if near else f"{path} --help, which lists the options"
 

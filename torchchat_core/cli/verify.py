@@ -55,7 +55,9 @@ def verify(registry: Registry, /, **flags: Any) -> int:
     dtype=NAME, device=NAME or model=MODEL. All else is as the flags say, which are those of MODEL. The limits depend on
     the pair (docs/measuring.md); --max-... and --min-... replace them.
     """
-    if flags["everything"] == bool(flags["other"]):
+    if flags["everything"] and flags["other"]:
+        raise click.UsageError(f"--all and OTHER ({quoted(' '.join(flags['other']))}) exclude each other")
+    if not flags["everything"] and not flags["other"]:
         raise click.UsageError("say what to compare it with: torchchat verify MODEL OTHER, or MODEL --all")
     limits = {name: flags[flag] for flag, name in LIMITS.items()}
     if limits["top_1"] is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -84,6 +85,10 @@ def files_of_single_file(ref: ModelRef, path: Path) -> ModelFiles:
     Raises `TorchchatError` for a file without an ending, or where a shard is missing.
     """
     kind = SINGLE_FILE_FORMATS.get(path.suffix, path.suffix.removeprefix(".").lower())
+    if kind != "gguf" and _is_gguf(path):
+        named = shlex.join([str(path.absolute()), f"{path.stem[:40]}.gguf"])
+        raise TorchchatError(f"{quoted(path.name)} is a GGUF file, but its name does not end in .gguf",
+                             f"ln -s {named}")
     if not kind and has_manifest(path):
         kind = ARTIFACT
     if not kind:
@@ -94,6 +99,14 @@ def files_of_single_file(ref: ModelRef, path: Path) -> ModelFiles:
         return files_with_companions(ref, path.parent, kind, weights)
     return ModelFiles(ref=ref, format=kind, root=path.parent, weights=weights,
                       tokenizer=(weights[0], *_tokenizers(path.parent)))
+
+
+def _is_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False  # whoever opens the file says what is wrong
 
 
 def shards_of(path: Path) -> tuple[Path, ...]:

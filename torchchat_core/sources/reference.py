@@ -44,6 +44,10 @@ def resolve(text: str, registry: Registry) -> ModelRef:
         return ModelRef(text=text, scheme="hf", location=on_hub.location)
     if colon and scheme in schemes:
         return ModelRef(text=text, scheme=scheme, location=rest)
+    if "://" in text and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        raise TorchchatError(f"no installed source fetches {quoted(scheme)} references such as {quoted_path(text)}; "
+                             f"known URL schemes are {', '.join(sorted(schemes))}",
+                             "give an https:// address, or download the file and give its path")
     is_file_on_hub = ":" in text and REPOSITORY.fullmatch(text) is not None
     if text.startswith((".", "/", "~")) or (path.suffix in MODEL_SUFFIXES and not is_file_on_hub):
         raise missing_file(path)

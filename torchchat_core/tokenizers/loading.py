@@ -67,4 +67,9 @@ def _none_found(files: ModelFiles, infos: list[TokenizerInfo], matched: list[Pat
         names = ", ".join(dict.fromkeys(str(path) for path in matched))
         readers = ", ".join(info.name for info in infos)
         return TorchchatError(f"{names} is damaged, or of no kind that an installed reader knows ({readers})", fix)
+    named = [path for path in files.tokenizer if path not in files.weights]
+    if named:
+        return TorchchatError(f"{', '.join(map(str, named))} has no name that an installed tokenizer reader knows; "
+                              f"known are {patterns}", "give the model's tokenizer.json or tokenizer.model with "
+                                                       "--tokenizer-path")
     return TorchchatError(f"the model {files.ref.text!r} has no tokenizer; looked for {patterns} in {files.root}", fix)
