@@ -197,8 +197,8 @@ def test_a_device_that_is_not_there_is_told(torchchat: Any) -> None:
     (["generate", "--max-new-tokens", "0"], "--max-new-tokens is '0'; expected a whole number, 1 or more", None),
     (["generate", "--max-seq-length", "0"], "--max-seq-length is '0'", None),
     (["generate", "--num-samples", "x"], "--num-samples is 'x'; expected a whole number", None),
-    (["generate", "--logit-bias", "x=1"], "--logit-bias is 'x=1'; it has to be TOKEN=BIAS", None),
-    (["generate", "--logit-bias", "1=99999"], "--logit-bias is '1=99999'; it has to be TOKEN=BIAS", None),
+    (["generate", "--logit-bias", "x=1"], "--logit-bias is 'x=1'; expected TOKEN=BIAS", None),
+    (["generate", "--logit-bias", "1=99999"], "--logit-bias is '1=99999'; expected TOKEN=BIAS", None),
     (["generate", "--stop", ""], "--stop: a stop string is empty", None),
     (["generate", "--dtype", "fp8"], "--dtype: unknown dtype 'fp8'", None),
     (["generate", "--dtype", "int8"], "--dtype: unknown dtype 'int8'", "--quantize linear:int8"),
@@ -245,7 +245,7 @@ def test_a_recipe_for_a_device_that_is_not_here_is_named(torchchat: Any) -> None
     if torch.cuda.is_available():
         pytest.skip("this machine has the device")
     done = torchchat("generate", "embedded", "--quantize", "cuda", "--prompt", "x")
-    assert (done.code, "the recipe 'cuda' asks for the device cuda" in done.err) == (1, True)
+    assert (done.code, "the recipe 'cuda' needs the device cuda" in done.err) == (1, True)
 
 
 def test_a_wrong_device_in_a_recipe_names_the_recipe(torchchat: Any, tmp_path: Path) -> None:
