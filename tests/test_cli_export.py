@@ -117,7 +117,7 @@ def test_dynamic_rope_beyond_the_original_context_is_not_exported(
     make_plugin(ALONE, "alone")
     done = torchchat("export", dynamic_model, *arguments)
     assert done.code == 1
-    assert "rope scaling 'dynamic' changes its frequencies beyond 64 positions, which the files of the" in done.err
+    assert "rope scaling 'dynamic' changes its frequencies beyond 64 positions, which the exporter" in done.err
     assert f"try: {fix}" in done.err
 
 
