@@ -72,7 +72,7 @@ def torchchat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 
 @dataclass(frozen=True)
 class Start:
-    """The work of a start of `torchchat ARGUMENT`, and which modules it had imported at its end."""
+    """The cost of starting `torchchat ARGUMENT`, and the modules that it imported."""
 
     share: float                # function calls, relative to importing click and pluggy and listing the distributions
     modules: frozenset[str]
@@ -121,7 +121,7 @@ STRANGE = (None, 0, -1, 2, 1.5, float("nan"), float("inf"), 10**400, 1e308, "", 
 
 @pytest.fixture
 def with_strange_values() -> Callable[[Any], Iterator[Any]]:
-    """All copies of a JSON value in which one value, at any depth, is missing or of another type or range."""
+    """Yield copies of a JSON value in which one value, at any depth, is missing or has another type or range."""
 
     def changed(content: Any) -> Iterator[Any]:
         entries = content.items() if isinstance(content, dict) else enumerate(content)
@@ -140,7 +140,7 @@ def with_strange_values() -> Callable[[Any], Iterator[Any]]:
 
 @pytest.fixture
 def message_of() -> Callable[[Callable[[], object]], str]:
-    """The message of the `TorchchatError` that a call raises; "" if it raises none. Other errors are raised."""
+    """Return the message of the `TorchchatError` that a call raises, or "" if it raises none."""
 
     def message(call: Callable[[], object]) -> str:
         try:

@@ -231,7 +231,7 @@ def test_a_device_that_is_not_there_is_told(torchchat: Any) -> None:
 def test_wrong_usage_exits_with_2_and_names_the_flag(arguments: list[str], error: str, fix: str | None,
                                                      torchchat: Any, monkeypatch: pytest.MonkeyPatch,
                                                      tmp_path: Path) -> None:
-    """Before a model is opened."""
+    """The command fails before it opens a model."""
     monkeypatch.chdir(tmp_path)
     for source in ("EmbeddedSource", "LocalSource"):
         monkeypatch.setattr(f"torchchat_core.sources.local.{source}.fetch", lambda *_: pytest.fail("a model is opened"))
@@ -241,7 +241,7 @@ def test_wrong_usage_exits_with_2_and_names_the_flag(arguments: list[str], error
     assert fix is None or f"\ntry: {fix}" in done.err or (fix in done.err.partition("\ntry: ")[2]), done.err
 
 
-def test_a_recipe_for_a_device_that_is_not_here_is_named(torchchat: Any) -> None:
+def test_a_recipe_for_a_missing_device_is_named(torchchat: Any) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has the device")
     done = torchchat("generate", "embedded", "--quantize", "cuda", "--prompt", "x")
@@ -255,7 +255,7 @@ def test_a_wrong_device_in_a_recipe_names_the_recipe(torchchat: Any, tmp_path: P
     assert '"accelerator": "cuda"} in the recipe' in done.err
 
 
-def test_a_wrong_json_schema_is_told_with_line_and_column(torchchat: Any, tmp_path: Path) -> None:
+def test_an_error_in_a_json_schema_names_line_and_column(torchchat: Any, tmp_path: Path) -> None:
     (tmp_path / "s.json").write_text('{"type": "object",\n "properties": {,}}')
     done = torchchat("generate", "embedded", "--json-schema", tmp_path / "s.json", "--prompt", "x")
     assert "at line 2, column 17" in done.err
@@ -295,7 +295,7 @@ def start(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_is_quick_and_imports_nothing_heavy(started: Any) -> None:
-    """About 2.4 times the calls that click and pluggy take themselves (tools/measure_core.py measures seconds)."""
+    """The start takes about 2.4 times the calls of click and pluggy (tools/measure_core.py measures seconds)."""
     start = started("--help")
     assert not start.modules & {"torch", "numpy", "rich"}
     assert start.share < 2.9

@@ -100,7 +100,7 @@ ALONE = EXPORTERS.replace('"two"', '"alone"').replace('".two"', '".alone"').repl
 
 @pytest.fixture
 def dynamic_model(tmp_path: Path) -> Path:
-    """The model in the package as one of 64 positions, with dynamic rope scaling to 128."""
+    """The embedded model with 64 positions and dynamic rope scaling to 128."""
     folder = Path(shutil.copytree(EMBEDDED, tmp_path / "dynamic"))
     raw = json.loads((folder / "config.json").read_text())
     raw |= {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}

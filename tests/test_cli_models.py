@@ -99,7 +99,7 @@ def rows(torchchat: Any, *flags: str) -> dict[str, dict[str, Any]]:
 # ---- download -----------------------------------------------------------------------------------------------------
 
 
-def test_download_prints_the_path_and_shows_how_far_it_is(torchchat: Any, tmp_path: Path,
+def test_download_prints_the_path_and_shows_progress(torchchat: Any, tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_bars, "LOG_DELAY", 0.0)
     done = torchchat("download", "small")
@@ -148,7 +148,7 @@ def test_list_shows_names_sizes_licences_and_what_is_here(torchchat: Any) -> Non
     assert found["shelf:c"] == ["-", "yes", "-", "3 kB"]
 
 
-def test_list_shows_what_is_here_first_then_the_model_to_start_with(torchchat: Any) -> None:
+def test_list_shows_downloaded_models_first_then_the_recommended_one(torchchat: Any) -> None:
     torchchat("download", "small", "shelf:c")
     lines = [re.split(r"\s{2,}", line) for line in torchchat("list").out.splitlines()[1:]]
     assert {line[0] for line in lines[:3]} == {"embedded", "small", "shelf:c"}
@@ -160,7 +160,7 @@ def test_list_shows_what_is_here_first_then_the_model_to_start_with(torchchat: A
     (32_000_000_000, False, "yes"), (16_000_000_000, True, "int4"), (16_000_000_000, False, "no"),
     (4_000_000_000, True, "no"), (0, True, None),
 ])
-def test_a_model_fits_into_the_memory_as_it_is_or_quantized(total: int, quantizes: bool, fits: str | None) -> None:
+def test_a_model_fits_in_memory_as_is_or_quantized(total: int, quantizes: bool, fits: str | None) -> None:
     assert fit_in_memory(ListedModel(name="m", reference="r", bytes=16_060_522_496), total, quantizes) == fits
     assert fit_in_memory(ListedModel(name="m", reference="r"), total, quantizes) is None
 
@@ -245,7 +245,7 @@ def test_the_catalogue_fits_into_80_columns(torchchat: Any, monkeypatch: pytest.
 
 
 def test_list_is_quick_and_imports_nothing_heavy(started: Any) -> None:
-    """About 3.3 times the calls that click and pluggy take themselves."""
+    """The start takes about 3.3 times the calls of click and pluggy."""
     start = started("list")
     assert not start.modules & {"torch", "numpy", "rich", "huggingface_hub", "requests", "httpx"}
     assert start.share < 4.0
@@ -415,7 +415,7 @@ def test_lines_tell_the_end_of_what_was_cut_off(monkeypatch: pytest.MonkeyPatch)
                         stream.getvalue())
 
 
-def test_what_is_done_soon_gets_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_tasks_print_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
     monkeypatch.setattr(progress_bars, "LOG_DELAY", 1000.0)
     with contextlib.suppress(OSError), shown_progress(), progress.task("model", 2_000_000, "B") as task:

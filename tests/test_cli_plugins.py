@@ -97,7 +97,7 @@ def test_no_message_recommends_a_module_that_the_current_folder_can_replace() ->
                for source in root.glob(f"{folder}/**/*.py")]
     unsafe = re.compile(r"(python|executable\}?) -m |executable, \"-[mc]\"")
     found = [source.relative_to(root) for source in sources if unsafe.search(source.read_text(encoding="utf-8"))]
-    assert found == [Path("torchchat_core/__main__.py")]  # which says what it is
+    assert found == [Path("torchchat_core/__main__.py")]  # which documents it
 
 
 @pytest.mark.parametrize(("code", "requires", "detail", "fix"), [
@@ -120,7 +120,7 @@ def test_doctor_tells_what_a_plugin_lacks_and_the_command_that_mends_it(code: st
     ("dtype", "fp8", "unknown dtype 'fp8'"), ("executor", "eagre", "there is no executor 'eagre'"),
     ("prefer.eager", "a:b", "no installed plugin offers 'a:b'"),
 ])
-def test_doctor_tells_a_setting_that_cannot_work(key: str, value: str, detail: str, run: Any, tmp_path: Path) -> None:
+def test_doctor_reports_a_setting_that_cannot_work(key: str, value: str, detail: str, run: Any, tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("".join(f"{part!r}." for part in key.split(".")[:-1])
                                           + f"{key.split('.')[-1]} = {value!r}\n")
     done = run("doctor", "--offline", TORCHCHAT_CONFIG=str(tmp_path / "config.toml"))
@@ -261,7 +261,7 @@ def test_install_and_uninstall_say_what_pip_could_not_do(run: Any) -> None:
 
 
 def test_thirty_plugins_add_little_to_help(started: Any, tmp_path: Path) -> None:
-    """Each at most a thirtieth of the calls that click and pluggy take themselves."""
+    """Each takes at most a thirtieth of the calls of click and pluggy."""
     code = "from torchchat_core.hookspecs import hookimpl\nfrom torchchat_core.specs import ExecutorInfo\n" \
            "@hookimpl\ndef torchchat_executors():\n    return [ExecutorInfo(name='x{}', summary='x', factory='a:b')]\n"
     for index in range(30):

@@ -93,7 +93,7 @@ def test_where_no_layer_can_be_quantised_the_reasons_are_told(testdata: Path, tm
     assert "its 172 columns are not a multiple of the smallest group size, 32" in capsys.readouterr().err
 
 
-def test_a_group_size_that_does_not_divide_gives_way_to_the_largest_that_does(
+def test_a_group_size_that_does_not_divide_is_replaced_by_the_largest_that_does(
         testdata: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(testdata / "hf" / "stories260K")
     assert run("quantize", model, "--quantize", "mobile", "--output-dir", str(tmp_path / "small"), "--json") == 0
@@ -107,7 +107,7 @@ def test_a_group_size_that_does_not_divide_gives_way_to_the_largest_that_does(
     assert run("generate", str(tmp_path / "small"), "--prompt", "Once", "--max-new-tokens", "2") == 0
 
 
-def test_a_recipe_that_makes_the_model_larger_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_that_makes_the_model_larger_warns(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = '{"precision": {"dtype": "fp32"}, "linear:int8": {"layers": ["model.layers.0.self_attn.q_proj"]}}'
     assert run("generate", "embedded", "--quantize", recipe, "--prompt", "x", "--max-new-tokens", "1") == 0
     told = capsys.readouterr().err

@@ -44,14 +44,14 @@ def test_a_token_that_breaks_the_grammar_is_an_error(byte_format: TextFormat) ->
 
 
 class _Letters(TinyTokenizer):
-    """Bytes, except that no token has the given one."""
+    """A byte tokenizer without a token for one of the bytes."""
 
     def token_bytes(self, token: int) -> bytes:
         data = super().token_bytes(token)
         return b"~" if data == b"\xc3" else data
 
 
-def test_an_answer_that_the_vocabulary_cannot_continue_is_told_in_our_words() -> None:
+def test_an_answer_that_the_vocabulary_cannot_continue_is_a_plain_error() -> None:
     lacking = TextFormat(_Letters(), None, frozenset({1}), {})
     constraint = constraint_for(schema_grammar({"const": "a\u00e9"}), lacking)
     for token in ids('"a'):
@@ -67,7 +67,7 @@ def test_an_answer_that_the_vocabulary_cannot_continue_is_told_in_our_words() ->
     ("Parser Error: Current row has 3 items; max is 1; consider ...", "too much work for one token"),
     ("panic: called `Result::unwrap()` on an `Err` value: PyErr", "grammar of the answer failed"),
 ])
-def test_words_of_the_grammar_library_become_ours(reason: str, message: str) -> None:
+def test_messages_of_the_grammar_library_are_translated(reason: str, message: str) -> None:
     assert message in _failure(reason).message
     assert "non-verbose" not in str(_failure(reason))
 

@@ -64,9 +64,9 @@ def test_an_answer_of_unusual_tokens_is_not_encoded_anew(make_tiny_model: Callab
     assert second.statistics.prefilled_tokens == len(new) + not_fed_yet
 
 
-def test_after_an_undo_the_answers_before_are_not_encoded_anew(make_tiny_model: Callable[..., Any],
-                                                               byte_format: TextFormat) -> None:
-    """The cache is cut to what is left, and the next answer is that of a conversation without the removed exchange."""
+def test_earlier_answers_are_not_encoded_again_after_undo(make_tiny_model: Callable[..., Any],
+                                                          byte_format: TextFormat) -> None:
+    """The cache is truncated, and the next answer equals that of a conversation without the removed turn."""
     module = make_tiny_model(vocab_size=259, max_context=600)
     model = EagerExecutor().load(LoadRequest(device="cpu", dtype="fp32", module=module))
     straight, changed = (Conversation(TokenSequence(model.session()), byte_format) for _ in range(2))

@@ -39,7 +39,7 @@ def test_the_specification_has_no_hook_that_the_registry_does_not_know() -> None
 
 
 def gated_names(text: str) -> set[str]:
-    """The gated models of the catalogue in the commands of a text."""
+    """Return the gated models of the catalog that the commands in a text use."""
     gated = {name for entry in load_catalogue() if entry.gated
              for name in (entry.alias, entry.reference.removeprefix("hf:"), entry.reference.rpartition("/")[2])}
     commands = "\n".join(re.findall(r"torchchat(?:-run)? [a-z].*", text)).replace("llama2.c", "")
@@ -47,12 +47,12 @@ def gated_names(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_example_needs_the_permission_of_an_owner(document: Path) -> None:
+def test_no_example_uses_a_gated_model(document: Path) -> None:
     assert gated_names("torchchat chat llama3\ntorchchat-run x.pt2") == {"llama3"}
     assert gated_names(document.read_text(encoding="utf-8")) == set()
 
 
-def test_the_text_of_the_embedded_model_names_no_model_that_needs_permission() -> None:
+def test_the_answers_of_the_embedded_model_name_no_gated_model() -> None:
     book = tomllib.loads((ROOT / "tools/embedded_model/questions.toml").read_text(encoding="utf-8"))
     told = [line for intent in book["intent"] for line in (*intent["answers"], *intent["keywords"])]
     assert gated_names("\n".join([*told, f"torchchat chat {book['defaults']['model']}"])) == set()

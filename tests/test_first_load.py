@@ -1,4 +1,4 @@
-"""A file that never ran here is loaded in a process of its own first, and remembered if it loads."""
+"""A file that is new to this machine is loaded in a child process first, and recorded if it loads."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def artifact(tmp_path: Path, word: str, version: str = "1.0") -> Artifact:
 
 @pytest.mark.parametrize(("word", "last_words"), [("aborts", "In function toInt(), assert failed"),
                                                   ("aborts later", "Op index 7 out of range")])
-def test_a_file_that_ends_its_process_is_an_error_with_the_last_line_of_its_log(
+def test_a_file_that_crashes_its_process_is_an_error_with_the_last_line_of_its_log(
         word: str, last_words: str, tmp_path: Path, registry: Registry) -> None:
     with pytest.raises(TorchchatError, match=r"m\.pte cannot be loaded.*SIGABRT: ") as raised:
         try_first(artifact(tmp_path, word), "fragile", registry)
@@ -89,7 +89,7 @@ def test_plain_errors_are_left_to_the_load_that_follows(tmp_path: Path, registry
     try_first(artifact(tmp_path, "raises"), "fragile", registry)
 
 
-def test_a_file_that_loaded_is_not_tried_again_until_it_or_its_runtime_changes(
+def test_a_file_that_loaded_is_tried_again_only_if_it_or_its_runtime_changes(
         tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
     monkeypatch.setattr(first_load, "in_own_process", lambda _, arguments, *__, **___: tried.append(arguments["path"]))

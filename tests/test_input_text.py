@@ -1,4 +1,4 @@
-"""Text that people give: files and standard input in the encodings and line ends of every system, commands included."""
+"""Text input from files and standard input, in every encoding and with every line ending; commands in it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_error_says_where_the_text_is_wrong() -> None:
         written_text(OTHER_TEXT["UTF-16 of Windows"], "the prompt")
 
 
-def test_texts_to_measure_and_calibrate_with_are_the_same_in_every_form(tmp_path: Path) -> None:
+def test_measurement_and_calibration_texts_are_the_same_in_every_encoding(tmp_path: Path) -> None:
     (tmp_path / "unix").write_bytes(b"one\ntwo\n" * 40)
     (tmp_path / "windows").write_bytes(b"\xef\xbb\xbf" + b"one\r\ntwo\r\n" * 40)
     assert measured_text(tmp_path / "windows").content == measured_text(tmp_path / "unix").content
@@ -63,7 +63,7 @@ def test_texts_to_measure_and_calibrate_with_are_the_same_in_every_form(tmp_path
     assert read[0] == read[1]
 
 
-def test_settings_that_an_editor_began_with_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+def test_settings_with_a_byte_order_mark_are_read(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_bytes(b'\xef\xbb\xbfdevice = "cpu"\r\n')
     assert read_config(tmp_path / "config.toml") == {"device": "cpu"}
 
@@ -99,7 +99,7 @@ def test_commands_work_as_on_a_terminal_and_leave_standard_output_alone(torchcha
     (b"/set temperature hot\nHi\n", "it has to be a number"), (b"/retry\nHi\n", "there is no message yet"),
     (b'"""Hi\n\nyou\n', 'the block that begins in line 1 of standard input has no end\ntry: end it with """'),
 ])
-def test_a_command_that_fails_ends_the_chat_as_a_script(script: bytes, message: str, torchchat: Any) -> None:
+def test_a_failing_command_ends_a_chat_without_a_terminal(script: bytes, message: str, torchchat: Any) -> None:
     done = talk(torchchat, script)
     assert (done.code, done.out) == (1, "")
     assert message in done.err

@@ -1,4 +1,4 @@
-"""The data file of known plugins, and what it is used for."""
+"""The data file of known plugins, and the messages that use it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchchat_core.specs import CommandInfo, ExecutorInfo, ExporterInfo, ModelS
 CORE = Path(torchchat_core.__file__).parent
 
 
-def test_the_file_says_what_the_installed_plugins_of_the_project_offer() -> None:
+def test_known_plugins_match_the_installed_plugins() -> None:
     registry = load_registry()
     by_distribution = {plugin.distribution: plugin for plugin in registry.plugins if plugin.state == "loaded"}
     compared = 0
@@ -72,7 +72,7 @@ def test_a_plugin_that_is_not_installed_is_named(arguments: list[str], distribut
 
 
 @pytest.mark.parametrize(("name", "plugins"), [("a.pte", "tc-executorch"), ("a.pt2", "tc-aoti"), ("a.so", "tc-aoti")])
-def test_what_writes_an_ending_is_named(name: str, plugins: str, torchchat: Any, tmp_path: Path) -> None:
+def test_the_plugin_that_writes_a_file_type_is_named(name: str, plugins: str, torchchat: Any, tmp_path: Path) -> None:
     done = torchchat("-p", "no:tc-executorch", "-p", "no:tc-aoti", "export", "embedded", "-o", tmp_path / name)
     assert (done.code, f"\ntry: leave out -p no:{plugins[3:]}" in done.err) == (2, True), done.err
 

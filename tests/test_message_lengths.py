@@ -1,4 +1,4 @@
-"""Values from outside are cut in messages: whatever is huge, the message stays short."""
+"""Messages truncate values from outside."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def lines_are_short(text: str) -> bool:
     return all(len(line) < SHORT for line in text.splitlines())
 
 
-def test_one_function_cuts_values_and_the_root_cuts_what_is_left() -> None:
+def test_quoted_and_the_error_class_limit_the_length_of_messages() -> None:
     assert len(quoted(HUGE)) == 60
     assert len(quoted({HUGE: HUGE})) == 60
     assert quoted_path("/a/" + "b" * 200) == repr("/a/" + "b" * 200)

@@ -1,4 +1,4 @@
-"""What runs in a process of its own sees our modules, and none of the current folder."""
+"""A child process imports our modules, and none from the current folder."""
 
 from __future__ import annotations
 

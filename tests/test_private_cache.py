@@ -1,4 +1,4 @@
-"""Compiled code is loaded only from where nobody else could have put it."""
+"""Compiled code is loaded only if no other user could have written it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def disown(monkeypatch: pytest.MonkeyPatch) -> Disown:
-    """Gives a file to another user: really where the tests may, else by what `lstat` says."""
+    """Give a file to another user; if the tests are not root, patch `lstat` instead."""
 
     def give_away(path: Path) -> None:
         if os.getuid() == 0:
@@ -70,7 +70,7 @@ def test_the_cache_folder_is_made_for_the_user_alone(cache: Path) -> None:
         0o700] * 3
 
 
-def test_what_the_user_made_is_used(cache: Path) -> None:
+def test_files_of_the_user_are_used(cache: Path) -> None:
     path = made(cache / "kernels" / "key" / "code.so")
     assert foreign_fault(path) is None
     assert code_folder("kernels", "key") == path.parent
@@ -78,7 +78,7 @@ def test_what_the_user_made_is_used(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["", "kernels", "kernels/key", "kernels/key/code.so"])
-def test_code_that_belongs_to_another_user_or_lies_in_his_folder_is_not_used(
+def test_code_in_files_or_folders_of_another_user_is_not_used(
         part: str, cache: Path, disown: Disown, caplog: pytest.LogCaptureFixture) -> None:
     made(cache / "kernels" / "key" / "code.so")
     disown(cache / part)
@@ -101,7 +101,7 @@ def test_exported_models_that_everybody_can_write_are_refused(part: str, mode: i
     assert "XDG_CACHE_HOME" in raised.value.fix
 
 
-def test_a_group_with_other_members_is_a_danger_and_a_group_of_ones_own_is_none(
+def test_a_group_with_other_members_is_a_fault_and_a_private_group_is_not(
         cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = made(cache / "kernels" / "key" / "code.so")
     path.chmod(0o664)

@@ -1,4 +1,4 @@
-"""Calls that the model chooses to make, bound by schemas: what may follow, and that other text is free."""
+"""Strict tool calls are constrained by their schemas; other text is not."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def constraint(form: ToolForm, text_format: TextFormat, thinking: str | None = N
 
 
 def refused_at(found: CallConstraint, text: str) -> int | None:
-    """Where the first byte stands that may not be said, or None where all of the text and its end may."""
+    """Return the offset of the first byte that is not allowed, or None if the text and its end are allowed."""
     for index, token in enumerate([*TinyTokenizer().encode(text), END]):
         logits = found.apply(torch.zeros(TinyTokenizer.vocab_size))
         if not math.isfinite(logits[token]):
@@ -60,7 +60,7 @@ CALLS = [  # a call of each form, with its arguments
 
 
 @pytest.mark.parametrize(("form", "call"), CALLS, ids=lambda value: str(getattr(value, "name", value))[:40])
-def test_arguments_of_a_call_are_bound_by_the_schema(byte_format: TextFormat, form: ToolForm, call: str) -> None:
+def test_arguments_of_a_call_follow_the_schema(byte_format: TextFormat, form: ToolForm, call: str) -> None:
     assert refused_at(constraint(form, byte_format), f"{call % OBJECT}\nDone.") is None
     for wrong in ('{"city": "P', '{"days": 3', '{"city": "Rome"}', '{"city": "Rome", "days": "',
                   '{"city": "Rome", "days": 3, "x"'):
@@ -77,7 +77,7 @@ def test_arguments_of_a_call_are_bound_by_the_schema(byte_format: TextFormat, fo
     "</function>",
     "<tool_call>\n<function=free>\n<parameter=any>\n<b>\n\n</parameter>\n</function>\n</tool_call>\nDone.",
 ])
-def test_the_xml_form_is_bound_where_it_can_be_expressed(byte_format: TextFormat, text: str) -> None:
+def test_the_xml_form_is_constrained_where_possible(byte_format: TextFormat, text: str) -> None:
     assert refused_at(constraint(QWEN_XML, byte_format), text) is None
 
 
@@ -89,14 +89,15 @@ def test_the_xml_form_is_bound_where_it_can_be_expressed(byte_format: TextFormat
     ("<function=weather><parameter=city>Rome</parameter><parameter=days>1</parameter><parameter=note>abcd", "d"),
     ("<function=weather><parameter=city>Rome</parameter><parameter=days>1</parameter><parameter=x", "x"),
 ])
-def test_what_breaks_a_schema_is_refused_in_the_xml_form(byte_format: TextFormat, text: str, refused: str) -> None:
+def test_text_that_violates_a_schema_is_rejected_in_the_xml_form(byte_format: TextFormat, text: str, refused: str
+                                                                 ) -> None:
     at = refused_at(constraint(QWEN_XML, byte_format), text)
     assert at is not None
     assert at == text.rindex(refused)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
-def test_text_around_calls_and_mentions_of_openers_are_free(byte_format: TextFormat, form: ToolForm) -> None:
+def test_text_around_calls_is_unconstrained(byte_format: TextFormat, form: ToolForm) -> None:
     for text in ("", "Hello.", f"The mark {form.openers[0]} begins a call", f"Say {form.openers[0]}", '[1, {"a": 2}]',
                  f"<think>\n{form.openers[0]}{{\"name\": 5\n</think>\nNo."):
         assert refused_at(constraint(form, byte_format), text) is None, text
@@ -104,7 +105,7 @@ def test_text_around_calls_and_mentions_of_openers_are_free(byte_format: TextFor
     assert refused_at(constraint(form, byte_format, "<think>"), opened) is None
 
 
-def test_an_answer_can_be_another_object_where_calls_have_no_opener(byte_format: TextFormat) -> None:
+def test_an_answer_can_be_any_object_if_calls_have_no_opener(byte_format: TextFormat) -> None:
     for text in ('{"city": "Rome"}', '{"name": "Ann", "age": 5}', "{}"):
         assert refused_at(constraint(LLAMA3, byte_format), text) is None
     for text in ('{"type": "function", "name": "x', '{"name": "weather", "x'):

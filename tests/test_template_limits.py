@@ -112,7 +112,7 @@ def outcome(source: str) -> str:
 
 @pytest.fixture
 def counted_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a millisecond pass with each look at the clock, so that the time limit is a number of steps."""
+    """Advance the clock by a millisecond at each reading, so that the time limit is a number of steps."""
     looks = itertools.count()
     monkeypatch.setattr(template_limits, "processor_time", lambda: next(looks) / 1000)
 

@@ -1,4 +1,4 @@
-"""Methods, attributes, filters and tests that a template can reach are guarded: none of them escapes the limits.
+"""Methods, attributes, filters and tests of templates are guarded: none of them escapes the limits.
 
 Two lists that hold the one below twice, 60 times, are small in memory; comparing, hashing or writing them out has no
 end. Each template here ran without end, or took gigabytes, before its guard was there.
@@ -122,7 +122,7 @@ def test_attributes_that_are_not_listed_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("source", ALLOWED)
-def test_guarded_methods_and_filters_give_what_jinja_gives(source: str) -> None:
+def test_guarded_methods_and_filters_return_the_same_as_in_jinja(source: str) -> None:
     assert outcome(source) == ALLOWED[source]
 
 

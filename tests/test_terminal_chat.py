@@ -115,7 +115,7 @@ def test_the_status_bar_follows_a_reset(command: str, chat: Chat) -> None:
     assert chat.say("/stats") == "There is no answer yet.\n"
 
 
-def test_undo_removes_the_last_exchange_and_the_cache_keeps_the_one_before(chat: Chat) -> None:
+def test_undo_removes_the_last_turn_and_keeps_the_cache_of_earlier_turns(chat: Chat) -> None:
     chat.say("/system S")
     chat.say("First?")
     first = list(chat.conversation.messages)
@@ -147,7 +147,7 @@ def test_retry_answers_the_last_message_again(scripted: Any, byte_format: TextFo
     assert chat.session.last.prefilled_tokens == 1  # the rest of the prompt is in the cache
 
 
-def test_retry_takes_other_random_numbers_for_the_same_seed(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_draws_other_random_numbers_with_the_same_seed(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     streams: list[int] = []
     ask = Conversation.ask
 
@@ -184,7 +184,7 @@ def test_another_model_continues_the_conversation(chat: Chat, scripted: Any) -> 
 
 
 @pytest.mark.parametrize("reason", [KeyboardInterrupt, MemoryError])
-def test_loading_that_is_interrupted_leaves_the_old_model(reason: type[BaseException], chat: Chat) -> None:
+def test_interrupted_loading_keeps_the_old_model(reason: type[BaseException], chat: Chat) -> None:
     open_ = chat.session.models.open
 
     def interrupted(flags: Mapping[str, Any]) -> Any:
@@ -201,7 +201,7 @@ def test_loading_that_is_interrupted_leaves_the_old_model(reason: type[BaseExcep
 
 
 @pytest.mark.parametrize("name", ["unknown", "damaged"])
-def test_a_model_that_cannot_be_opened_leaves_the_old_one(name: str, chat: Chat) -> None:
+def test_a_model_that_cannot_be_opened_keeps_the_old_one(name: str, chat: Chat) -> None:
     chat.say("Hi")
     assert name in chat.say(f"/model {name}")
     assert "Fine." in chat.say("And?")
@@ -355,7 +355,7 @@ def test_fences_end_only_with_their_own_kind() -> None:
 
 
 class Screen:
-    """The rows of a terminal, scrolled-away ones included, after the escape sequences that rich uses."""
+    """A terminal that interprets the escape sequences that rich uses; it keeps rows that scrolled out."""
 
     def __init__(self, height: int) -> None:
         self.rows, self._height, self._row = [""], height, 0
@@ -375,7 +375,7 @@ class Screen:
 
 
 @pytest.mark.parametrize("height", [6, 40])
-def test_a_paragraph_is_on_the_terminal_once_however_tall_it_is(height: int) -> None:
+def test_a_paragraph_of_any_height_is_on_the_terminal_once(height: int) -> None:
     words = [f"word{number}" for number in range(100)]
     console = Console(file=io.StringIO(), width=30, height=height, force_terminal=True, color_system=None)
     with MarkdownStream(console) as output:

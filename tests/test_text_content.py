@@ -1,4 +1,4 @@
-"""The text side of a model in exported files is that of its folder, small files included."""
+"""An exported file has the same tokenizer and template as the checkpoint, including its small files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def registry() -> Registry:
 
 @pytest.fixture
 def changed(testdata: Path, tmp_path: Path, registry: Registry) -> Changed:
-    """A copy of a model's folder, with other small files."""
+    """Copy a checkpoint, and change its small files."""
     def copy(name: str, **small: Any) -> ModelFiles:
         folder = tmp_path / "model"
         folder.mkdir()
@@ -50,7 +50,7 @@ def prompts(text_format: TextFormat) -> tuple[list[int], list[int]]:
 
 
 def both(files: ModelFiles, registry: Registry, size: int) -> tuple[TextFormat, TextFormat]:
-    """The text side of the folder, and that of what was exported."""
+    """Return the text formats of the checkpoint and of the exported file."""
     content = text_content(files, registry, size)
     return read_text_format(files, registry, size), text_format_of(content, registry)
 
@@ -84,7 +84,7 @@ def test_special_tokens_map_json_goes_into_exported_files(changed: Changed, test
                                          "content": "<|im_end|>", "rstrip": False}},
                                      {"added_tokens_decoder": {"512": {"content": "<|im_start|>", "special": False},
                                                                "513": {"content": "<|im_end|>", "special": False}}}])
-def test_sentencepiece_knows_tokens_by_every_field_that_declares_them(
+def test_sentencepiece_reads_tokens_from_every_field_that_declares_them(
         entries: dict[str, Any], changed: Changed, registry: Registry) -> None:
     extra = {} if "extra_special_tokens" in entries or "added_tokens_decoder" in entries else {
         "added_tokens": {"<|im_start|>": 512, "<|im_end|>": 513}}
@@ -98,7 +98,7 @@ def test_sentencepiece_knows_tokens_by_every_field_that_declares_them(
         assert encode(text).count(513) == 1
 
 
-def test_a_token_takes_the_white_space_that_its_declaration_says(changed: Changed, registry: Registry) -> None:
+def test_tokens_strip_white_space_as_declared(changed: Changed, registry: Registry) -> None:
     flags = {"special": True, "normalized": False, "single_word": False}
     decoder = {"512": {"content": "<|im_start|>", "rstrip": True, "lstrip": False, **flags},
                "513": {"content": "<|im_end|>", "rstrip": True, "lstrip": True, **flags}}
@@ -126,7 +126,7 @@ def with_named_templates(files: ModelFiles, registry: Registry, default: str | N
 
 
 @pytest.mark.parametrize("default", [PLAIN, None])
-def test_a_named_template_of_its_own_file_is_for_conversations_with_tools(
+def test_a_named_template_in_its_own_file_is_used_for_tools(
         default: str | None, changed: Changed, testdata: Path, registry: Registry) -> None:
     settings = json.loads((testdata / "hf/TinyStories-656K/tokenizer_config.json").read_text("utf-8"))
     own = {} if default else {"chat_template": PLAIN}
@@ -184,7 +184,7 @@ def metaspace(folder: Path) -> Path:
 
 @pytest.fixture
 def spaced(testdata: Path, tmp_path: Path, registry: Registry) -> Callable[[str, bool], TextFormat]:
-    """A text format with a tokenizer that puts a space in front of texts, and Mistral's template."""
+    """A text format with a tokenizer that adds a space at the start of a text, and Mistral's template."""
     def read(name: str, legacy: bool = False) -> TextFormat:
         path = tmp_path / "tokenizer.model"
         if name == "metaspace":
@@ -211,20 +211,20 @@ def ids_of(text_format: TextFormat, turns: list[str]) -> list[int]:
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("name", ["mistral-v3", "llama2", "metaspace"])
-def test_a_control_tokens_text_in_one_message_changes_no_other_token(
+def test_a_control_token_name_in_a_message_does_not_change_other_tokens(
         name: str, legacy: bool, spaced: Callable[..., TextFormat]) -> None:
     """The tokens are those of the same conversation with a harmless word in its place."""
     text_format = spaced(name, legacy)
     for turns in CONVERSATIONS:
         wanted, found = (ids_of(text_format, [turn.replace("{}", word) for turn in turns]) for word in ("Q", "</s>"))
-        if name == "metaspace":  # every character is a token: the words can be exchanged
+        if name == "metaspace":  # every character is a token, so the words can be swapped
             word, control = (text_format.tokenizer.encode(f"a{text}a")[2:-1] for text in ("Q", "</s>"))
             assert found == exchanged(wanted, word, control)
         special = set(text_format.tokenizer.special_tokens.values())
         apart = [[token for token in ids if token in special] for ids in (wanted, found)]
         assert apart[0] == apart[1]
         pieces = [b"".join(map(text_format.tokenizer.token_bytes, ids)).decode() for ids in (wanted, found)]
-        assert pieces[1] == pieces[0].replace("Q", "</s>")  # no space more
+        assert pieces[1] == pieces[0].replace("Q", "</s>")  # no extra space
 
 
 def exchanged(ids: list[int], old: list[int], new: list[int]) -> list[int]:

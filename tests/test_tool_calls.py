@@ -1,4 +1,4 @@
-"""Calls of functions in answers: the form that a template teaches, and what is read of an answer."""
+"""Tool calls in answers: the form that the template defines, and how answers are parsed."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ CALLS = [ToolCall("weather", '{"city": "Rome"}'), ToolCall("time", "{}")]
     (LLAMA3, '{"just": "JSON"}', '{"just": "JSON"}', []),
 ], ids=lambda value: getattr(value, "name", None) or str(value)[:20])
 @pytest.mark.parametrize("size", [1, 7, 1000])
-def test_calls_are_found_however_the_text_is_cut(form: Any, text: str, content: str, calls: list[ToolCall], size: int
-                                                 ) -> None:
+def test_calls_are_found_in_chunks_of_any_size(form: Any, text: str, content: str, calls: list[ToolCall], size: int
+                                               ) -> None:
     reader = ToolCallReader(form, {"weather": None, "time": None})
     said = "".join(reader.push(text[start : start + size]) for start in range(0, len(text), size))
     rest, found = reader.finish()
@@ -92,8 +92,8 @@ def read(form: ToolForm, text: str, size: int, thinking: str | None = None) -> t
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 @pytest.mark.parametrize(("text", "content", "calls"), ANSWERS, ids=range(len(ANSWERS)))
-def test_calls_stand_outside_of_thinking_and_mentions_are_text(text: str, content: str, calls: list[ToolCall], size: int
-                                                               ) -> None:
+def test_calls_inside_thinking_and_mentions_of_calls_are_text(text: str, content: str, calls: list[ToolCall], size: int
+                                                              ) -> None:
     assert read(HERMES, text, size) == (content, calls)
     assert read(QWEN_XML, in_xml(text), size) == (in_xml(content), calls)
 
@@ -128,8 +128,8 @@ def test_forms_are_read_to_the_end_of_their_calls(form: ToolForm, text: str, con
     assert (said, "".join(call.name for call in calls)) == (content, names)
 
 
-def test_what_is_no_call_is_not_read_again_and_again() -> None:
-    """The work is bounded, however many openers an answer has that lead nowhere."""
+def test_text_that_is_not_a_call_is_not_parsed_repeatedly() -> None:
+    """The work is bounded, however many openers without a call an answer has."""
     for text in ('<tool_call>{"a":"', "<tool_call>", "<tool_call>{", "<function=f><parameter=a>", "<think>"):
         for form in (HERMES, QWEN_XML, LLAMA3):
             assert read(form, text * 5000, len(text) * 5000) == (text * 5000, [])
@@ -178,7 +178,7 @@ def profile_of(source: str) -> Any:
     ("meta-llama-Llama-3.2-3B-Instruct", LLAMA3), ("mistralai-Mistral-Nemo-Instruct-2407", MISTRAL),
     ("google-gemma-2-2b-it", None), ("microsoft-Phi-3.5-mini-instruct", None),
 ])
-def test_the_template_tells_the_form(testdata: Path, file: str, form: Any) -> None:
+def test_the_form_is_read_from_the_template(testdata: Path, file: str, form: Any) -> None:
     profile = profile_of((testdata / "templates" / f"{file}.jinja").read_text())
     assert profile.form is form
     assert profile.short_ids is (form is MISTRAL)
@@ -190,13 +190,13 @@ def test_the_template_tells_the_form(testdata: Path, file: str, form: Any) -> No
     (NULL_CONTENT, HERMES, False, True), (LEAVES_CALLS_OUT, GRANITE, False, False), (OTHER_FORM, None, False, False),
     ("{{ messages[0].content }}", None, False, False), ("{{ tools }}{{ raise_exception('no') }}", None, False, False),
 ], ids=["coder", "functionary", "null", "left out", "other", "no tools", "fails"])
-def test_a_form_that_does_not_read_its_templates_call_is_not_used(source: str, form: Any, text_arguments: bool,
-                                                                  null_content: bool) -> None:
+def test_a_form_that_cannot_parse_the_templates_own_call_is_not_used(source: str, form: Any, text_arguments: bool,
+                                                                     null_content: bool) -> None:
     profile = profile_of(source)
     assert (profile.form, profile.text_arguments, profile.null_content) == (form, text_arguments, null_content)
 
 
-def test_a_template_that_never_ends_is_not_tried_in_all_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_template_is_not_probed_repeatedly(monkeypatch: pytest.MonkeyPatch) -> None:
     template = ChatTemplate("{{ tools }}", bos_token=None, eos_token=None)
     tries: list[object] = []
 
@@ -223,7 +223,7 @@ def test_ids_get_the_form_that_a_template_demands() -> None:
     assert re.fullmatch("call_[0-9a-f]{32}", other.new_id())
 
 
-def test_values_without_json_are_of_the_kinds_that_the_schema_has() -> None:
+def test_unquoted_values_get_the_types_of_the_schema() -> None:
     schema = {"properties": {
         "text": {"type": "string"}, "count": {"type": "integer"}, "flag": {"type": "boolean"},
         "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]}, "named": {"$ref": "#/$defs/named"}, "any": {}},

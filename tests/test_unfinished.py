@@ -1,4 +1,4 @@
-"""What killed runs leave next to their output is deleted by the next run, and by none while they are alive."""
+"""A run deletes the leftovers of killed runs next to its output, and none of live runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HOLDER = ("import sys\nfrom pathlib import Path\nfrom torchchat_core.unfinished 
 
 
 def holder(path: Path) -> subprocess.Popen[bytes]:
-    """A process that has begun to write `path`."""
+    """Start a process that is writing `path`."""
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"made\n"
@@ -38,7 +38,7 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["m.pte", "folder", "ä" * 120 + ".pte", "[*].gguf"])
-def test_the_next_run_deletes_what_a_killed_one_left(name: str, tmp_path: Path) -> None:
+def test_the_next_run_deletes_leftovers_of_a_killed_run(name: str, tmp_path: Path) -> None:
     killed(holder(tmp_path / name))
     assert len(names(tmp_path)) == 1
     with whole_file(tmp_path / name) as beside:
@@ -46,7 +46,7 @@ def test_the_next_run_deletes_what_a_killed_one_left(name: str, tmp_path: Path) 
     assert names(tmp_path) == [name]
 
 
-def test_what_a_living_run_writes_is_left_alone(tmp_path: Path) -> None:
+def test_output_of_a_live_run_is_kept(tmp_path: Path) -> None:
     process = holder(tmp_path / "m.pte")
     theirs = names(tmp_path)
     with whole_file(tmp_path / "m.pte") as beside:
@@ -57,7 +57,7 @@ def test_what_a_living_run_writes_is_left_alone(tmp_path: Path) -> None:
     assert names(tmp_path) == ["m.pte"]
 
 
-def test_leftovers_of_other_files_and_files_of_the_user_are_left_alone(tmp_path: Path) -> None:
+def test_leftovers_of_other_outputs_and_user_files_are_kept(tmp_path: Path) -> None:
     killed(holder(tmp_path / "other.pte"))
     (tmp_path / ".m.pte").write_text("mine")
     (tmp_path / ".m.pte.partial").mkdir()
@@ -78,7 +78,7 @@ def test_a_folder_without_a_lock_is_deleted_once_it_is_old(tmp_path: Path) -> No
     assert names(tmp_path) == []
 
 
-def test_nothing_is_left_where_writing_fails(tmp_path: Path) -> None:
+def test_failed_writes_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "m.pte") as beside:
         beside.write_bytes(bytes(1 // 0))
     assert names(tmp_path) == []

@@ -38,7 +38,7 @@ NO_SANITIZERS = "no compiler here has AddressSanitizer; try: apt-get install lib
 
 @dataclass(frozen=True)
 class Missing:
-    """What the C++ runner cannot be built without."""
+    """Dependencies of the C++ runner that are not installed."""
 
     names: tuple[str, ...]  # commands or headers
     packages: tuple[str, ...]  # of Debian and Ubuntu

@@ -1,10 +1,10 @@
-"""How fast a model decodes and reads prompts while other processes take cores: tokens per second beside 0, 1 and 2.
+"""Measure decode and prefill, in tokens per second, while 0, 1 and 2 other processes use a core each.
 
     python tools/measure_busy.py [--shape stories110M | --model MODEL] [--dtype bf16] [--threads 2] [--runs 4]
                                  [--prompt 128]
 
-The weights of a shape are random. Medians of runs of 60 tokens after a prompt of 16, and of prefill of `--prompt`
-tokens, by tc-eager in this process. Compare figures of one run only, or of two checkouts in turns.
+The weights of a shape are random. Prints medians of runs that decode 60 tokens after a prompt of 16, and of prefill of
+`--prompt` tokens, with tc-eager in this process. Compare figures within one run, or alternate runs of two checkouts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BUSY = "while True: pass"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="stories110M")
-    parser.add_argument("--model", help="instead of a shape, as torchchat takes it")
+    parser.add_argument("--model", help="a model instead of a shape, as for torchchat generate")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=4)
@@ -47,12 +47,13 @@ def main() -> None:
             with busy_processes(others):
                 decoded = [decode(model) for _ in range(given.runs)]
                 read = [prefill(model, given.prompt) for _ in range(given.runs)]
-            print(f"beside {others}: decode {spread(decoded)}, prefill of {given.prompt} {spread(read)} tokens/s")
+            print(f"{others} other processes: decode {spread(decoded)}, prefill of {given.prompt} {spread(read)} "
+                  "tokens/s")
 
 
 @contextmanager
 def loaded(given: argparse.Namespace) -> Iterator[LoadedModel]:
-    """The model of the arguments."""
+    """Load the model that the arguments name."""
     registry = load_registry()
     if given.model is not None:
         with open_model(ModelRequest(model=given.model, executor="eager", device="cpu"), registry) as opened:
@@ -64,7 +65,7 @@ def loaded(given: argparse.Namespace) -> Iterator[LoadedModel]:
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """Run so many processes that do nothing but compute."""
+    """Run `count` processes that use a core each."""
     with ExitStack() as stack:
         for _ in range(count):
             process = stack.enter_context(subprocess.Popen([sys.executable, "-c", BUSY]))
@@ -73,12 +74,12 @@ def busy_processes(count: int) -> Iterator[None]:
 
 
 def spread(rates: list[float]) -> str:
-    """The median, the least and the most."""
+    """Return the median, minimum and maximum as text."""
     return f"{statistics.median(rates):.0f} ({min(rates):.0f}-{max(rates):.0f})"
 
 
 def prefill(model: LoadedModel, count: int) -> float:
-    """Tokens per second."""
+    """Return the tokens per second of one prefill."""
     session = model.session(None)
     tokens = [5 + index % 100 for index in range(count)]
     started = time.perf_counter()

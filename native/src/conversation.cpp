@@ -90,7 +90,8 @@ std::vector<Token> TextFormat::encode_disarmed(const std::string& text) const {
         std::ranges::copy_if(ids, std::back_inserter(found), [&](Token token) { return tokenizer->is_control(token); });
         if (found == expected) return ids;
     }
-    std::vector<PromptPart> prompt;  // a message contains the text of a control token, or normalization made one
+    // Only if a message contains the text of a control token, or normalization creates one.
+    std::vector<PromptPart> prompt;
     for (const auto& part : parts) {
         if (part.is_word) {
             prompt.emplace_back(numbered[static_cast<std::size_t>(part.token)].second);

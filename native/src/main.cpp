@@ -109,7 +109,8 @@ const std::string& checked(const std::string& text, std::string_view what) {
     throw Error(std::string(what) + " is not UTF-8 text", "convert it to UTF-8");
 }
 
-// The text that a person wrote to a file or pipe, where it is UTF-8: without a byte order mark, lines ended by '\n'.
+// Returns the text of a file or pipe without a byte order mark, with lines that end with '\n'. Throws if it is not
+// UTF-8.
 std::string written_text(std::string_view content, std::string_view what) {
     if (content.starts_with("\xEF\xBB\xBF")) content.remove_prefix(3);
     const std::string read(content);

@@ -1,4 +1,4 @@
-"""Client libraries in environments of their own, and models that call a tool and then answer."""
+"""Environments with client libraries, and models that call a tool and then answer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ FAMILIES: dict[str, tuple[Callable[[Path, str], None], str]] = {
 
 @pytest.fixture(scope="session")
 def address(testdata: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server in a process of its own, whose models are named after their families."""
+    """Start a server process with a model of each family, and return its address."""
     folder = tmp_path_factory.mktemp("scripted")
     for name, (write, template) in FAMILIES.items():
         write(folder / name, (testdata / "templates" / f"{template}.jinja").read_text())
@@ -69,7 +69,7 @@ def address(testdata: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="session")
 def drive(address: str) -> Callable[..., str]:
-    """`drive(environment, driver, *arguments)`: the last line that is printed by a driver that talks to the server."""
+    """Run a driver against the server: `drive(environment, driver, *arguments)` returns its last line of output."""
 
     def run(environment: str, driver: str, *arguments: str) -> str:
         python = ENVIRONMENTS / environment / "bin" / "python"
@@ -80,6 +80,6 @@ def drive(address: str) -> Callable[..., str]:
                               env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"),
                                    "LITELLM_LOCAL_MODEL_COST_MAP": "True", "OPENAI_AGENTS_DISABLE_TRACING": "1"})
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-        return done.stdout.splitlines()[-1]  # litellm prints lines of its own before
+        return done.stdout.splitlines()[-1]  # litellm prints other lines first
 
     return run

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 HIDDEN = 256
 HEAD_DIM = 64
 CONSTANT, MARKED = HIDDEN - 2, HIDDEN - 1  # components of the hidden state
-SLOWEST = HEAD_DIM - 1  # the component of a head that rotary embeddings turn least
+SLOWEST = HEAD_DIM - 1  # the component of a head that rotary embeddings rotate least
 
 
 def write_scripted_model(folder: Path, template: str, control: Sequence[str], before: Sequence[str],

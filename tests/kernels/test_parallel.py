@@ -1,4 +1,4 @@
-"""The engine's own threads in loops of the kernels, and PyTorch's operations next to them."""
+"""Kernels run their loops on the engine's thread pool, and PyTorch's operations run on the calling thread."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torchchat_core.kernels.serial import is_small, one_thread
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the CPU kernels cannot be built here")
 THREADS = 5
 
-# Prompts of 10 and 40 tokens through a model with weights of 1.3 MB; prints the threads that they started.
+# Runs prompts of 10 and 40 tokens through a model with 1.3 MB of weights, and prints the number of new threads.
 SMALL_PREFILL = """
 import os, torch
 from tc_eager.executor import EagerExecutor
@@ -57,8 +57,8 @@ def test_a_small_model_runs_on_the_calling_thread(switch: str, monkeypatch: pyte
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [40, 700])
 @pytest.mark.parametrize("biased", [False, True])
-def test_many_rows_by_several_threads_are_those_of_linear(dtype: torch.dtype, rows: int, biased: bool,
-                                                          several_threads: None) -> None:
+def test_matmul_of_many_rows_on_several_threads_equals_linear(dtype: torch.dtype, rows: int, biased: bool,
+                                                              several_threads: None) -> None:
     torch.manual_seed(0)
     x = torch.randn(rows, 512).to(dtype)
     weights = [torch.randn(outputs, 512).to(dtype) for outputs in (900, 800, 7)]  # the last one stays whole
@@ -72,7 +72,7 @@ def test_many_rows_by_several_threads_are_those_of_linear(dtype: torch.dtype, ro
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_rows_by_several_threads_are_those_of_one(bits: int, several_threads: None) -> None:
+def test_quantized_matmul_on_several_threads_equals_one_thread(bits: int, several_threads: None) -> None:
     torch.manual_seed(0)
     values = torch.randint(0, 256, (512, 512 * bits // 8), dtype=torch.uint8)
     packed = torch.ops.torchchat.pack_quantized(values, torch.rand(512, 8).half(), None, 512, bits, 64)
@@ -84,8 +84,8 @@ def test_quantized_rows_by_several_threads_are_those_of_one(bits: int, several_t
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("held", [0, 100])
-def test_attention_of_many_rows_by_several_threads_is_that_of_one(kv_heads: int, held: int, several_threads: None
-                                                                  ) -> None:
+def test_attention_on_several_threads_equals_one_thread(kv_heads: int, held: int, several_threads: None
+                                                        ) -> None:
     def attended() -> Tensor:
         torch.manual_seed(0)
         caches = [torch.randn(kv_heads, 400, 64) for _ in range(2)]
@@ -99,8 +99,8 @@ def test_attention_of_many_rows_by_several_threads_is_that_of_one(kv_heads: int,
 
 
 @pytest.mark.parametrize("context", [kernels.engine_threads, one_thread])
-def test_only_the_calling_thread_keeps_pytorch_to_itself_and_only_for_a_time(context: Any, several_threads: None
-                                                                             ) -> None:
+def test_engine_threads_limit_pytorch_only_on_the_calling_thread_and_for_a_time(context: Any, several_threads: None
+                                                                                ) -> None:
     counts: list[int] = []
 
     def count_inside() -> None:
@@ -124,7 +124,7 @@ def test_a_model_is_small_up_to_its_limit_of_bytes() -> None:
     assert not is_small(torch.nn.Linear(1 << 11, 1 << 10))
 
 
-def test_an_error_in_a_piece_of_a_loop_reaches_the_caller(several_threads: None) -> None:
+def test_an_error_in_a_parallel_loop_reaches_the_caller(several_threads: None) -> None:
     x, weight = torch.randn(600, 512), torch.randn(1024, 512)
     with pytest.raises(RuntimeError, match="tensor"):
         torch.ops.torchchat.dense_linear(x, weight, torch.zeros(1024, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""The warning about other programs that take the processor during a measurement."""
+"""A measurement warns if other programs use the processor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from torchchat_core.measure.busy import Usage, busy_warning, usage
 
 
-def test_the_time_of_the_machine_is_read_without_that_of_guests_twice(tmp_path: Path) -> None:
+def test_guest_time_is_not_counted_twice(tmp_path: Path) -> None:
     stat, ticks = tmp_path / "stat", os.sysconf("SC_CLK_TCK")
     stat.write_text("cpu  " + " ".join(str(count * ticks) for count in (10, 1, 2, 80, 5, 0, 1, 1, 7, 7)) + "\ncpu0 1\n")
     assert usage(stat, lambda: 6.0) == Usage(all=100.0, idle=85.0, own=6.0)
@@ -18,7 +18,7 @@ def test_the_time_of_the_machine_is_read_without_that_of_guests_twice(tmp_path: 
 
 @pytest.mark.parametrize("content", [None, "", "cpu\n", "cpu 1 2 3\n", "cpu a b c d e f g h\n",
                                      "intr 1 2 3 4 5 6 7 8\n"])
-def test_a_system_that_does_not_tell_gives_none(content: str | None, tmp_path: Path) -> None:
+def test_a_system_without_usage_figures_gives_none(content: str | None, tmp_path: Path) -> None:
     stat = tmp_path / "stat"
     if content is not None:
         stat.write_text(content)
@@ -26,7 +26,7 @@ def test_a_system_that_does_not_tell_gives_none(content: str | None, tmp_path: P
     assert busy_warning(usage(stat), Usage(1, 0, 0)) is None
 
 
-def test_what_others_use_is_named_in_cores() -> None:
+def test_usage_of_other_programs_is_reported_in_cores() -> None:
     before = Usage(all=100, idle=50, own=10)
     text = busy_warning(before, Usage(all=120, idle=51, own=16), cores=2)
     assert text is not None

@@ -121,7 +121,7 @@ def test_a_multiple_choice_task_scores_as_computed_by_hand(opened: OpenedModel, 
     assert set(found["torchchat"]["versions"]) == {"torchchat", "torch", "lm_eval"}
 
 
-def test_a_task_with_answers_scores_as_computed_by_hand(testdata: Path, torchchat: Run, tmp_path: Path,
+def test_a_task_with_answers_has_the_manually_computed_score(testdata: Path, torchchat: Run, tmp_path: Path,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchchat_core.cli.progress_bars.LOG_DELAY", 0.0)
     answered = json.loads(torchchat("generate", testdata / "hf/TinyStories-656K", *COMMON, "--raw", "--prompt",
@@ -297,13 +297,13 @@ def test_without_lm_eval_it_says_how_to_get_it(torchchat: Run, monkeypatch: pyte
     assert "try: pip install 'torchchat-core[eval]'" in done.err
 
 
-# ---- data of one's own in place of a task's ------------------------------------------------------------------------
+# ---- user data in place of a task's ------------------------------------------------------------------------
 
 
 WIKI = " \n = First = \n \n Some text , with words . \n \n = = Section = = \n \n More .\n = Second = \n \n The end .\n"
 
 
-def test_a_plain_text_is_split_into_pages_as_lm_evals_copy_of_wikitext_is(tmp_path: Path) -> None:
+def test_a_plain_text_is_split_into_pages_as_in_lm_evals_wikitext(tmp_path: Path) -> None:
     from torchchat_core.measure.own_data import documents_of
 
     (tmp_path / "wiki.raw").write_text(WIKI)
@@ -322,7 +322,7 @@ def test_the_pages_of_wikitext_2_are_62(testdata: Path) -> None:
 
 def test_the_default_task_needs_no_network_with_data(testdata: Path, torchchat: Run, tmp_path: Path,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither does lm-eval ask git for a commit, which prints an error outside of a repository."""
+    """lm-eval does not ask git for a commit either, which prints an error outside of a repository."""
     monkeypatch.setattr("lm_eval.evaluator.get_git_commit_hash", lambda: pytest.fail("git is asked"))
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network is used"))
     monkeypatch.chdir(tmp_path)
@@ -340,7 +340,7 @@ def test_the_default_task_needs_no_network_with_data(testdata: Path, torchchat: 
     ("[]", "a.json", "no documents"),
     ("3\n", "a.jsonl", "no documents"), ('{"nothing": 1}\n', "a.jsonl", "failed with the documents in"),
 ])
-def test_data_that_is_none_is_told(content: str, name: str, message: str, testdata: Path, torchchat: Run, tmp_path: Path
+def test_invalid_data_is_reported(content: str, name: str, message: str, testdata: Path, torchchat: Run, tmp_path: Path
                                    ) -> None:
     (tmp_path / name).write_text(content)
     done = torchchat("eval", testdata / "hf/stories260K", *COMMON, "--data", tmp_path / name)
@@ -349,7 +349,7 @@ def test_data_that_is_none_is_told(content: str, name: str, message: str, testda
     assert "try: " in done.err
 
 
-def test_data_goes_with_one_task_and_has_to_be_there(torchchat: Run) -> None:
+def test_data_requires_one_task_and_an_existing_file(torchchat: Run) -> None:
     done = torchchat("eval", "embedded", "--tasks", "wikitext,hellaswag", "--data", "x")
     assert (done.code, "--data works with one task" in done.err) == (2, True)
     done = torchchat("eval", "embedded", "--data", "/nonexistent/x")

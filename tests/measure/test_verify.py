@@ -282,8 +282,8 @@ def test_what_the_other_side_cannot_be_is_told_before_the_first_is_run(other: st
     assert " steps" not in done.err
 
 
-def test_models_of_different_vocabularies_are_refused_before_one_is_run(testdata: Path, torchchat: Run,
-                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_with_different_vocabularies_are_rejected_before_they_run(testdata: Path, torchchat: Run,
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchchat_core.measure.verifying.open_model", lambda *_: pytest.fail("a model is run"))
     done = torchchat("verify", testdata / "hf/stories260K", testdata / "hf/TinyStories-656K", *COMMON)
     assert done.code == 1

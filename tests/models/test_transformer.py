@@ -116,7 +116,7 @@ EVERY_KEY = {
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 @pytest.mark.parametrize("scaling", ROPE)
-def test_a_strange_value_anywhere_in_config_json_is_an_error_of_one_short_line(
+def test_any_invalid_value_in_config_json_is_a_short_error(
         model_type: str, scaling: str, with_strange_values: Any, message_of: Any) -> None:
     def build(raw: dict[str, Any]) -> None:
         config = config_from_hugging_face(raw)
@@ -130,8 +130,8 @@ def test_a_strange_value_anywhere_in_config_json_is_an_error_of_one_short_line(
         assert len(message.encode()) < 300
 
 
-def test_a_strange_value_anywhere_in_params_json_is_an_error_of_one_short_line(with_strange_values: Any,
-                                                                                   message_of: Any) -> None:
+def test_any_invalid_value_in_params_json_is_a_short_error(with_strange_values: Any,
+                                                           message_of: Any) -> None:
     params = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5, "vocab_size": -1,
               "max_seq_len": 64, "head_dim": 8, "rope_theta": 1e4, "use_scaled_rope": True, "sliding_window": 4,
               "rope_scaling_factor": 8.0, "moe": None}
@@ -156,7 +156,7 @@ def test_longrope_keeps_its_short_factors_within_the_original_context(reference:
 
 @pytest.fixture
 def dynamic(reference: Any, tmp_path: Path) -> tuple[Any, Any]:
-    """A model of 64 positions with dynamic NTK scaling to 256: transformers' function of ids, and our model."""
+    """A model of 64 positions with dynamic NTK scaling to 256: a function that runs transformers, and our model."""
     torch.manual_seed(0)
     config = reference.LlamaConfig(**SIZES, rope_scaling={"rope_type": "dynamic", "factor": 4.0})
     config._attn_implementation = "eager"
@@ -169,7 +169,7 @@ def dynamic(reference: Any, tmp_path: Path) -> tuple[Any, Any]:
 
     @torch.inference_mode()
     def grown(prompt: list[int], answer: list[int]) -> torch.Tensor:
-        """Logits of transformers at the last token of a new prompt, and at each token that is decoded after it."""
+        """Return transformers' logits at the last token of a new prompt and at each token decoded after it."""
         theirs(torch.tensor([[1]]))  # forgets the frequencies of an earlier, longer sequence
         step = theirs(torch.tensor([prompt]), use_cache=True)
         logits = [step.logits[0, -1]]
@@ -194,8 +194,8 @@ def test_dynamic_rope_follows_the_length_as_in_transformers(prompt: int, dynamic
 
 
 @pytest.mark.parametrize("held", [[10], [70], [40, 60, 80], [99]])
-def test_with_dynamic_rope_an_answer_does_not_depend_on_what_the_cache_held(held: list[int], dynamic: tuple[Any, Any]
-                                                                            ) -> None:
+def test_with_dynamic_rope_answers_do_not_depend_on_the_cache(held: list[int], dynamic: tuple[Any, Any]
+                                                              ) -> None:
     grown, model = dynamic
     tokens = DYNAMIC_TOKENS[:110]
     expected = grown(tokens[:100], tokens[100:])
@@ -210,7 +210,7 @@ def test_with_dynamic_rope_an_answer_does_not_depend_on_what_the_cache_held(held
     torch.testing.assert_close(short, grown(tokens[:50], tokens[50:51]), atol=1e-4, rtol=1e-3)
 
 
-def test_with_dynamic_rope_sequences_of_a_batch_are_each_as_if_alone(dynamic: tuple[Any, Any]) -> None:
+def test_with_dynamic_rope_batched_sequences_equal_single_ones(dynamic: tuple[Any, Any]) -> None:
     grown, model = dynamic
     lengths = (20, 64, 90)
     sessions = [model.session() for _ in lengths]
@@ -221,7 +221,7 @@ def test_with_dynamic_rope_sequences_of_a_batch_are_each_as_if_alone(dynamic: tu
         torch.testing.assert_close(torch.stack([first[row], second[row]]), expected, atol=1e-4, rtol=1e-3)
 
 
-def test_a_runtime_whose_frequencies_do_not_change_refuses_dynamic_rope_beyond_the_original_context() -> None:
+def test_a_runtime_with_fixed_frequencies_rejects_dynamic_rope_beyond_the_original_context() -> None:
     raw = {"model_type": "llama", **SIZES, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
     rotary = RotaryEmbedding(config_from_hugging_face(raw))
     assert not rotary.extends(64)

@@ -84,8 +84,8 @@ def test_a_chat_refuses_lines_that_are_not_utf8(content: bytes, runner: Path, em
 
 
 @pytest.mark.parametrize("flags", [(), ("--chat",)])
-def test_text_of_windows_is_the_same_text(flags: tuple[str, ...], runner: Path,
-                                          embedded: Callable[[str], Path]) -> None:
+def test_text_with_windows_line_endings_is_the_same(flags: tuple[str, ...], runner: Path,
+                                                    embedded: Callable[[str], Path]) -> None:
     asked = [runner, embedded("pte"), "--json", "--temperature", "0", "--max-new-tokens", "3", *flags]
     lines = [subprocess.run(asked, input=content, capture_output=True, check=True).stdout.splitlines()
              for content in (b"Hi\nWho?\n", b"\xef\xbb\xbfHi\r\nWho?\r\n")]
@@ -121,7 +121,8 @@ def test_a_program_that_takes_another_number_of_weights_is_refused(
                      r"for it, which makes \d+ inputs\n", done.stderr)
 
 
-def test_a_kv_cache_that_no_memory_holds_is_told(runner: Path, embedded: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_kv_cache_that_does_not_fit_in_memory_is_an_error(runner: Path, embedded: Callable[[str], Path],
+                                                            tmp_path: Path) -> None:
     path = with_runtime(embedded("pt2"), tmp_path / "m.pt2",
                         lambda runtime: runtime["cache"].update(kv_heads=100_000, head_dim=100_000))
     done = started(runner, path, "--prompt", "x", "--max-new-tokens", "1")
@@ -235,8 +236,8 @@ def test_a_library_that_is_missing_is_named_when_it_is_built(setting: str, said:
     assert said in " ".join(done.stderr.split())
 
 
-def test_a_debian_package_that_is_missing_is_named_before_cmake_runs(monkeypatch: pytest.MonkeyPatch,
-                                                                     capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_debian_package_is_named_before_cmake_runs(monkeypatch: pytest.MonkeyPatch,
+                                                             capfd: pytest.CaptureFixture[str]) -> None:
     if shutil.which("cmake") is None or shutil.which("c++") is None:
         pytest.skip("needs cmake and c++; try: apt-get install cmake g++")
     monkeypatch.setattr("build_native.LIBRARIES", {"string.h": "libc6-dev", "nowhere/none.h": "libnone-dev"})
@@ -247,6 +248,6 @@ def test_a_debian_package_that_is_missing_is_named_before_cmake_runs(monkeypatch
                                           "try: apt-get install libnone-dev\n")
 
 
-def test_a_command_that_is_missing_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_command_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert missing() == build_native.Missing(("cmake", "c++"), ("cmake", "g++"))

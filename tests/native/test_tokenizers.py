@@ -112,7 +112,7 @@ def test_control_tokens_in_messages_are_ordinary_text_as_in_python(path: str, te
 
 
 def metaspace(folder: Path) -> Path:
-    """A tokenizer.json as `transformers` saves SentencePiece models with "legacy": false; </s> takes white space."""
+    """A tokenizer.json as `transformers` saves SentencePiece models with "legacy": false; </s> strips white space."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581[]/INSTabcdefghijklmno<>"]
     vocab = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -129,14 +129,14 @@ def metaspace(folder: Path) -> Path:
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("name", ["tokenizers/mistral-v3/tokenizer.model", "tokenizers/llama2/tokenizer.model",
                                   "tinyllamas/stories260K/tok512.model", "metaspace"])
-def test_control_tokens_in_messages_change_no_token_around_them_as_in_python(
+def test_control_token_names_in_messages_do_not_change_other_tokens(
         name: str, legacy: bool, testdata: Path, tmp_path: Path, probe: Probe) -> None:
     path = metaspace(tmp_path) if name == "metaspace" else tmp_path / "tokenizer.model"
     if name != "metaspace":
         path.write_bytes((testdata / name).read_bytes())
     flags = {"normalized": False, "single_word": False}
     settings: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "legacy": legacy}
-    if name.startswith("tinyllamas"):  # tokens in small files, some of which take white space or are text
+    if name.startswith("tinyllamas"):  # tokens in small files, some of which strip white space or are text
         settings["added_tokens_decoder"] = {
             "514": {"content": "[/INST]", "special": True, "lstrip": True, "rstrip": True, **flags},
             "515": {"content": "tool", "special": False, "lstrip": False, "rstrip": True, **flags}}

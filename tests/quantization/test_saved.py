@@ -195,7 +195,7 @@ def test_a_damaged_folder_is_told(damage: Callable[[Path], None], message: str, 
         opened(copy)
 
 
-def test_a_strange_value_anywhere_in_the_manifest_is_an_error_of_one_short_line(
+def test_any_invalid_value_in_the_manifest_is_a_short_error(
         copy: Path, with_strange_values: Any, message_of: Any) -> None:
     path = copy / MANIFEST
     content = json.loads(path.read_text())

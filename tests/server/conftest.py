@@ -103,7 +103,7 @@ def saying_model(folder: Path, added: Sequence[tuple[str, bool]], chain: Sequenc
 
 @pytest.fixture
 def saying(tmp_path: Path) -> Iterator[Callable[..., TestClient]]:
-    """`saying(added, chain, template, end)`: a client of a server whose model, "m", says what it is made to say."""
+    """Start a server with a scripted model "m": `saying(added, chain, template, end)` returns a client."""
     with ExitStack() as stack:
         yield lambda *arguments: stack.enter_context(served({"m": saying_model(tmp_path / "m", *arguments)}))
 

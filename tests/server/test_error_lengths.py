@@ -1,4 +1,4 @@
-"""Errors of the server quote what a request holds, and stay short whatever it is."""
+"""Errors of the server quote values of the request, and stay short."""
 
 from __future__ import annotations
 

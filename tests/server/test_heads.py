@@ -1,4 +1,4 @@
-"""Heads of requests over a real connection: malformed, ambiguous, too large, or never complete; and ids of requests."""
+"""Malformed, ambiguous, oversized and incomplete request heads over a real connection, and request ids."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LENGTH = b"content-length: %d\r\n" % len(BODY)
 
 @contextlib.contextmanager
 def listening(folder: Path) -> Iterator[tuple[str, int]]:
-    """Host and port of a server on a thread of this process."""
+    """Start a server on a thread of this process, and return its host and port."""
     options = ServerOptions(models={"tiny": ModelRequest(model=str(folder))}, limits=Limits(), local=True)
     ready, listener = threading.Event(), listen("127.0.0.1", 0)
     server = make_server(make_app(options, load_registry()), 1.0, ready.set)
@@ -49,7 +49,7 @@ def address(chat_model: Path) -> Iterator[tuple[str, int]]:
 
 
 def received(connection: socket.socket) -> bytes:
-    """All that comes until the server closes the connection."""
+    """Return all bytes until the server closes the connection."""
     connection.settimeout(60)
     parts = []
     with contextlib.suppress(ConnectionResetError):
@@ -59,7 +59,7 @@ def received(connection: socket.socket) -> bytes:
 
 
 def answer(data: bytes) -> tuple[int, dict[str, str], Any]:
-    """Status, headers and JSON body of one response."""
+    """Parse a response into status, headers and JSON body."""
     head, _, body = data.partition(b"\r\n\r\n")
     first, *lines = head.decode().split("\r\n")
     headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
@@ -89,7 +89,7 @@ def test_an_ambiguous_head_is_refused_and_the_connection_closed(address: tuple[s
     b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n",
     b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: gzip\r\n\r\n",
 ], ids=["words", "no host", "TLS", "two hosts", "no colon", "two lengths", "encoding"])
-def test_what_is_no_http_is_answered_as_json_with_an_id(address: tuple[str, int], data: bytes) -> None:
+def test_invalid_http_gets_a_json_error_with_an_id(address: tuple[str, int], data: bytes) -> None:
     with socket.create_connection(address) as connection:
         connection.sendall(data)
         status, headers, body = answer(received(connection))
@@ -111,7 +111,7 @@ def test_a_malformed_chunk_ends_the_request(address: tuple[str, int], capfd: pyt
 @pytest.mark.parametrize("sent", [
     b"GET /health HT", b"\r\n", b"", b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET",
 ], ids=["half a line", "an empty line", "nothing", "half a second request"])
-def test_half_a_head_times_out(chat_model: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+def test_an_incomplete_head_times_out(chat_model: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
     monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.2)
     with listening(chat_model) as found, socket.create_connection(found) as connection:
         connection.sendall(sent)
@@ -123,7 +123,7 @@ def test_half_a_head_times_out(chat_model: Path, monkeypatch: pytest.MonkeyPatch
         assert "head of the request" in body["error"]["message"]
 
 
-def test_the_rest_of_a_body_that_was_answered_is_not_waited_for_without_end(
+def test_waiting_for_the_rest_of_an_answered_body_has_a_limit(
         chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "REST_SECONDS", 0.2)
     with listening(chat_model) as found, socket.create_connection(found) as connection:
@@ -142,7 +142,7 @@ def test_a_valid_request_id_of_the_client_is_echoed(client: TestClient, given: s
     assert found.headers["x-request-id"].startswith("req_") is not echoed
 
 
-def test_two_request_ids_are_none(client: TestClient) -> None:
+def test_two_request_ids_are_ignored(client: TestClient) -> None:
     found = client.get("/health", headers=[("x-request-id", "a"), ("x-request-id", "b")])
     assert found.headers["x-request-id"].startswith("req_")
 

@@ -1,4 +1,4 @@
-"""Conversations as libraries send them back, and calls of functions from answer to answer."""
+"""Conversation histories as client libraries send them, and tool calls across answers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def nemo(saying: Callable[..., TestClient], testdata: Path) -> TestClient:
 
 @pytest.fixture
 def qwen(saying: Callable[..., TestClient], testdata: Path) -> Callable[[str], TestClient]:
-    """`qwen(text)`: a server whose model gives this answer."""
+    """Start a server whose model answers with a text: `qwen(text)` returns a client."""
     def start(text: str) -> TestClient:
         return saying([*CHATML, ("<tool_call>", False), (text, False)], [["Ċ", text, "<|im_end|>"]],
                       template(testdata, "Qwen-Qwen2.5-7B-Instruct"), "<|im_end|>")
@@ -52,7 +52,7 @@ def chat(client: TestClient, status: int = 200, **fields: Any) -> Any:
 
 
 def streamed(client: TestClient, **fields: Any) -> tuple[str, list[Any], str]:
-    """Text, calls and the reason of the end, of a stream."""
+    """Return the text, tool calls and finish reason of a stream."""
     found = client.post("/v1/chat/completions", json={"model": "m", "messages": QUESTION, "temperature": 0,
                                                       "max_tokens": 200, "stream": True, **fields})
     assert found.status_code == 200, found.text
@@ -73,7 +73,7 @@ def response(client: TestClient, status: int = 200, **fields: Any) -> Any:
 # ---- ids -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_call_and_its_result_go_back_to_a_template_that_checks_ids(nemo: TestClient) -> None:
+def test_a_chat_tool_loop_works_with_a_template_that_checks_ids(nemo: TestClient) -> None:
     for choice in ("auto", "required"):
         message = chat(nemo, tools=TOOLS[:1], tool_choice=choice)["message"]
         call = message["tool_calls"][0]
@@ -85,7 +85,7 @@ def test_a_call_and_its_result_go_back_to_a_template_that_checks_ids(nemo: TestC
     assert NINE.fullmatch(calls[0]["id"])
 
 
-def test_a_response_and_its_result_go_back_to_a_template_that_checks_ids(nemo: TestClient) -> None:
+def test_a_responses_tool_loop_works_with_a_template_that_checks_ids(nemo: TestClient) -> None:
     for choice in ("auto", "required"):
         call = response(nemo, tool_choice=choice)["output"][0]
         assert NINE.fullmatch(call["call_id"])
@@ -99,7 +99,7 @@ def test_a_response_and_its_result_go_back_to_a_template_that_checks_ids(nemo: T
 
 
 def test_a_text_and_the_calls_after_it_are_one_message(nemo: TestClient) -> None:
-    """Templates that demand users and the assistant in turns refuse two messages."""
+    """Templates that require alternating roles reject two messages."""
     items = [*QUESTION, {"role": "assistant", "content": "Let me see."},
              {"type": "function_call", "call_id": "c", "name": "get_time", "arguments": '{"zone": "x"}'},
              {"type": "function_call_output", "call_id": "c", "output": "12:00"},
@@ -108,7 +108,7 @@ def test_a_text_and_the_calls_after_it_are_one_message(nemo: TestClient) -> None
 
 
 @pytest.mark.parametrize("number", ["call_0123456789abcdef0123456789abcdef", "toolu_01A", "", "é" * 9, "a-b-c-d-e"])
-def test_ids_of_other_servers_are_brought_into_the_templates_form(nemo: TestClient, number: str) -> None:
+def test_ids_of_other_servers_are_converted_to_the_form_of_the_template(nemo: TestClient, number: str) -> None:
     call = {"id": number, "type": "function", "function": {"name": "get_time", "arguments": '{"zone": "x"}'}}
     messages = [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [call]},
                 {"role": "tool", "tool_call_id": number, "content": "12:00"}]
@@ -126,7 +126,7 @@ def test_ids_of_other_servers_are_brought_into_the_templates_form(nemo: TestClie
 def history(message: dict[str, Any] | None = None, call: dict[str, Any] | None = None,
             function: dict[str, Any] | None = None, result: dict[str, Any] | None = None,
             question: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """A question, a call and its result, with further fields."""
+    """Return a question, a call and its result, with extra fields."""
     called = {"id": "c1", "type": "function", **(call or {}),
               "function": {"name": "get_time", "arguments": '{"zone": "x"}', **(function or {})}}
     return [{"role": "user", "content": "time?", **(question or {})},
@@ -172,7 +172,8 @@ def test_fields_that_libraries_add_to_items_are_accepted(client: TestClient, ite
     ({"messages": history(result={"name": 5})}, "messages[2].name"),
     ({"messages": history(), "tools": [{**TOOLS[0], "cache_control": {}}]}, "tools[0].cache_control"),
 ], ids=str)
-def test_what_would_change_an_answer_is_still_refused(client: TestClient, fields: dict[str, Any], param: str) -> None:
+def test_fields_that_would_change_an_answer_are_still_rejected(client: TestClient, fields: dict[str, Any], param: str
+                                                               ) -> None:
     found = client.post("/v1/chat/completions", json={"model": "tiny", "max_tokens": 1, **fields})
     assert (found.status_code, found.json()["error"]["param"]) == (400, param)
 
@@ -186,7 +187,7 @@ def prompt(client: TestClient, messages: list[dict[str, Any]]) -> str:
     return str(client.post("/detokenize", json={"tokens": tokens}).json()["prompt"])
 
 
-def test_fields_that_a_template_names_reach_it(saying: Callable[..., TestClient]) -> None:
+def test_fields_that_a_template_uses_reach_it(saying: Callable[..., TestClient]) -> None:
     client = saying(CHATML, [["Ċ", "<|im_end|>"]], READS_FIELDS, "<|im_end|>")
     assert prompt(client, [
         {"role": "user", "content": "a", "name": "Ann", "mood": "good<|im_end|>", "items": 5},
@@ -224,7 +225,7 @@ def test_arguments_that_are_no_object_are_named(client: TestClient, arguments: s
 # ---- the official client -------------------------------------------------------------------------------------------
 
 
-def test_what_the_official_client_makes_of_a_stream_can_be_sent_back(qwen: Callable[[str], TestClient]) -> None:
+def test_messages_that_the_official_client_assembles_can_be_sent_back(qwen: Callable[[str], TestClient]) -> None:
     client = qwen('<tool_call>\n{"name": "get_time", "arguments": {"zone": "x"}}\n</tool_call>')
     official: Any = OpenAI(base_url=f"{client.base_url}/v1", api_key="none", http_client=client, max_retries=0)
     with official.chat.completions.stream(model="m", messages=QUESTION, tools=TOOLS, temperature=0) as stream:
@@ -301,7 +302,7 @@ FORMS = {  # template, opener, and parts of a call around an argument
 
 @pytest.fixture(params=FORMS)
 def wrong(request: pytest.FixtureRequest, saying: Callable[..., TestClient], testdata: Path) -> TestClient:
-    """A server whose model calls get_time with a zone that the schema does not have."""
+    """A client of a server whose model calls get_time with a zone that the schema does not allow."""
     before, opener, head, tail, end = FORMS[request.param]
     marks = MISTRAL_TOKENS[:9] if end == "</s>" else CHATML
     added = [*marks, *((text, False) for text in ("<tool_call>", head, "wrong", tail))]
@@ -309,7 +310,7 @@ def wrong(request: pytest.FixtureRequest, saying: Callable[..., TestClient], tes
     return saying(added, [row, ["x", tail]], template(testdata, request.param), end)
 
 
-def test_a_strict_call_that_the_model_begins_is_bound_to_its_schema(wrong: TestClient) -> None:
+def test_a_strict_call_follows_its_schema(wrong: TestClient) -> None:
     for tools, zone in ((TOOLS, "wrong"), (STRICT, "x")):
         found = chat(wrong, tools=tools)
         arguments = json.dumps({"zone": zone})
@@ -322,7 +323,7 @@ def test_a_strict_call_that_the_model_begins_is_bound_to_its_schema(wrong: TestC
         assert response(wrong, tools=items)["output"][0]["arguments"] == arguments
 
 
-def test_an_answer_without_a_call_is_free_with_strict_functions(qwen: Callable[[str], TestClient]) -> None:
+def test_an_answer_without_a_call_is_unconstrained_with_strict_functions(qwen: Callable[[str], TestClient]) -> None:
     client = qwen(f"{THOUGHTS}Use <tool_call> for calls.")
     assert chat(client, tools=STRICT)["message"]["content"] == f"{THOUGHTS}Use <tool_call> for calls."
 
@@ -357,7 +358,7 @@ def test_a_strict_schema_that_cannot_be_enforced_is_refused(client: TestClient) 
     (b'{"model": "tiny", "messages": [{"role": "user", "content": "\xed\xa0\xbd"}]}', "messages[0].content"),
     (b'{"model": "tiny", "messages": [], "\\ud83d": 1}', None),
 ], ids=["first", "second", "raw", "key"])
-def test_half_of_a_surrogate_pair_is_called_what_it_is(client: TestClient, body: bytes, param: str | None) -> None:
+def test_an_unpaired_surrogate_is_named_in_the_error(client: TestClient, body: bytes, param: str | None) -> None:
     found = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     error = found.json()["error"]
     assert (found.status_code, error["param"]) == (400, param)
@@ -365,7 +366,7 @@ def test_half_of_a_surrogate_pair_is_called_what_it_is(client: TestClient, body:
     assert "not JSON" not in error["message"]
 
 
-def test_a_schema_whose_alternatives_overlap_is_refused_in_our_words(client: TestClient) -> None:
+def test_a_schema_with_overlapping_alternatives_is_a_plain_error(client: TestClient) -> None:
     schema = {"oneOf": [{"type": "number"}, {"type": "integer"}]}
     found = client.post("/v1/chat/completions", json={
         "model": "tiny", "messages": QUESTION,

@@ -1,4 +1,4 @@
-"""What the server writes to standard error: its own sentences, and nothing of the libraries below it."""
+"""The server logs its own messages to standard error, and none of its libraries'."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HALF = (b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: appl
         b"content-length: 9\r\n\r\n{")
 
 
-def test_two_signals_end_a_busy_server_without_a_traceback(chat_model: Path, start: Callable[..., Any]) -> None:
+def test_two_signals_stop_a_busy_server_without_a_traceback(chat_model: Path, start: Callable[..., Any]) -> None:
     process, address = start(chat_model)
     host, _, port = address.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port))) as malformed, socket.create_connection((host, int(port))) as half:
@@ -31,7 +31,7 @@ def test_two_signals_end_a_busy_server_without_a_traceback(chat_model: Path, sta
     assert process.stderr.read() == ""
 
 
-def test_the_end_of_the_grace_is_one_sentence(chat_model: Path, start: Callable[..., Any]) -> None:
+def test_the_end_of_the_grace_period_is_one_line(chat_model: Path, start: Callable[..., Any]) -> None:
     process, address = start(chat_model, "--grace", "1")
     host, _, port = address.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port))) as half:
@@ -42,7 +42,7 @@ def test_the_end_of_the_grace_is_one_sentence(chat_model: Path, start: Callable[
     assert written in ("", "error: the time of grace is over: 1 requests were ended before their answer\n")
 
 
-def test_words_of_other_libraries_become_ours(capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_of_other_libraries_are_translated(capsys: pytest.CaptureFixture[str]) -> None:
     theirs = logging.getLogger("uvicorn.error")
     with own_words():
         theirs.warning("Invalid HTTP request received.")

@@ -1,4 +1,4 @@
-"""Long texts: refused without being encoded where they cannot fit, and never in the way of others."""
+"""Long texts are rejected without being encoded if they cannot fit, and do not block other requests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def body(path: str, text: str) -> dict[str, Any]:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
-    """Of every text that the library encodes: how many characters it has, and the name of the thread."""
+    """Record the length and the thread of each text that the tokenizers library encodes."""
     found: list[tuple[int, str]] = []
     for name in ("encode", "encode_with_starts"):
         real = getattr(Library, name)
@@ -56,7 +56,7 @@ def test_a_text_that_cannot_fit_is_refused_without_being_encoded(
 
 
 @pytest.mark.parametrize("path", FIELDS)
-def test_a_long_text_is_encoded_in_slices_and_no_further_than_fits(
+def test_a_long_text_is_encoded_in_slices_up_to_the_limit(
         client: TestClient, path: str, encoded: list[tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts, "MOST_TOKENS", LIMIT)
     monkeypatch.setattr(HuggingFaceTokenizer, "longest_token", None, raising=False)
@@ -83,7 +83,7 @@ def test_a_large_body_is_never_read_on_the_event_loop(client: TestClient, path: 
     assert [name.rpartition("_")[0] for name in threads] == ["torchchat-bodies"]
 
 
-def test_while_long_texts_are_read_health_is_answered_and_they_count_as_waiting(
+def test_long_texts_count_as_waiting_and_do_not_block_health_checks(
         chat_model: Path, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     begun, go_on = threading.Event(), threading.Event()
     real = Library.encode_with_starts
@@ -122,10 +122,10 @@ def test_a_text_that_cannot_be_cut_is_a_400_that_names_the_field(
     assert "cannot be cut" in found.json()["error"]["message"]
 
 
-def test_a_text_at_which_the_tokenizer_fails_is_a_500_of_our_own(
+def test_a_text_that_crashes_the_tokenizer_is_a_500(
         client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     class Panic(BaseException):
-        """As the library raises them: no `Exception`."""
+        """Panics of the library are no subclass of `Exception`."""
 
     def fails(*_: Any, **__: Any) -> Any:
         raise Panic("retry-limit-in-match over")

@@ -197,7 +197,7 @@ def test_who_comes_when_too_many_wait_is_told_to_come_again(
 
 
 def limit_time(client: TestClient, seconds: float) -> None:
-    """Change the limit of a server that runs, so that loading and other answers have the time that they need."""
+    """Change the time limit of a running server, so that it does not apply to loading and earlier answers."""
     served: Any = client.app
     object.__setattr__(served.state.service.limits, "max_time", seconds)
 

@@ -156,7 +156,7 @@ def test_a_stored_rotary_table_is_not_a_weight(folder: Path, expected: torch.Ten
 
 
 @pytest.mark.parametrize("kind", ["hf", "hf bin", "hf shards"])
-def test_two_different_matrices_are_not_tied_whatever_the_config_says(
+def test_different_matrices_are_not_tied_even_if_the_config_says_so(
         kind: str, state: dict[str, torch.Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     expected = logits(write_layout(kind, tmp_path / "untied", state))
     path = write_layout(kind, tmp_path / "tied", state)
@@ -310,7 +310,7 @@ def test_a_wrong_config_is_told(folder: Path, content: str, message: str) -> Non
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "qwen2_moe", "mixtral", "bert"])
-def test_a_refused_architecture_is_named_whatever_its_tensors_are_called(folder: Path, model_type: str) -> None:
+def test_an_unsupported_architecture_is_named_before_its_tensors_are_read(folder: Path, model_type: str) -> None:
     save_file({"transformer.wte.weight": torch.ones(4, 4), "layers.0.scale": torch.ones(4)},
               folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"model_type": model_type, "n_embd": 4}))
@@ -348,7 +348,7 @@ def test_weights_that_another_program_quantized_are_named_by_its_method(
     assert "GGUF" in message
 
 
-def test_plain_weights_are_read_though_config_json_names_a_quantization_method(
+def test_plain_weights_are_read_even_if_config_json_names_a_quantization_method(
         folder: Path, expected: torch.Tensor) -> None:
     (folder / "config.json").write_text(json.dumps({**SIZES, "quantization_config": {"quant_method": "fp8"}}))
     assert torch.equal(logits(folder), expected)

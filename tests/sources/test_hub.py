@@ -631,8 +631,8 @@ def test_the_registry_has_both_sources() -> None:
     assert registry.claim("schemes", "https").name == registry.claim("schemes", "http").name == "url"
 
 
-def test_files_that_were_placed_by_hand_are_used_and_stay(hub: Any, stories: list[CatalogueEntry], tmp_path: Path
-                                                          ) -> None:
+def test_manually_placed_files_are_used_and_kept(hub: Any, stories: list[CatalogueEntry], tmp_path: Path
+                                                 ) -> None:
     folder = tmp_path / "cache/torchchat/models/someone--stories--a.pt"
     folder.mkdir(parents=True)
     (folder / "tokenizer.model").write_bytes(b"placed by hand")
@@ -642,7 +642,7 @@ def test_files_that_were_placed_by_hand_are_used_and_stay(hub: Any, stories: lis
     assert files.weights == (folder / "a.pt",)
 
 
-def test_a_part_that_is_missing_is_named_with_the_folder_that_it_belongs_to(
+def test_a_missing_part_is_named_with_its_folder(
         hub: Any, stories: list[CatalogueEntry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "cache/torchchat/models/someone--stories--a.pt"
     fetch(stories[1].reference)  # the hub's cache and the folder of parts have files for both

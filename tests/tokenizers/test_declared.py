@@ -1,4 +1,4 @@
-"""Tokens that only the small files of a model name: the ids are those of `transformers`."""
+"""Tokens that only the small files of a model declare. The expected ids are those of `transformers`."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ DECLARED: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("change", "settings", "small"), [each[1:] for each in DECLARED],
                          ids=[f"{each[0]}, {each[1].__name__}" for each in DECLARED])
-def test_tokens_that_a_small_file_declares_are_tokens_of_the_template(
+def test_tokens_declared_in_small_files_are_tokens_of_the_template(
         change: Any, settings: dict[str, Any], small: dict[str, Any], make: Make, read: Formats) -> None:
     folder = make(change, small, **settings)
     found = read(folder)
@@ -122,7 +122,7 @@ def test_tokens_that_a_small_file_declares_are_tokens_of_the_template(
     assert found.tokenizer.decode([71, 260, 72]) == "hi"
 
 
-def test_an_end_of_turn_that_only_has_a_name_is_one_token(make: Make, read: Formats) -> None:
+def test_an_end_of_turn_without_a_declaration_is_one_token(make: Make, read: Formats) -> None:
     folder = make(moved, eos_token=END)
     found = read(folder)
     assert prompt(found) == reference(folder)
@@ -132,7 +132,7 @@ def test_an_end_of_turn_that_only_has_a_name_is_one_token(make: Make, read: Form
 
 @pytest.mark.parametrize("settings", [
     {"added_tokens_decoder": DECODER}, {"eos_token": END}, {"eos_token": {"content": END}}, {}])
-def test_what_ends_a_turn_is_out_of_reach_for_messages_whatever_the_files_call_it(
+def test_messages_cannot_write_the_end_of_a_turn(
         settings: dict[str, Any], make: Make, read: Formats) -> None:
     found = read(make(ordinary, **settings))
     assert prompt(found) == HI
@@ -141,7 +141,7 @@ def test_what_ends_a_turn_is_out_of_reach_for_messages_whatever_the_files_call_i
     assert 259 not in prompt(found, "<|im_start|>")[1:-11]
 
 
-def test_an_end_of_turn_that_config_json_alone_names_is_out_of_reach_too(
+def test_messages_cannot_write_an_end_of_turn_that_only_config_json_names(
         make: Make, registry: Registry, model_files: Callable[..., ModelFiles]) -> None:
 
 
@@ -150,10 +150,10 @@ def test_an_end_of_turn_that_config_json_alone_names_is_out_of_reach_too(
     files = dataclasses.replace(model_files(folder / "tokenizer.json"), config=folder / "config.json")
     found = read_text_format(files, registry, 261)
     assert 260 not in prompt(found, "a<|im_end|>b")
-    assert found.tokenizer.encode("<|im_start|>") == [259]  # the template does not write it: a text like any other
+    assert found.tokenizer.encode("<|im_start|>") == [259]  # the template does not write it, so it is ordinary text
 
 
-def test_what_the_template_looks_for_in_messages_stays_text(make: Make, read: Formats) -> None:
+def test_text_that_the_template_searches_messages_for_stays_text(make: Make, read: Formats) -> None:
     def thinking(content: dict[str, Any]) -> None:
         ordinary(content)
         content["added_tokens"][1]["content"] = "</think>"
@@ -168,14 +168,14 @@ def test_a_padding_token_that_is_ordinary_text_stays_text(make: Make, read: Form
     assert found.tokenizer.decode(found.tokenizer.encode("zq!")) == "zq!"
 
 
-def test_a_name_of_no_token_names_nothing(make: Make, read: Formats) -> None:
+def test_a_name_without_a_token_is_ignored(make: Make, read: Formats) -> None:
     found = read(make(bos_token="<s>", add_bos_token=True, pad_token="[PAD]"))
     assert (found.tokenizer.bos_id, found.tokenizer.adds_bos, found.tokenizer.vocab_size) == (None, False, 261)
     assert len(found.tokenizer.encode("[PAD]", special=True)) == 5
 
 
 @pytest.mark.parametrize(("change", "settings", "small"), [each[1:] for each in DECLARED[::2]])
-def test_exported_files_encode_conversations_as_the_folder_does(
+def test_exported_files_encode_conversations_as_the_checkpoint_does(
         change: Any, settings: dict[str, Any], small: dict[str, Any], make: Make, registry: Registry,
         model_files: Callable[..., ModelFiles]) -> None:
     files = model_files(make(change, small, **settings) / "tokenizer.json")

@@ -104,8 +104,8 @@ def test_added_tokens_that_are_text_are_shown(write: Write) -> None:
     assert tokenizer.decode(ids) == "<think>x"
 
 
-def test_names_in_the_map_next_to_the_file_replace_settings_without_added_tokens_decoder(write: Write) -> None:
-    """As in `transformers`."""
+def test_special_tokens_map_overrides_settings_without_added_tokens_decoder(write: Write) -> None:
+    """`transformers` does the same."""
     beside = {"special_tokens_map.json": {"bos_token": "<|start|>", "eos_token": {"content": "<|start|>"}}}
     path = write(byte_level(), beside)
     assert (read(path).bos_id, read(path).eos_id) == (0, 0)

@@ -1,4 +1,4 @@
-"""Faults of the tokenizers library, panics of its Rust code among them."""
+"""Errors of the tokenizers library, including panics of its Rust code."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from torchchat_core.tokenizers.faults import captured_panics
 from torchchat_core.tokenizers.hugging_face import HuggingFaceReader
 from torchchat_core.tokenizers.library import takes_exponential_time
 
-BACKTRACKS = "a" * 40 + "!"  # by (a+)+$ in more ways than the library tries
+BACKTRACKS = "a" * 40 + "!"  # (a+)+$ backtracks more often than the library allows
 UNKNOWN_ID = {"type": "TemplateProcessing", "special_tokens": {}, "pair": [
     {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
     "single": [{"SpecialToken": {"id": "[NO]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}
 
 
 def backtracking() -> tokenizers.Tokenizer:
-    """A tokenizer of bytes that first splits a text by `(a+)+$`."""
+    """A byte tokenizer that first splits a text by `(a+)+$`."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = tokenizers.Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.Sequence([
@@ -66,7 +66,7 @@ def test_a_panic_while_encoding_names_the_file(write: Callable[..., Path], capfd
     {"model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
                "max_input_chars_per_word": 100, "vocab": {"b": 0}}},
 ], ids=["template", "charsmap", "empty charsmap", "fixed length", "merges", "no unknown token"])
-def test_a_file_that_the_library_fails_at_is_named_when_it_is_read(
+def test_a_file_that_crashes_the_library_is_named(
         write: Callable[..., Path], capfd: pytest.CaptureFixture[str], changes: dict[str, Any]) -> None:
     path = write(**changes)
     with pytest.raises(TorchchatError) as caught:
@@ -104,7 +104,7 @@ def test_a_step_of_a_wrong_type_is_no_crash(write: Callable[..., Path]) -> None:
         assert HuggingFaceReader().read(path, {}).encode("b")
 
 
-def test_what_else_is_written_while_panics_are_captured_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+def test_other_output_during_panic_capture_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
     with captured_panics():
         os.write(2, b"warning: of another thread\n")
         os.write(2, b"\nthread '<unnamed>' (12) panicked at x.rs:1:2:\nwords\nstack backtrace:\n   0: f\n")
@@ -116,5 +116,5 @@ def test_what_else_is_written_while_panics_are_captured_is_not_lost(capfd: pytes
     (r"'s| ?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+", False), (r"[(+)]+", False), (r"\(a+\)+", False),
     ("(?i:'s|'t)?a+", False), ("(a+)?b+", False), ("(ab)+", False), ("(a+", False),
 ])
-def test_patterns_that_may_take_exponential_time_are_known(pattern: str, exponential: bool) -> None:
+def test_patterns_that_may_take_exponential_time_are_detected(pattern: str, exponential: bool) -> None:
     assert takes_exponential_time(pattern) is exponential

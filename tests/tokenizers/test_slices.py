@@ -1,4 +1,4 @@
-"""Long texts are encoded slice by slice, with the ids of the whole."""
+"""Long texts are encoded in slices, with the same ids as in one piece."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LLAMA3 = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\
 
 
 def texts(seed: int, length: int) -> list[str]:
-    """Words in all kinds of order, and runs of one character."""
+    """Return texts of words in random order, and of repeated characters."""
     draw = random.Random(seed)
     mixed = draw.choice(("", " ")).join(draw.choice(WORDS) for _ in range(length // 4))
     return [mixed, " ".join(draw.choice(WORDS) for _ in range(length // 4)), "a" * length, " " * length,
@@ -66,7 +66,7 @@ def made(kind: str) -> tokenizers.Tokenizer:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slices of 300 characters."""
+    """Encode in slices of 300 characters."""
     monkeypatch.setattr(slicing.slices, "__defaults__", (300, 32, 1 << 20))
     monkeypatch.setattr(sentencepiece_file, "SLICE", 300)
 
@@ -81,19 +81,19 @@ def check(tokenizer: Any, length: int = 3000) -> None:
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("kind", ["gpt2", "llama3", "no cut", "prepend", "unigram"])
-def test_slices_have_the_ids_of_the_whole(kind: str) -> None:
+def test_slices_give_the_same_ids_as_the_whole_text(kind: str) -> None:
     check(hugging_face_tokenizer(json.loads(made(kind).to_str()), "tokenizer.json", {"bos_token": "<s>"}))
 
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("name", ["llama2", "mistral-v3", "phi-2"])
-def test_slices_of_real_tokenizers_have_the_ids_of_the_whole(testdata: Path, name: str) -> None:
+def test_slices_with_real_tokenizers_give_the_same_ids_as_the_whole_text(testdata: Path, name: str) -> None:
     reader, file = READERS[name]
     check(reader().read(testdata / "tokenizers" / name / file, {}))
 
 
 @pytest.mark.usefixtures("small")
-def test_slices_of_a_conversation_have_the_ids_of_the_whole() -> None:
+def test_slices_of_a_conversation_give_the_same_ids_as_the_whole() -> None:
     tokenizer = hugging_face_tokenizer(json.loads(made("gpt2").to_str()), "tokenizer.json", {"bos_token": "<s>"})
     start, end = tokenizer.special_tokens["<s>"], tokenizer.special_tokens["</s>"]
     parts = [start, "say </s> " + texts(3, 2000)[1], end, start, "the end"]
@@ -135,7 +135,7 @@ def test_the_longest_token_of_real_tokenizers(testdata: Path, name: str, longest
     assert longest <= tokenizer.longest_token < 10 * longest
 
 
-def test_words_are_found_in_long_texts_as_in_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_in_long_texts_equals_search_in_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     words = Words(["ab", "abc", "<|x|>", "c"])
     text = "ab abcc<|x|><|xab" * 9
     whole = words.split(text)

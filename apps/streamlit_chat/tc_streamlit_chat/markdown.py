@@ -15,9 +15,9 @@ CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
 FORMULA = re.compile(r"(?<!\\)\$(?=[^\s\d$])[^$\n]*?(?<=[^\s\\])\$(?!\d)")
 BRACKETED = re.compile(r"\\\((.+?)\\\)", re.DOTALL)  # how many models write formulas
 DISPLAYED = re.compile(r"\\\[\s*(\S.*?)\s*\\\]|(?<!\\)\$\$\s*([^\s$].*?)\s*\$\$", re.DOTALL)
-CONTAINER = re.compile(r"[ \t]*(?:>[ \t]?)*[ \t]*")  # what a line of a quotation or of a list starts with
+CONTAINER = re.compile(r"[ \t]*(?:>[ \t]?)*[ \t]*")  # the start of a line in a quotation or list
 LIST_MARKER = re.compile(r"(?:[-*+]|\d{1,9}[.)])[ \t]+")
-BADGE = re.compile(r"\[!\[([^\]\n]*)\]\([^()\s]*(?:[ \t]+[^()\n]*)?\)\](?=\()")  # a picture that is a link already
+BADGE = re.compile(r"\[!\[([^\]\n]*)\]\([^()\s]*(?:[ \t]+[^()\n]*)?\)\](?=\()")  # a picture inside a link
 PICTURE = re.compile(r"!\[([^\]\n]*)\](?:\((<[^<>\n]*>|[^()\s]*(?:\([^()\s]*\)[^()\s]*)*)[^()\n]*\))?")
 JOINER = "\u2060"  # has no width, and no line ends at it
 DIRECTIVE = re.compile(r":(?=[a-z][a-z-]*\[)")
@@ -78,12 +78,12 @@ def _formulas(text: str) -> str:
 
 
 def _display(text: str, match: re.Match[str]) -> str:
-    """Return a display formula as Markdown: on lines of its own, inside the list or quotation that it stands in."""
+    """Return a display formula as Markdown: on separate lines, inside the list or quotation that contains it."""
     formula = (match[1] or match[2]).strip()
     line = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
-    if line.lstrip().startswith("|"):  # a row of a table has one line
+    if line.lstrip().startswith("|"):  # a table row has to stay on one line
         return f"${' '.join(formula.split())}$"
-    prefix = CONTAINER.match(line)[0]  # type: ignore[index]  # it matches the empty text
+    prefix = CONTAINER.match(line)[0]  # type: ignore[index]  # it matches an empty string
     marker = LIST_MARKER.match(line, len(prefix))
     before = prefix + " " * len(marker[0]) if marker else prefix
     lines = ["$$", *(each.strip() for each in formula.splitlines() if each.strip()), "$$"]

@@ -145,9 +145,9 @@ class _Reader:
         try:
             found = json.loads(content)
         except (ValueError, RecursionError):
-            raise TorchchatError(f"the server sent what is no JSON: {quoted(content)}") from None
+            raise TorchchatError(f"the answer of the server is not JSON: {quoted(content)}") from None
         if not isinstance(found, dict):
-            raise TorchchatError(f"the server sent what is no event: {quoted(content)}")
+            raise TorchchatError(f"the answer of the server is not an event: {quoted(content)}")
         if found.get("error"):
             raise TorchchatError(f"the server failed: {_told(content.encode(), 200)}")
         if isinstance(found.get("usage"), dict):

@@ -26,7 +26,7 @@ ROLES = ("user", "assistant")
 WORDS = {int: "whole number", float: "number", str: "text"}
 OTHER_FILE = "name another file with --conversations"
 TITLE_LENGTH = 60
-SIDE_FILES = ("-wal", "-shm", "-journal")  # that SQLite puts next to its file, with the same content
+SIDE_FILES = ("-wal", "-shm", "-journal")  # files that SQLite writes next to the database, with the same content
 SCHEMA = """
 CREATE TABLE conversation (
     id TEXT PRIMARY KEY, owner TEXT NOT NULL, title TEXT NOT NULL, configuration TEXT NOT NULL,
@@ -116,11 +116,11 @@ class Store:
                     yield connection
             finally:
                 connection.close()
-        except (sqlite3.Error, UnicodeError) as error:  # UnicodeError: of a damaged text or name of a table
+        except (sqlite3.Error, UnicodeError) as error:  # UnicodeError: a damaged text or table name
             raise TorchchatError(f"conversations in {str(self.path)!r} cannot be used: {error}", OTHER_FILE) from error
 
     def checked(self, row: Sequence[Any], *kinds: type) -> Sequence[Any]:
-        """Return the row. Raises `TorchchatError` if its values are not of these kinds, as in a damaged file."""
+        """Return the row. Raises `TorchchatError` if its values do not have these types, as in a damaged file."""
         for value, kind in zip(row, kinds, strict=True):
             if not isinstance(value, kind) and not (kind is float and isinstance(value, int)):
                 raise TorchchatError(f"the file of conversations {str(self.path)!r} is damaged: it holds "

@@ -152,7 +152,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_told_whatever_it_holds(damage: str, mine: Conversations) -> None:
+def test_a_damaged_file_is_reported(damage: str, mine: Conversations) -> None:
     said(mine, "question")
     statement, message = DAMAGE[damage]
     with sqlite3.connect(mine.store.path) as connection:
@@ -162,7 +162,7 @@ def test_a_damaged_file_is_told_whatever_it_holds(damage: str, mine: Conversatio
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_bytes_at_random_in_the_file_raise_nothing_else(seed: int, mine: Conversations, tmp_path: Path) -> None:
+def test_random_damage_to_the_file_raises_only_our_error(seed: int, mine: Conversations, tmp_path: Path) -> None:
     for number in range(3):
         said(mine, f"question {number} \u2603")
     mine.store.add_measurement("speed", "caf\u00e9", "<p>")
@@ -210,7 +210,7 @@ def test_damaged_details_count_as_none(text: str) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="this system has no modes of files")
-def test_a_store_that_others_could_read_becomes_private_with_the_files_next_to_it(tmp_path: Path) -> None:
+def test_a_store_that_others_can_read_and_its_side_files_become_private(tmp_path: Path) -> None:
     path = tmp_path / "conversations.sqlite3"
     Conversations(Store(path), "me").create("title", "{}")
     beside = [path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm"))]

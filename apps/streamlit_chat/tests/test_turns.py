@@ -275,7 +275,7 @@ def test_several_answers_of_a_server(server: Callable[..., Turns]) -> None:
 
 
 @pytest.mark.parametrize(("lines", "status", "message"), [
-    ([], 400, "top_k is not known"), (["nonsense"], 200, "no JSON"), (["[1]"], 200, "no event"),
+    ([], 400, "top_k is not known"), (["nonsense"], 200, "not JSON"), (["[1]"], 200, "not an event"),
     ([piece("a"), json.dumps({"error": {"message": "out of memory"}})], 200, "out of memory"),
 ])
 def test_a_server_that_fails_is_told(server: Callable[..., Turns], lines: list[str], status: int, message: str) -> None:

@@ -42,10 +42,10 @@ std::string encoded(char32_t code);
 // Whether the character counts as white space: the White_Space property, as Rust and Python's regular expressions.
 bool is_space(char32_t code);
 
-// The bytes of white space that well-formed text begins with.
+// Returns the size in bytes of the white space at the start of well-formed text.
 std::size_t spaces_at_start(std::string_view text);
 
-// The bytes of well-formed text before the white space that it ends with.
+// Returns the size in bytes of well-formed text without the white space at its end.
 std::size_t without_spaces_at_end(std::string_view text);
 
 }  // namespace torchchat

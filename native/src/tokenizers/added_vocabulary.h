@@ -37,14 +37,14 @@ class AddedVocabulary {
     // The text cut at added tokens; at special ones where asked for.
     std::vector<Part> split(std::string_view text, bool special) const;
 
-    // The same of a text that is given in parts: cut at the control tokens that are given as such, and at no others.
+    // Splits a prompt at the control tokens among its parts; the names of control tokens in its texts do not count.
     std::vector<Part> split(std::span<const PromptPart> parts) const;
 
     const std::vector<AddedToken>& tokens() const { return tokens_; }
 
   private:
     struct Given {
-        std::size_t at;  // byte of the text where the token's content stands
+        std::size_t at;  // offset in bytes of the token's content in the text
         Token token;
     };
 

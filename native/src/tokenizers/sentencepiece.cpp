@@ -197,7 +197,7 @@ class SentencePieceTokenizer final : public Tokenizer {
     std::unique_ptr<Library> library_, without_prefix_;
     std::vector<std::string> bytes_;
     std::map<Token, std::string> names_, added_;
-    std::set<Token> strips_left_, strips_right_;  // tokens that take the white space next to them
+    std::set<Token> strips_left_, strips_right_;  // tokens that strip the white space next to them
     Splitter at_all_, at_texts_;
     Splitter found_by_library_;  // control tokens that are declared as pieces, which the library finds in any text
     bool wants_prefix_ = true, prefix_after_control_ = false;

@@ -14,7 +14,7 @@ namespace torchchat {
 struct AddedText {
     std::string text;
     bool is_control = false;
-    bool strips_left = false, strips_right = false;  // takes the white space before it, after it
+    bool strips_left = false, strips_right = false;  // strips the white space before or after it
 };
 
 // The token text under `key` ("bos_token", ...), which is a string or an object with "content"; else nothing.

@@ -32,9 +32,9 @@ class Tokenizer {
 
     // Ids of `text`, without BOS or EOS. With `special`, the texts of control tokens become their ids.
     virtual std::vector<Token> encode(std::string_view text, bool special) const = 0;
-    // Ids of a text that is given in parts: each part gets the ids that it has in `encode(text, true)` of the whole,
-    // and the names of control tokens in it are ordinary text. This one suits tokenizers whose parts do not depend on
-    // those next to them.
+    // Encodes a prompt that is given in parts. Each part gets the ids that it has in `encode(text, true)` of the whole,
+    // except that the names of control tokens in its texts are ordinary text. The default suits tokenizers that encode
+    // each part independently of its neighbors.
     virtual std::vector<Token> encode_parts(std::span<const PromptPart> parts) const;
     // The bytes that one token adds to a text; for control tokens their name. Throws for an id outside the vocabulary.
     virtual std::string token_bytes(Token token) const = 0;

@@ -58,7 +58,7 @@ class LoadedProgram:
         self._check_inputs(artifact, fields)
 
     def _check_inputs(self, artifact: Artifact, fields: Fields) -> None:
-        """Raises `TorchchatError` if the compiled program takes another number of inputs than it would be given."""
+        """Raise `TorchchatError` if the compiled program takes another number of inputs than it would get."""
         takes = treespec_loads(self._runner.get_call_spec()[0]).num_leaves
         several = fields.optional_number("tokens", 1, LARGEST_SIZE) is None  # then the rows are an input
         gets = 2 + self.sees + several + 2 * artifact.manifest.config.num_layers + len(self.weights)
@@ -70,7 +70,7 @@ class LoadedProgram:
         """inputs as docs/artifacts.md has them, without the weights -> logits float32 [rows, vocab]."""
         try:
             logits: Tensor = self._runner.run(inputs + self.weights)[0]
-        except RuntimeError as error:  # whatever PyTorch and the program find wrong
+        except RuntimeError as error:  # any error of PyTorch or of the program
             raise TorchchatError(f"the program in {self._name} failed: {str(error).partition(chr(10))[0]:.300}",
                                  "export the model again") from error
         return logits

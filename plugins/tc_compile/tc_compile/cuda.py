@@ -128,7 +128,7 @@ def kind_of(layer: DecoderLayer, window: int | None) -> tuple[object, ...]:
 class Recording:
     """A graph, and the memory that it reads and writes."""
 
-    key: tuple[int, int]  # capacity of the cache, and whether longrope's other angles are used
+    key: tuple[int, int]  # capacity of the cache, and which rotary frequencies are used
     keys: list[Tensor]  # of each layer, [kv_heads, capacity, head_dim]
     values: list[Tensor]
     token: Tensor  # [1] int64

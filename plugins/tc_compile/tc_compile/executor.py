@@ -34,8 +34,8 @@ class CompileExecutor:
 
     def load(self, request: LoadRequest) -> EagerModel:
         if request.device == "cuda" and request.module.model.rotary.dynamic is not None:
-            return self._operation_by_operation(request, "the rope scaling 'dynamic' changes at each token, and a "
-                                                         "recorded graph does not")
+            return self._operation_by_operation(request, "dynamic rope scaling changes the frequencies at each "
+                                                         "token, and a recorded CUDA graph cannot")
         if request.device == "cuda":
             prepare(request.module, TORCH_DTYPES[request.dtype])
             try:

@@ -24,7 +24,7 @@ from torchchat_core.specs import LoadRequest
 if TYPE_CHECKING:
     from torchchat_core.kernels.decoding import TokenDecoder
 
-TOKENS_AT_ONCE = 512  # when a prompt is computed again
+TOKENS_AT_ONCE = 512  # chunk size for recomputing a prompt
 ROWS_OF_A_PROMPT = 16  # tokens up to which reading the weights is what takes the time, as it is for one
 
 
@@ -64,8 +64,10 @@ def token_decoder(module: Transformer) -> TokenDecoder | None:
 
 
 def _threads_for(module: Transformer, attention: type[CachedAttention]) -> Callable[[], AbstractContextManager[None]]:
-    """The context that a pass of the module runs in. OpenMP, whose threads wait for each other at every operation, is
-    left to large models without kernels."""
+    """Return the context for a forward pass of the module.
+
+    Only large models without kernels use OpenMP, because its threads wait for each other at every operation.
+    """
     if attention is KernelAttention:
         return kernels.engine_threads
     return one_thread if is_small(module) else nullcontext
@@ -97,7 +99,7 @@ class EagerModel:
         for session in sessions:
             session.check_room(1)
         groups = {session.extension(1) for session in sessions}
-        if len(groups) > 1 or self.is_dynamic:  # sequences on both sides of the original context have other angles
+        if len(groups) > 1 or self.is_dynamic:  # short and long sequences have different frequencies
             return torch.stack([session.decode(token) for session, token in zip(sessions, tokens, strict=True)])
         logits = self._decoded(sessions, tokens, groups.pop())
         for session in sessions:
@@ -190,8 +192,8 @@ class EagerSession:
         self._rotary = module.model.rotary
         self._model = model
         self._closed = False
-        # With dynamic rope scaling, to compute a prompt again: what the cache holds, and whether any of its keys were
-        # turned by other frequencies than those of the original context.
+        # With dynamic rope scaling, for recomputing a prompt: the tokens in the cache, and whether any of its keys were
+        # rotated with other frequencies than those of the original context.
         self._tokens: list[int] = []
         self._stretched = False
 
@@ -238,7 +240,7 @@ class EagerSession:
                      "allow more with --max-seq-length where the model can")
 
     def extension(self, count: int) -> int:
-        """Return which rotary frequencies a step of `count` tokens takes: see `RotaryEmbedding.extension`."""
+        """Return which rotary frequencies a step of `count` tokens uses: see `RotaryEmbedding.extension`."""
         return self._rotary.extension(self.limit, self.length + count)
 
     @torch.inference_mode()
@@ -260,23 +262,23 @@ class EagerSession:
             self._stretched = self._stretched or extended > 0
 
     def _aligned(self, count: int, is_prompt: bool) -> int:
-        """Return `extension(count)`. With dynamic scaling, prepare the cache for a step of those frequencies.
+        """Return `extension(count)`. With dynamic scaling, prepare the cache for a step with those frequencies.
 
-        A prompt that ends beyond the original context is computed as a whole, by the frequencies of its length,
-        whatever part of it the cache holds; so the answer does not depend on how the cache came about. A decoded token
-        takes the frequencies of the new length and leaves the keys of the others as they are, as in transformers.
+        A prompt that ends beyond the original context is computed as a whole, with the frequencies of its length,
+        whatever part of it is in the cache, so that the answer does not depend on earlier prompts. A decoded token
+        uses the frequencies of the new length and leaves the cached keys as they are, as in transformers.
         """
         extended = self.extension(count)
         if not self._model.is_dynamic:
             return extended
-        del self._tokens[self.length :]  # of what was cut off, or interrupted
+        del self._tokens[self.length :]  # tokens of truncated or interrupted steps
         if self.length and (is_prompt if extended else self._stretched):
             self._recompute(extended)
         self._stretched = self._stretched and self.length > 0
         return extended
 
     def _recompute(self, extended: int) -> None:
-        """Compute keys and values of all tokens again, by these frequencies."""
+        """Recompute the keys and values of all tokens with these frequencies."""
         tokens, self._tokens = self._tokens, []
         self.cache.truncate(0)
         self._stretched = extended > 0

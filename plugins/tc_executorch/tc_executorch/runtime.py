@@ -58,8 +58,8 @@ def _library(folder: str, name: str) -> Path:
 def messages() -> Iterator[list[str]]:
     """What ExecuTorch writes to standard error inside the block, by lines, in place of showing it.
 
-    Some of it comes by way of Python's own stream, some past it. In a process that only tries whether a file loads,
-    everything is shown, since it may be the last that the process says.
+    Some of it is written to `sys.stderr`, some directly to the file descriptor. In the child process of a first load,
+    all of it is shown, because it may explain a crash.
     """
     lines: list[str] = []
     if in_first_load():

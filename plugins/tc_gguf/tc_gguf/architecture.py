@@ -95,7 +95,7 @@ def _scaling(scaling: RopeScaling, context: int) -> dict[str, int | float | str]
     if scaling.kind == "dynamic":
         raise _impossible("dynamic NTK rope scaling, whose frequencies change with the length of the sequence")
     keys: dict[str, int | float | str] = {"rope.scaling.type": scaling.kind}
-    if scaling.kind == "linear":  # without its original context, the factor would multiply `context` when it is read
+    if scaling.kind == "linear":  # the reader multiplies the original context by the factor
         original = scaling.original_context or max(2, int(context / max(scaling.factor, 1.0)))
         return keys | {"rope.scaling.factor": scaling.factor, "rope.scaling.original_context_length": original}
     keys["rope.scaling.original_context_length"] = scaling.original_context or context

@@ -133,7 +133,7 @@ def _refuse_variations(file: GgufFile, key: str) -> None:
 
 
 def _vocabulary_size(file: GgufFile, key: str, rows: int) -> int:
-    """The rows of the embedding. Where the file has a tokenizer, vocab_size is not needed, and may be an old one."""
+    """Return the number of rows of the embedding. In a file with a tokenizer, vocab_size may be stale."""
     stated = file.integer(f"{key}.vocab_size", rows)
     if stated != rows and "tokenizer.ggml.tokens" in file.metadata:
         log.warning("%s: %s.vocab_size is %s, but token_embd.weight has %d rows; using %d", file.path.name, key,

@@ -45,7 +45,7 @@ def vocabulary_of_model(files: ModelFiles, size: int) -> Vocabulary:
     """The vocabulary of the model's tokenizer, with `size` tokens, and its chat template.
 
     Raises `TorchchatError` where the model has no tokenizer, where GGUF has no words for it, or where it would encode
-    texts differently there. Logs a warning where only conversations become other tokens.
+    texts differently there. Logs a warning if only conversations are tokenized differently.
     """
     own_settings = read_json(files.tokenizer_config) if files.tokenizer_config else {}
     settings = settings_beside(files.root / SETTINGS, own_settings)
@@ -120,9 +120,9 @@ def _of_size(vocabulary: Vocabulary, size: int, path: Path) -> Vocabulary:
 
 
 def _check(vocabulary: Vocabulary, tokenizer: Tokenizer, path: Path, template: ChatTemplate | None) -> None:
-    """Raises `TorchchatError` where the vocabulary does not encode samples as the model's own tokenizer does.
+    """Raise `TorchchatError` if the vocabulary does not encode samples as the model's own tokenizer does.
 
-    Logs a warning where it encodes a conversation differently: readers of GGUF files put a space after control tokens.
+    Logs a warning if it encodes a conversation differently, as readers of GGUF files put a space after control tokens.
     """
     written = tokenizer_of(vocabulary, str(path))
     for text in SAMPLES:
@@ -133,13 +133,13 @@ def _check(vocabulary: Vocabulary, tokenizer: Tokenizer, path: Path, template: C
         return
     here, there = (_conversation(each, template) for each in (tokenizer, written))
     if here != there:
-        log.warning("conversations become other tokens in the GGUF file than in the model's own files (%d instead of "
+        log.warning("conversations have other tokens with the GGUF file than with the model's own files (%d instead of "
                     "%d for a short one): readers of GGUF files put a space after each control token, and %s does not",
                     len(there), len(here), path.name)
 
 
 def _conversation(tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
-    """Return the tokens of a conversation; none where the template refuses it."""
+    """Return the tokens of a short conversation; an empty list if the template rejects it."""
     turns = (("user", "Hi"), ("assistant", "Hello"), ("user", "?"))
     messages = [{"role": role, "content": text} for role, text in turns]
     try:
@@ -155,7 +155,7 @@ def _by_name(template: ChatTemplate) -> Mapping[str, str]:
 
 
 def _end_ids(files: ModelFiles, tokenizer: Tokenizer, template: ChatTemplate | None) -> set[int]:
-    """The tokens that end an answer, besides BOS and EOS."""
+    """Return the tokens that end an answer, besides BOS and EOS."""
     found = set(tokenizer.end_ids) | (set(end_tokens(template, tokenizer)) if template is not None else set())
     for path in (files.config, files.generation_config):
         declared = read_json(path).get("eos_token_id") if path is not None and path.suffix == ".json" else None
@@ -165,7 +165,7 @@ def _end_ids(files: ModelFiles, tokenizer: Tokenizer, template: ChatTemplate | N
 
 
 def _turn_ends(vocabulary: Vocabulary, ends: Set[int], tokenizer: Tokenizer) -> Mapping[str, Any]:
-    """The tokens besides EOS that end a turn and a message: a GGUF file names one of each."""
+    """Return the tokens besides EOS that end a turn and a message: a GGUF file names one of each."""
     names = {vocabulary.tokens[token]: token for token in sorted(ends - {tokenizer.eos_id, tokenizer.bos_id})
              if 0 <= token < len(vocabulary.tokens)}
     eom = names.pop(MESSAGE_END, None)

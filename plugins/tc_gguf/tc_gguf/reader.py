@@ -22,8 +22,8 @@ from torchchat_core.tokenizers.sentencepiece_file import sentencepiece_tokenizer
 class GgufTokenizerReader:
     """A `specs.EmbeddedTokenizerReader`.
 
-    Where a SentencePiece vocabulary puts a space in front of texts, it puts one after each control and user-defined
-    token too, as llama.cpp does.
+    A SentencePiece vocabulary that adds a space at the start of a text also adds one after each control and
+    user-defined token, as in llama.cpp.
     """
 
     def __init__(self) -> None:
@@ -40,8 +40,8 @@ class GgufTokenizerReader:
     def read(self, path: Path, settings: Mapping[str, Any]) -> Tokenizer:
         """The tokenizer in the file, with its end tokens and its chat template.
 
-        Of `settings`, only control tokens count that the file has with the same ids. Raises `TorchchatError` where
-        there is no tokenizer in the file that is known here, or a damaged one.
+        Of `settings`, only the control tokens that the file has under the same ids are used. Raises `TorchchatError`
+        if the file has no tokenizer of a known kind, or a damaged one.
         """
         vocabulary = self._vocabulary(path)
         control = {token for token, (text, special) in added_tokens(settings).items()
@@ -64,7 +64,7 @@ def tokenizer_of(vocabulary: Vocabulary, place: str) -> ByteTokenizer:
     tokenizer: ByteTokenizer
     if vocabulary.kind == SENTENCEPIECE:
         settings |= {"legacy": True, "added_tokens_decoder": _added(vocabulary)}
-        unseen = [UNUSED if kind == USER_DEFINED else kind for kind in vocabulary.types]  # they are found before
+        unseen = [UNUSED if kind == USER_DEFINED else kind for kind in vocabulary.types]  # they are split off before
         content = model_file(dataclasses.replace(vocabulary, types=unseen), place)
         tokenizer = sentencepiece_tokenizer(content, place, added_tokens(settings), settings)
     else:
@@ -75,7 +75,7 @@ def tokenizer_of(vocabulary: Vocabulary, place: str) -> ByteTokenizer:
 
 
 def _added(vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:
-    """The tokens that tokenizer.model alone does not describe, as added_tokens_decoder."""
+    """Return the tokens that tokenizer.model alone does not describe, as added_tokens_decoder."""
     flags = {"lstrip": False, "normalized": False, "single_word": False}
     return {str(token): {"content": text, "special": kind == CONTROL, "rstrip": token in vocabulary.strips_right,
                          **flags}

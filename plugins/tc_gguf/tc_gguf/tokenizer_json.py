@@ -53,7 +53,7 @@ def vocabulary_of_tokenizer_json(content: Mapping[str, Any], place: str) -> Voca
         return Vocabulary(kind=SENTENCEPIECE, tokens=tokens, types=types, scores=scores,
                           unknown_id=types.index(UNKNOWN) if UNKNOWN in types else None)
     if not merges:
-        raise TorchchatError(f"{place} has no merges, and readers of GGUF files open no byte-level vocabulary without",
+        raise TorchchatError(f"{place} has no merges; readers of GGUF files reject such a byte-level vocabulary",
                              "export the model to another format: .pte or .pt2")
     pre = name_of(content.get("pre_tokenizer"), bool(model.get("ignore_merges")))
     normalizer = content.get("normalizer")

@@ -27,8 +27,8 @@ LARGEST_SCORE = 3.4e38  # of float32
 NONE = 0xFFFFFFFF  # an id that says that there is no such token
 USUAL = {"unknown": 0, "bos": 1, "eos": 2}  # of SENTENCEPIECE, where the file does not name them
 NAMED = ("bos", "eos", "unknown", "padding", "eot", "eom")  # tokenizer.ggml.NAME_token_id
-# llama.cpp takes tokens of these names for control tokens, whatever type the file gives them: what ends a text, a turn
-# or a message, and what frames code that is to be filled in.
+# llama.cpp treats tokens with these names as control tokens, whatever type the file gives them: ends of texts, turns
+# and messages, and the marks of fill-in-the-middle prompts.
 CONTROL_NAMES = frozenset((
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
     "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>",
@@ -38,7 +38,7 @@ CONTROL_NAMES = frozenset((
     "\u2581<SUF>", "<|code_suffix|>", "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<\uff5cfim\u2581end\uff5c>",
     "<MID>", "\u2581<MID>", "<|code_middle|>", "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "<|fim_repo|>",
     "<fim-repo>", "<|repo_name|>", "<REPO>", "<reponame>", "<|file_sep|>"))
-# In files whose general.name contains one of these, special tokens take the white space after them, except some.
+# If general.name contains one of these, special tokens strip the white space after them, with a few exceptions.
 STRIPPING_NAMES, NOT_STRIPPING = ("phi-3", "phi3"), ("<unk>", "<s>", "<|endoftext|>")
 FIX = "the file is damaged, or made by a faulty converter; pass the model's own tokenizer with --tokenizer-path"
 ELSEWHERE = "pass the model's own tokenizer.json or tokenizer.model with --tokenizer-path"
@@ -64,7 +64,7 @@ class Vocabulary:
     adds_eos: bool = False
     adds_space: bool = False  # in front of a text, of SENTENCEPIECE
     removes_extra_spaces: bool = False  # of SENTENCEPIECE
-    strips_right: frozenset[int] = frozenset()  # tokens that take the white space after them
+    strips_right: frozenset[int] = frozenset()  # tokens that strip the white space after them
     templates: Mapping[str, str] = field(default_factory=dict)  # Jinja; the usual one is called "default"
 
     @property
@@ -109,7 +109,7 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
 
 
 def _stripping(file: GgufFile, tokens: Sequence[str], types: Sequence[int]) -> frozenset[int]:
-    """The tokens that take the white space after them, which llama.cpp knows by the name of the model."""
+    """Return the tokens that strip the white space after them, which llama.cpp derives from the name of the model."""
     if not any(name in file.text("general.name", "").lower() for name in STRIPPING_NAMES):
         return frozenset()
     return frozenset(token for token, (text, kind) in enumerate(zip(tokens, types, strict=True))
@@ -188,8 +188,8 @@ def _check_length(file: GgufFile, key: str, found: int, wanted: int) -> None:
 def _token(file: GgufFile, name: str, usual: int | None, types: Sequence[int]) -> int | None:
     """Return the id under tokenizer.ggml.NAME_token_id, or None if there is no such token.
 
-    If the key is absent, or states an id beyond the vocabulary (converters write the id of a token that the model has
-    no row for), it is the usual one, provided that token is of a fit type.
+    If the key is absent, or its id is out of range (some converters write the id of a token that has no row in the
+    embedding), return the usual id, provided that this token is a control or unknown token.
     """
     key = f"tokenizer.ggml.{name}_token_id"
     fits = usual is not None and usual < len(types) and types[usual] in (CONTROL, UNKNOWN)

@@ -344,8 +344,8 @@ def test_the_size_of_the_vocabulary_may_be_stated(config: Callable[..., ModelCon
 
 
 @pytest.mark.parametrize("stated", [300, 330])
-def test_an_old_vocab_size_beside_tokens_is_a_warning(config: Callable[..., ModelConfig], stated: int,
-                                                      caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stale_vocab_size_in_a_file_with_tokens_is_a_warning(config: Callable[..., ModelConfig], stated: int,
+                                                               caplog: pytest.LogCaptureFixture) -> None:
     tokens = {"tokenizer.ggml.tokens": [str(number) for number in range(320)]}
     assert config({**tokens, ".vocab_size": stated}).vocab_size == 320
     assert f"vocab_size is {stated}, but token_embd.weight has 320 rows" in caplog.text
@@ -389,7 +389,7 @@ YARN = {".rope.scaling.type": "yarn", ".rope.scaling.factor": 4.0, ".rope.scalin
 
 
 @pytest.mark.parametrize(("changes", "wanted"), [
-    ({".rope.scaling.factor": 4.0},  # llama.cpp takes it for linear
+    ({".rope.scaling.factor": 4.0},  # linear in llama.cpp
      RopeScaling(kind="linear", factor=4.0, original_context=32)),
     ({".rope.scaling.type": "linear", ".rope.scaling.factor": 2.0},
      RopeScaling(kind="linear", factor=2.0, original_context=32)),

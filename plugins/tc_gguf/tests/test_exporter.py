@@ -325,7 +325,7 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_
 
 
 def chat_folder(testdata: Path, folder: Path, **settings: Any) -> ModelFiles:
-    """SentencePiece's file of stories260K with two tokens for ChatML, in the old way."""
+    """Write the SentencePiece model of stories260K with two ChatML tokens in added_tokens.json."""
     (folder / "tokenizer.model").write_bytes((testdata / "hf/stories260K/tokenizer.model").read_bytes())
     (folder / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 512, "<|im_end|>": 513}), "utf-8")
     names = {"bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>", "chat_template": CHATML}
@@ -341,9 +341,9 @@ def conversation(files: ModelFiles, reader: Any, path: Path) -> list[int]:
     return encode(text)
 
 
-def test_conversations_of_older_sentencepiece_models_stay_the_same_tokens(
+def test_legacy_sentencepiece_models_keep_the_tokens_of_conversations(
         testdata: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """llama.cpp's tokens of the exported file are these too."""
+    """llama.cpp gives the same tokens for the exported file."""
     files = chat_folder(testdata, tmp_path, legacy=True)
     path = with_tokenizer(files, 514, tmp_path / "x.gguf")
     expected = [512, 318, 419, 285, 13, 260, 306, 414, 383, 513, 410, 13, 512, 261, 419, 419, 293, 413, 303, 413, 13]
@@ -352,13 +352,13 @@ def test_conversations_of_older_sentencepiece_models_stay_the_same_tokens(
     assert not caplog.records
 
 
-def test_an_export_says_where_conversations_become_other_tokens(testdata: Path, tmp_path: Path,
-                                                                caplog: pytest.LogCaptureFixture) -> None:
+def test_an_export_that_changes_the_tokens_of_conversations_warns(testdata: Path, tmp_path: Path,
+                                                                  caplog: pytest.LogCaptureFixture) -> None:
     with_tokenizer(chat_folder(testdata, tmp_path, legacy=False), 514, tmp_path / "x.gguf")
     assert "a space after each control token" in caplog.text
 
 
-def test_tokens_that_only_small_files_declare_are_written(folder: Callable[..., ModelFiles], tmp_path: Path) -> None:
+def test_tokens_declared_only_in_small_files_are_exported(folder: Callable[..., ModelFiles], tmp_path: Path) -> None:
     settings = {"chat_template": CHATML, "extra_special_tokens": ["<|im_start|>"]}
     path = with_tokenizer(folder(tokenizer_config=settings), 261, tmp_path / "model.gguf")
     assert GgufTokenizerReader().read(path, {}).special_tokens["<|im_start|>"] == 260

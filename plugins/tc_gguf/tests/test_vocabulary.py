@@ -158,12 +158,12 @@ def test_control_tokens_come_when_asked_for_and_user_defined_ones_always(made: C
 def test_user_defined_tokens_of_sentencepiece_are_found_in_text(made: Callable[..., Tokenizer]) -> None:
     changes = {"tokens": [*SPM["tokens"], "<tool>", "  "], "scores": [*SPM["scores"], 0.0, 0.0],
                "token_type": [*SPM["token_type"], 4, 4]}
-    assert made(SPM, **changes).encode("ab<tool>a  b") == [7, 8, 3, 4, 9, 3, 5]  # with a space after each of them
+    assert made(SPM, **changes).encode("ab<tool>a  b") == [7, 8, 3, 4, 9, 3, 5]  # with a space after each token
 
 
 def with_tokens(testdata: Path, path: Path, added: Sequence[tuple[str, int]], others: Mapping[str, Any],
                 types: Mapping[int, int] | None = None, **changes: Any) -> Tokenizer:
-    """The tokenizer of a file with the vocabulary of stories260K and added tokens of the given types."""
+    """Return the tokenizer of a file with the vocabulary of stories260K and added tokens of the given types."""
     own = read_vocabulary(read_gguf(testdata / "tinyllamas/stories260K/stories260K.gguf"))
     keys = {"model": "llama", "tokens": [*own.tokens, *(text for text, _ in added)],
             "scores": [*own.scores, *(0.0 for _ in added)], "bos_token_id": 1, "eos_token_id": 2,
@@ -176,7 +176,7 @@ def with_tokens(testdata: Path, path: Path, added: Sequence[tuple[str, int]], ot
     ("<|im_start|>hello there<|im_end|>\nhi", [512, 281, 306, 414, 383, 513, 410, 13, 415, 417]),
     ("one<tool>two", [353, 411, 514, 259, 424, 414]), ("a  b", [261, 515, 268]),
     (" a<tool> b", [410, 261, 514, 410, 268]), ("<s> a", [1, 410, 261]), ("a</s> b", [261, 2, 410, 268])])
-def test_a_space_follows_every_token_of_sentencepiece_as_in_llama_cpp(
+def test_sentencepiece_adds_a_space_after_each_special_token_as_in_llama_cpp(
         text: str, ids: list[int], testdata: Path, tmp_path: Path) -> None:
     """The ids are those of llama.cpp."""
     tokens = [("<|im_start|>", 3), ("<|im_end|>", 3), ("<tool>", 4), ("  ", 4)]
@@ -190,7 +190,7 @@ def test_a_space_follows_every_token_of_sentencepiece_as_in_llama_cpp(
     ("<|user|>\nhello<|end|>\n<|assistant|>\n", [515, 281, 306, 414, 514, 513], None),
     ("<|user|> hello <|end|> x", [515, 281, 306, 414, 410, 514, 410, 444], None),
     ("<s> a", [1, 410, 261], [410, 504, 419, 505, 261]), ("<|endoftext|> b", [512, 410, 268], None)])
-def test_phi3s_tokens_take_the_white_space_after_them_and_its_end_is_a_control_token_as_in_llama_cpp(
+def test_phi3_special_tokens_strip_the_white_space_after_them_as_in_llama_cpp(
         text: str, special: list[int], plain: list[int] | None, testdata: Path, tmp_path: Path) -> None:
     """The ids are those of llama.cpp; </s> is a user-defined token in such files."""
     tokens = [("<|endoftext|>", 3), ("<|assistant|>", 3), ("<|end|>", 3), ("<|user|>", 3)]
@@ -201,14 +201,14 @@ def test_phi3s_tokens_take_the_white_space_after_them_and_its_end_is_a_control_t
 
 
 @pytest.mark.parametrize("name", ["</s>", "<|im_end|>", "<|endoftext|>", "<|fim_prefix|>", "<|eot_id|>"])
-def test_tokens_that_llama_cpp_knows_by_name_are_control_tokens_whatever_type_they_have(
+def test_tokens_that_llama_cpp_knows_by_name_are_control_tokens_of_any_type(
         name: str, made: Callable[..., Tokenizer]) -> None:
     tokenizer = made(BPE, tokens=[*BYTES, "he", "ll", "hell", "<|end|>", name])
     assert TOOL not in tokenizer.encode(f"a{name}b")
     assert TOOL in tokenizer.encode(f"a{name}b", special=True)
 
 
-def test_user_defined_tokens_that_the_template_writes_are_out_of_reach_for_messages(tmp_path: Path) -> None:
+def test_messages_cannot_write_user_defined_tokens_of_the_template(tmp_path: Path) -> None:
     template = "{% for m in messages %}<|im_start|>{{ m.content }}<|stop|>{% endfor %}"
     tokens = [*BYTES, "he", "ll", "hell", "<|im_start|>", "<|stop|>", "<tool>"]
     keys = {**BPE, "tokens": tokens, "token_type": [1] * 259 + [4, 4, 4], "eos_token_id": None}
@@ -222,7 +222,7 @@ def test_user_defined_tokens_that_the_template_writes_are_out_of_reach_for_messa
         assert [token for token in encode(text) if token > 258] == [259, 261, 260]
 
 
-def test_the_files_of_a_vocabulary_encode_prompts_as_the_vocabulary_does(testdata: Path, tmp_path: Path) -> None:
+def test_extracted_tokenizer_files_encode_prompts_as_the_gguf_file_does(testdata: Path, tmp_path: Path) -> None:
     tokens = [("<|im_start|>", 3), ("<|im_end|>", 3), ("<tool>", 4)]
     tokenizer = with_tokens(testdata, tmp_path / "x.gguf", tokens, {"general.name": "phi-3"})
     for name, data in GgufTokenizerReader().extract(tmp_path / "x.gguf").items():
@@ -388,7 +388,7 @@ def test_damaged_and_unknown_vocabularies_are_refused(keys: Mapping[str, Any], c
 
 @pytest.mark.parametrize("keys", [SPM, BPE])
 @pytest.mark.parametrize("name", ["padding", "unknown", "bos", "eos", "eot", "eom"])
-def test_a_special_id_beyond_the_vocabulary_is_as_if_it_were_not_stated(
+def test_a_special_id_out_of_range_is_ignored(
         keys: Mapping[str, Any], name: str, made: Callable[..., Tokenizer], caplog: pytest.LogCaptureFixture) -> None:
     expected = made(keys, **{f"{name}_token_id": None})
     assert not caplog.text
@@ -406,12 +406,12 @@ def test_a_special_id_beyond_the_vocabulary_is_as_if_it_were_not_stated(
     *((name, "gpt-2") for name in ("jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "jina-v1-en", "jina-v2-code",
                                    "modern-bert", "roberta-bpe")),
 ])
-def test_pre_tokenizers_that_are_one_in_llama_cpp_are_one_here(name: str, same: str) -> None:
+def test_pre_tokenizer_aliases_match_llama_cpp(name: str, same: str) -> None:
     assert pre_tokenizer(name) == pre_tokenizer(same)
 
 
-def test_deepseek_llm_cuts_words_of_cased_alphabets_punctuation_and_numbers(made: Callable[..., Tokenizer]) -> None:
-    merges = ["a 1", "1 2", "a .", "\u0120 a", "\u0120 \u0120"]  # some join what is cut
+def test_deepseek_llm_splits_cased_words_punctuation_and_numbers(made: Callable[..., Tokenizer]) -> None:
+    merges = ["a 1", "1 2", "a .", "\u0120 a", "\u0120 \u0120"]  # some merges cross a split
     tokens = [*BPE["tokens"][:256], *(merge.replace(" ", "") for merge in merges)]
     changes = {"pre": "deepseek-llm", "tokens": tokens, "merges": merges, "token_type": [1] * len(tokens),
                "eos_token_id": None}

@@ -22,14 +22,14 @@ class Int4:
 
     scheme = "linear:int4"
     negative_scales = True
-    whole_groups = False  # whether a row is made of whole groups alone
+    whole_groups = False  # True if the group size has to divide the row
 
     def needs_calibration(self, options: LinearOptions) -> bool:
         return options.method == "gptq"
 
     def apply(self, model: nn.Module, options: LinearOptions) -> QuantReport:
         if self.needs_calibration(options):
-            raise TorchchatError(f"{quoted(self.scheme)} by gptq is made with a calibration text, and there is none",
+            raise TorchchatError(f"{quoted(self.scheme)} with gptq needs a calibration text, and there is none",
                                  'choose the method "nearest" or "hqq", or give one to `torchchat quantize`')
         return quantise_layers(model, self.scheme, self.format(options), negative_scales=self.negative_scales,
                                rounding=quantise_by_hqq if options.method == "hqq" else quantise,

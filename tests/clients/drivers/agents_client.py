@@ -1,4 +1,4 @@
-"""A tool loop by openai-agents: ADDRESS MODEL chat|responses."""
+"""Run a tool loop with openai-agents: ADDRESS MODEL chat|responses."""
 
 from __future__ import annotations
 

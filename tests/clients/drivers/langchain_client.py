@@ -1,4 +1,4 @@
-"""A tool loop by langchain-openai: ADDRESS MODEL chat|responses."""
+"""Run a tool loop with langchain-openai: ADDRESS MODEL chat|responses."""
 
 from __future__ import annotations
 

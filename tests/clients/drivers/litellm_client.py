@@ -1,4 +1,4 @@
-"""A tool loop by litellm: ADDRESS MODEL chat|responses."""
+"""Run a tool loop with litellm: ADDRESS MODEL chat|responses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tool loop by the official client: ADDRESS MODEL create|stream|parse|deltas|responses|responses-stream."""
+"""Run a tool loop with the official client: ADDRESS MODEL create|stream|parse|deltas|responses|responses-stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tool loop by pydantic-ai: ADDRESS MODEL chat|responses."""
+"""Run a tool loop with pydantic-ai: ADDRESS MODEL chat|responses."""
 
 from __future__ import annotations
 

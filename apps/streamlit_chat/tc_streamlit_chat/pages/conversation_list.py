@@ -93,8 +93,8 @@ def _exported(mine: Conversations, current: Conversation, write: Callable[..., s
 def _close_menu() -> None:
     """Close the menu, which would cover the dialog.
 
-    The next run of the page has a new popover, which is closed. Setting the old one's state to False has no effect
-    if the run that opens it was skipped, because the browser acts on changes of the state only.
+    The next rerun draws a new popover, which is closed. Setting the state of the old one to False has no effect if
+    the rerun that opened it was skipped, because the browser reacts only to changes of the state.
     """
     st.session_state[MENUS_CLOSED] = st.session_state.get(MENUS_CLOSED, 0) + 1
 

@@ -120,7 +120,7 @@ def show_progress(turn: Turn, sample: Sample) -> None:
 
 
 def copy_button(key: str, text: str) -> None:
-    """Draw a button that copies a text; keyboard.js does it in the browser, without a run of the page."""
+    """Draw a button that copies a text; keyboard.js does it in the browser, without a rerun of the page."""
     with st.container(key=f"copied-{key}", width="content"):
         st.button("Copy", icon=":material/content_copy:", type="tertiary", help="Copy this answer", key=f"copy-{key}")
         st.html(f'<span data-copied="{escape(text)}"></span>')

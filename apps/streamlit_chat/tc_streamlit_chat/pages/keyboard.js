@@ -1,5 +1,5 @@
-// What Streamlit's widgets lack: where typing goes, a list that makes way on a phone, a button that copies an answer, and
-// the language of a code block. Added to the document once.
+// Adds what Streamlit's widgets lack: keyboard focus, a list that closes on a phone, a button that copies an answer, and
+// the language of a code block. The document gets it once.
 (() => {
   if (window.torchchatKeyboard) return;
   window.torchchatKeyboard = true;
@@ -45,14 +45,14 @@
     focusAtEnd(message);
   }, true);
 
-  // Copying needs no run of the page. Pages of another host by http have no clipboard: a selection serves there.
+  // Copies without a rerun of the page. Pages of another host have no clipboard over http: copy a selection there.
   async function copy(text) {
     if (navigator.clipboard) return navigator.clipboard.writeText(text);
     const field = document.body.appendChild(Object.assign(document.createElement("textarea"), {value: text}));
     field.select();
     const done = document.execCommand("copy");
     field.remove();
-    if (!done) throw new Error("the browser does not copy");
+    if (!done) throw new Error("the browser cannot copy");
   }
 
   document.addEventListener("click", event => {

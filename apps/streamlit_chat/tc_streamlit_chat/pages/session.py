@@ -7,7 +7,7 @@ import streamlit as st
 CURRENT = "conversation"  # the one that is shown
 DRAFT = "draft"  # the configuration of the next conversation
 EDITED = "edited"  # the message whose words are being changed
-OPENED = "opened"  # the answers whose figures are shown
+OPENED = "opened"  # ids of the answers whose figures are shown
 SETTINGS = "settings_open"  # whether the settings are seen
 NAMED = "c"  # of the address: the conversation, so that it is found again when the page is loaded anew
 
