@@ -112,6 +112,10 @@ def test_other_output_during_panic_capture_is_kept(capfd: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(("pattern", "exponential"), [
+    ("(a|a)*$", True), ("^(a|aa)+$", True), ("(a{1,9}){1,99}$", True), ("(a?b?)+$", True), (r"(\w|a){2,}", True),
+    ("(?i:a|b)+", True),
+    (r"(?=(\d{3})+(?!\d))", False), (r"(?i)(?:\p{N}{3})+", False), ("(?<name>a|b)?", False), ("(a|b){0,1}", False),
+    (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{M}]*[\p{Ll}\p{M}]+(?i:'s|'t|'re)?|\p{N}{1,3}|\s*[\r\n]+", False), ("(a|b){3}", True),
     ("(a+)+$", True), ("(?:a|b*)+", True), ("(a+){2,}", True), (r"((?:\s+|x)y*)*", True),
     (r"'s| ?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+", False), (r"[(+)]+", False), (r"\(a+\)+", False),
     ("(?i:'s|'t)?a+", False), ("(a+)?b+", False), ("(ab)+", False), ("(a+", False),

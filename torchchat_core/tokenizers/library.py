@@ -12,8 +12,12 @@ import tokenizers
 
 from torchchat_core.tokenizers.faults import TokenizerError, captured_panics, named_faults
 
-# A part of a regular expression: escaped, a class, an unbounded repetition, or one character.
-PATTERN_PART = re.compile(r"\\.|\[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\]|(?P<repeat>[*+]|\{\d*,\})[?+]?|.", re.DOTALL)
+# A part of a regular expression: escaped, a class, flags, the beginning of a group, a repetition, or one character.
+PATTERN_PART = re.compile(
+    r"\\.|\[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\]|\(\?[a-z-]+\)"
+    r"|(?P<open>\((?:\?(?:[:=!>~|]|<[=!]|<\w+>|'\w+'|[a-z-]+:))?)|(?P<repeat>[*+?]|\{\d*,?\d*\})[?+]?|.", re.DOTALL)
+FIXED_COUNT = re.compile(r"\{\d+\}")
+AT_MOST_ONCE = frozenset(["?", "{0}", "{1}", "{,1}", "{0,1}", "{1,1}"])
 
 
 class Library:
@@ -112,23 +116,24 @@ def _regular_expressions(content: Any) -> Iterator[str]:
 
 
 def takes_exponential_time(pattern: str) -> bool:
-    """Return True if the regular expression repeats without bound what is itself repeated without bound.
+    """Return True if the regular expression repeats a group that can match a text in several ways.
 
-    Such patterns, `(a+)+` among them, may try a number of ways that doubles with each character.
+    Such patterns, `(a+)+$` and `(a|aa)+$` among them, may try a number of ways that doubles with each character.
     """
-    groups = [False]  # of each open group: whether it holds an unbounded repetition
+    groups = [False]  # of each open group: whether it holds an alternative or a repetition of no fixed count
     closed = False  # the same of the group that ended just before
     for part in PATTERN_PART.finditer(pattern):
-        text = part[0]
-        if text == "(":
+        if part["open"]:
             groups.append(False)
-        elif text == ")" and len(groups) > 1:
+        elif part[0] == ")" and len(groups) > 1:
             closed = groups.pop()
             groups[-1] = groups[-1] or closed
             continue
         elif part["repeat"]:
-            if closed:
+            if closed and part["repeat"] not in AT_MOST_ONCE:
                 return True
+            groups[-1] = groups[-1] or not FIXED_COUNT.fullmatch(part["repeat"])
+        elif part[0] == "|":
             groups[-1] = True
         closed = False
     return False
