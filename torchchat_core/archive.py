@@ -70,7 +70,8 @@ class Archive:
             file.seek(entry.header)
             header = file.read(HEADER_BYTES)
             if not entry.stored or len(header) < HEADER_BYTES or header[:4] != HEADER:
-                raise TorchchatError(f"the entry {name!r} of {self.path} is compressed, or not where it should be",
+                raise TorchchatError(f"the entry {quoted(name)} of {self.path} is compressed, or not where it should "
+                                     "be",
                                      DAMAGED)
             name_bytes, extra_bytes = struct.unpack_from("<HH", header, 26)
             own_name = file.read(name_bytes).decode("utf-8", "replace")
@@ -84,7 +85,8 @@ class Archive:
         one that its checksum does not fit."""
         start, size = self.place(name)
         if size > limit:
-            raise TorchchatError(f"the entry {name!r} of {self.path} has {size} bytes; {limit} is the most", DAMAGED)
+            raise TorchchatError(f"the entry {quoted(name)} of {self.path} has {size} bytes; {limit} is the most",
+                                 DAMAGED)
         data = b"".join(pieces_of(self.path, start, size))
         if zlib.crc32(data) != self.entries[name].checksum:
             raise TorchchatError(f"the entry {quoted(name)} of {self.path} is not what its checksum says", DAMAGED)

@@ -22,7 +22,7 @@ from typing import Any
 
 from torchchat_core import __version__
 from torchchat_core.archive import DAMAGED, Archive, ArchiveWriter, pieces_of
-from torchchat_core.errors import TorchchatError, quoted
+from torchchat_core.errors import TorchchatError, quoted, quoted_path
 from torchchat_core.generation_options import SAMPLING_DEFAULTS, SamplingOptions
 from torchchat_core.manifest_fields import Fields, config_from_json
 from torchchat_core.models.config import ModelConfig
@@ -108,7 +108,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             yield partial
             os.replace(partial, path)  # noqa: PTH105 - the exporter contract patches os.replace
     except OSError as error:
-        raise TorchchatError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+        raise TorchchatError(f"cannot write {quoted_path(str(path))}: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,8 @@ def open_artifact(path: Path) -> Artifact:
                              f"{FORMAT_VERSION}", "use a newer torchchat, or export the model again")
     kind, suffix = content.get("kind"), path.suffix.lower()
     if suffix and isinstance(kind, str) and ENDINGS.get(kind, suffix) != suffix:  # machine code in the guise of data
-        raise TorchchatError(f"{path.name} ends in {suffix}, and holds a program of the kind {kind!r}, whose files end "
+        raise TorchchatError(f"{path.name} ends in {suffix}, and holds a program of the kind {quoted(kind)}, whose "
+                             "files end "
                              f"in {ENDINGS[kind]}", "do not run it, unless you know who renamed it")
     return Artifact(path, archive, entry.removesuffix(FOLDER + MANIFEST), content)
 
@@ -340,7 +341,8 @@ def _text(fields: Fields, artifact: Artifact, vocab_size: int) -> TextContent | 
         raise TorchchatError(f"the sampling in {fields.where} is not of numbers", DAMAGED)
     unknown = next((name for name in sampling if name not in SAMPLING_DEFAULTS), None)
     if unknown is not None:
-        raise TorchchatError(f"the sampling in {fields.where} names {unknown!r:.60}, which is no such option", DAMAGED)
+        raise TorchchatError(f"the sampling in {fields.where} names {quoted(unknown)}, which is no such option",
+                             DAMAGED)
     try:
         SamplingOptions(**sampling)
     except (TorchchatError, OverflowError) as error:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted_path
 from torchchat_core.generation import (
     Event,
     FinishedEvent,
@@ -137,7 +137,7 @@ class Conversation:
         try:
             found = json.loads(text)
         except (ValueError, RecursionError):
-            raise TorchchatError(f"{str(path)!r} is no conversation: it is not JSON") from None
+            raise TorchchatError(f"{quoted_path(str(path))} is no conversation: it is not JSON") from None
         self.messages = checked_messages(found.get("messages") if isinstance(found, dict) else found)
 
     def _fitting_prompt(self, options: GenerationOptions) -> tuple[str, list[int], int]:

@@ -12,7 +12,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted_path
 from torchchat_core.small_files import cache_folder, make_folder, read_json, write_whole
 
 RECORD = "fastest.json"
@@ -36,7 +36,7 @@ def remember_executor(reference: str, device: str, dtype: str, recipe: str | Non
     try:
         make_folder(cache_folder())
     except OSError as error:
-        raise TorchchatError(f"cannot make {str(cache_folder())!r}: {error.strerror or error}") from None
+        raise TorchchatError(f"cannot make {quoted_path(str(cache_folder()))}: {error.strerror or error}") from None
     path = cache_folder() / RECORD
     write_whole(path, json.dumps({"executors": records}, indent=1) + "\n")
     return path

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.options import option, validate
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ class SamplingOptions:
         validate(self)
         for token, bias in self.logit_bias.items():
             if not isinstance(token, int) or token < 0 or not -1e4 <= bias <= 1e4:
-                raise TorchchatError(f"logit_bias has {token!r}: {bias!r}; it maps token ids to numbers from -10000 "
+                raise TorchchatError(f"logit_bias has {quoted(token)}: {quoted(bias)}; it maps token ids to numbers "
+                                     "from -10000 "
                                      "to 10000")
 
 

@@ -61,7 +61,8 @@ def _check_reference(target: Any) -> None:
         if step in NAMED_KEYS:
             next(steps, None)  # a name, which may be any
         elif step in LITERAL_KEYS:
-            raise TorchchatError(f"the reference {target!r:.60} leads into {step!r}, which holds data and no schema")
+            raise TorchchatError(f"the reference {quoted(target)} leads into {quoted(step)}, which holds data and no "
+                                 "schema")
 
 
 def _exclude(node: dict[str, Any], exclusive: str, inclusive: str, direction: int) -> None:

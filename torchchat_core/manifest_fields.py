@@ -127,7 +127,7 @@ def _typed(kind: type[ModelConfig] | type[RopeScaling], content: Mapping[str, An
     missing = sorted(name for name, each in declared.items() if name not in content and each.default is _NONE)
     if unknown or missing:
         raise TorchchatError(f"{where} has {'the unknown field' if unknown else 'no field'} "
-                             f"{(unknown or missing)[0]!r:.60}", "use a newer torchchat, or export the model again")
+                             f"{quoted((unknown or missing)[0])}", "use a newer torchchat, or export the model again")
     return {name: _converted(value, hints[name], f"{quoted(name)} in {where}") for name, value in content.items()}
 
 

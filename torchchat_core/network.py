@@ -6,7 +6,7 @@ import os
 import socket
 from urllib.parse import urlsplit
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted_path
 
 PATIENCE = 2.0  # seconds
 
@@ -18,7 +18,8 @@ def hub_endpoint() -> tuple[str, int]:
         endpoint = urlsplit(address)
         return endpoint.hostname or "", endpoint.port or (443 if endpoint.scheme == "https" else 80)
     except ValueError as error:
-        raise TorchchatError(f"HF_ENDPOINT is {address!r}: {error}", "unset HF_ENDPOINT, or set it to a URL") from None
+        raise TorchchatError(f"HF_ENDPOINT is {quoted_path(address)}: {error}",
+                             "unset HF_ENDPOINT, or set it to a URL") from None
 
 
 def connection_fault(host: str, port: int) -> str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torchchat_core.artifact_checks import check_once
 from torchchat_core.artifacts import Artifact, Manifest, open_artifact
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.first_load import remember, try_first
 from torchchat_core.plugins import Registry
 from torchchat_core.quantization.recipe import parse_recipe, stored_recipe
@@ -76,7 +76,8 @@ def _executor(request: ModelRequest, artifact: Artifact, registry: Registry) -> 
         raise TorchchatError(f"{artifact.path.name} is {manifest.described()}, and nothing installed runs "
                              f"{manifest.kind} files", registry.how_to_get("reads", manifest.kind))
     if name != "auto" and manifest.kind not in registry.find(ExecutorInfo, name).reads:
-        raise TorchchatError(f"{artifact.path.name} is {manifest.described()}, which the executor {name!r} does not "
+        raise TorchchatError(f"{artifact.path.name} is {manifest.described()}, which the executor {quoted(name)} does "
+                             "not "
                              "run", f"leave --executor out: {' or '.join(readers)} runs it")
     return choose_executor(name, manifest.target.device, manifest.dtype, manifest.schemes, registry, stored=True,
                            format=manifest.kind)

@@ -134,7 +134,8 @@ def from_text(owner: type, name: str, text: str, named: str | None = None) -> An
     try:
         value = _PARSERS[wanted](text)
     except (ValueError, KeyError):
-        raise TorchchatError(f"{named or declared.name} is {text!r:.100}; it has to be {_type_words(wanted)}") from None
+        raise TorchchatError(f"{named or declared.name} is {quoted(text)}; it has to be {_type_words(wanted)}"
+                             ) from None
     check_value(owner, declared, value, named)
     return value
 

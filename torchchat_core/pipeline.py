@@ -13,7 +13,7 @@ from typing import Any, overload
 import torch
 
 from torchchat_core.artifacts import exported_file
-from torchchat_core.errors import TorchchatError, quoted
+from torchchat_core.errors import TorchchatError, quoted, quoted_path
 from torchchat_core.exporting_once import exported_once
 from torchchat_core.fastest import remembered_executor
 from torchchat_core.first_load import remember_export
@@ -184,7 +184,8 @@ def _dynamic_context(config: ModelConfig) -> int | None:
 
 def _check_export_limit(exporter: ExporterInfo, limit: int, maximum: int) -> None:
     if not exporter.stands_alone:
-        raise TorchchatError(f"--max-seq-length is {limit}, and the files of the exporter {exporter.name!r} do not "
+        raise TorchchatError(f"--max-seq-length is {limit}, and the files of the exporter {quoted(exporter.name)} do "
+                             "not "
                              "limit the length of a sequence", "leave it out, and give it when the model is run")
     checked_limit(limit, maximum)
 
@@ -338,7 +339,8 @@ def open_files(files: ModelFiles, registry: Registry) -> Checkpoint:
                              "it", "use the model that it was made of")
     source = registry.claim("formats", files.format)
     if source is None:
-        raise TorchchatError(f"nothing installed opens {files.weights[0].name!r}: the format {files.format!r} is of "
+        raise TorchchatError(f"nothing installed opens {quoted_path(files.weights[0].name)}: the format "
+                             f"{quoted(files.format)} is of "
                              "no installed model source", registry.how_to_get("formats", files.format)
                              or "give a .safetensors, .bin, .pt, .pth, .gguf or exported file, or a folder")
     checkpoint: Checkpoint = source.make().open(files)

@@ -232,7 +232,8 @@ class Registry:
         for kind in HOOKS.values():
             for name, qualified_names in self._owners(kind).items():
                 if len(qualified_names) > 1:
-                    self.warnings.append(f"{kind.kind} {name!r} is offered by {' and by '.join(qualified_names)}; "
+                    self.warnings.append(f"{kind.kind} {quoted(name)} is offered by "
+                                         f"{' and by '.join(qualified_names)}; "
                                          "use the full name")
         for claimed in ("schemes", "formats", "aliases"):
             owners: dict[str, list[str]] = {}

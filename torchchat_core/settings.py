@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torchchat_core.errors import TorchchatError, did_you_mean, quoted
+from torchchat_core.errors import TorchchatError, did_you_mean, quoted, quoted_path
 from torchchat_core.small_files import expanded, write_whole
 
 CONFIG_FILE = "TORCHCHAT_CONFIG"
@@ -76,18 +76,18 @@ def read_config(path: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise TorchchatError(f"cannot read the settings in {str(path)!r}: {error.strerror or error}",
+        raise TorchchatError(f"cannot read the settings in {quoted_path(str(path))}: {error.strerror or error}",
                              f"unset {CONFIG_FILE}, or set it to a file" if os.environ.get(CONFIG_FILE) else None
                              ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise TorchchatError(f"{str(path)!r} is not TOML: {error}", "fix the file, or delete it") from None
+        raise TorchchatError(f"{quoted_path(str(path))} is not TOML: {error}", "fix the file, or delete it") from None
     flat: dict[str, Any] = {key: value for key, value in found.items() if key != "prefer"}
     prefer = found.get("prefer", {})
     if not isinstance(prefer, dict):
-        raise TorchchatError(f"prefer in {str(path)!r} has to be a table of names")
+        raise TorchchatError(f"prefer in {quoted_path(str(path))} has to be a table of names")
     flat |= {f"{PREFER}{name}": value for name, value in prefer.items()}
     for key, value in flat.items():
-        check_setting(key, value, f" in {str(path)!r}")
+        check_setting(key, value, f" in {quoted_path(str(path))}")
     return flat
 
 
@@ -99,7 +99,8 @@ def check_setting(key: str, value: object = "any:text", where: str = "") -> None
     if not isinstance(value, str) or not value:
         raise TorchchatError(f"the setting {quoted(key)}{where} is {quoted(value)}; it has to be a text")
     if key.startswith(PREFER) and ":" not in value:
-        raise TorchchatError(f"the setting {key!r}{where} is {value!r}; it has to be a full name, distribution:name")
+        raise TorchchatError(f"the setting {quoted(key)}{where} is {quoted(value)}; it has to be a full name, "
+                             "distribution:name")
 
 
 def write_setting(key: str, value: str | None) -> Path:
@@ -116,13 +117,13 @@ def write_setting(key: str, value: str | None) -> Path:
         key = key.removeprefix(PREFER)
     if value is None:
         if key not in table:
-            raise TorchchatError(f"{key} is not set in {str(path)!r}")
+            raise TorchchatError(f"{key} is not set in {quoted_path(str(path))}")
         del table[key]
     else:
         table[key] = value
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TorchchatError(f"cannot make {str(path.parent)!r}: {error.strerror or error}") from None
+        raise TorchchatError(f"cannot make {quoted_path(str(path.parent))}: {error.strerror or error}") from None
     write_whole(path.resolve(), tomlkit.dumps(document))
     return path

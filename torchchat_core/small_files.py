@@ -26,7 +26,8 @@ def expanded(path: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise TorchchatError(f"the home folder in {path!r} cannot be found", "write the whole path") from None
+        raise TorchchatError(f"the home folder in {quoted_path(path)} cannot be found",
+                             "write the whole path") from None
 
 
 def output_file(flag: str, text: str) -> Path:
@@ -41,22 +42,22 @@ def output_file(flag: str, text: str) -> Path:
             raise TorchchatError(f"{given}, which is no ordinary file, so it is not replaced",
                                  "give the name of a new file")
         if not folder.is_dir():
-            raise TorchchatError(f"{given}; there is no folder {str(path.parent)!r}", "make it first")
+            raise TorchchatError(f"{given}; there is no folder {quoted_path(str(path.parent))}", "make it first")
         with tempfile.TemporaryFile(dir=folder):
             return path
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise TorchchatError(f"{given}, a name that is too long for this system", "choose a shorter one") from None
-        raise TorchchatError(f"{given}; no file can be written into {str(folder)!r}: {error.strerror}",
+        raise TorchchatError(f"{given}; no file can be written into {quoted_path(str(folder))}: {error.strerror}",
                              "choose another folder") from None
 
 
 def existing_file(flag: str, text: str) -> Path:
-    """Return the file that the value of a flag names. Raises `TorchchatError` if there is none."""
+    """Return the file named by the value of a flag. Raises `TorchchatError` if it does not exist."""
     path = expanded(text)
     if not is_file(path):
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise TorchchatError(f"{flag}: the file {str(path)!r} {what}", "give the path of a file")
+        raise TorchchatError(f"{flag}: the file {quoted_path(str(path))} {what}", "give the path of a file")
     return path
 
 
@@ -75,7 +76,7 @@ def cache_folder() -> Path:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it; the cache folder and those in it are for the user alone. Raises `OSError`."""
+    """Create a folder and its parents; the cache folder and folders in it get mode 0700. Raises `OSError`."""
     cache = cache_folder()
     for folder in (*reversed(path.parents), path):
         if folder == cache or folder.is_relative_to(cache):
@@ -85,7 +86,7 @@ def make_folder(path: Path) -> None:
 
 
 def make_private(*paths: Path) -> None:
-    """Let nobody but their owner read the files that exist; a line in the log names one that stays readable."""
+    """Make existing files readable and writable only by their owner; log a warning if that fails."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_IMODE(path.stat().st_mode) & 0o077:
@@ -106,7 +107,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
         with contextlib.suppress(OSError, ValueError):
             beside.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else error
-        raise TorchchatError(f"cannot write {str(path)!r}: {reason}") from None
+        raise TorchchatError(f"cannot write {quoted_path(str(path))}: {reason}") from None
 
 
 def read_file(path: Path, fix: str = COPY_AGAIN) -> bytes:
@@ -128,7 +129,7 @@ def read_file(path: Path, fix: str = COPY_AGAIN) -> bytes:
 
 
 def read_text(path: Path, fix: str = COPY_AGAIN) -> str:
-    """Return the content of `path`, which has to be UTF-8. Raises `TorchchatError` as `read_file` does."""
+    """Return the content of `path` as UTF-8 text. Raises `TorchchatError` as `read_file` does."""
     try:
         return read_file(path, fix).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -137,9 +138,9 @@ def read_text(path: Path, fix: str = COPY_AGAIN) -> str:
 
 
 def written_text(content: bytes, name: str) -> str:
-    r"""Return the text that a person wrote to a file or pipe: UTF-8, without a byte order mark, lines ended by "\n".
+    r"""Decode text that a user wrote to a file or pipe: UTF-8, without a byte order mark, with "\n" line endings.
 
-    Raises `TorchchatError`, in which the text is called `name`, if it is in another encoding.
+    Raises `TorchchatError`, which calls the text `name`, if it is in another encoding.
     """
     try:
         text = content.decode("utf-8-sig")
@@ -156,8 +157,7 @@ def written_text(content: bytes, name: str) -> str:
 
 
 def read_json(path: Path, fix: str = COPY_AGAIN) -> dict[str, Any]:
-    """Return the JSON object in `path`. Raises `TorchchatError` if the file holds anything else; `fix` is what to do
-    then."""
+    """Return the JSON object in `path`. Raises `TorchchatError` with `fix` if the file contains anything else."""
     text = read_text(path, fix)
     try:
         content = json.loads(text)

@@ -392,9 +392,9 @@ class Tokenizer(Protocol):
     chat_template: str | Sequence[Mapping[str, str]] | None  # where the tokenizer's file holds one: a Jinja source, or
     # several with "name" and "template", as in tokenizer_config.json
     #
-    # Two members are optional. `text_tokens` (Mapping[str, int]) are added tokens that any text encodes to. Core passes
-    # control tokens as ids to `encode_parts(parts: Sequence[str | int]) -> list[int]` where a message contains the name
-    # of one; without it, the texts between control tokens are encoded one by one.
+    # Two members are optional. `text_tokens` (Mapping[str, int]) are added tokens that ordinary text can encode to. If
+    # a message contains the name of a control token, core passes control tokens as ids to
+    # `encode_parts(parts: Sequence[str | int]) -> list[int]`; without it, core encodes the texts in between separately.
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text`, without BOS or EOS. With `special`, the texts of control tokens become their ids."""
@@ -413,10 +413,10 @@ class TokenizerReader(Protocol):
         """Whether the file, whose name matched, is one of this reader's."""
 
     def read(self, path: Path, settings: Mapping[str, Any]) -> Tokenizer:
-        """The tokenizer of the file; `settings` is tokenizer_config.json's content, or empty.
+        """Return the tokenizer of the file; `settings` is the content of tokenizer_config.json, or empty.
 
-        A reader whose tokenizer depends on other files too can have a method `standalone(path, settings) ->
-        Mapping[str, bytes]`: the tokenizer as files that need no others, by name, for exported files.
+        If the tokenizer also depends on other files, the reader can have a method `standalone(path, settings) ->
+        Mapping[str, bytes]`: it returns the content of self-contained files by name, for exported files.
         """
 
 
@@ -435,7 +435,7 @@ class LayerReport:
     scheme: str | None  # None: left alone, for `reason`
     bytes_before: int
     bytes_after: int
-    reason: str | None = None  # why it was left alone, or in what it differs from the recipe
+    reason: str | None = None  # why it was left alone, or how it differs from the recipe
 
 
 @dataclass(frozen=True, kw_only=True)

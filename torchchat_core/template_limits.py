@@ -26,7 +26,7 @@ LARGEST_WIDTH = 999  # of padding, indentation and the like
 LARGEST_INTEGER_BITS = 4_096
 DEEPEST = 200  # lists in lists
 STEPS_BETWEEN_LOOKS = 16  # at the clock
-processor_time = time.thread_time  # in seconds; tests count looks instead
+processor_time = time.thread_time  # in seconds; tests replace it with a counter
 
 LARGEST_SEARCH = 100_000_000  # characters compared by one search, about 0.1 s
 WIDE_PERCENT_PLACE = re.compile(r"[-+ #0]*(?:\d{4}|\*|\d*\.(?:\d{4}|\*))")  # flags, width and precision of a place
@@ -69,13 +69,13 @@ class Budget:
             raise stopped(f"it makes a list of more than {self.longest_list} elements")
 
     def need_search(self, length: int, sought: int) -> None:
-        """Ask for a search for `sought` characters in a text of `length`, whose time is the product of both."""
+        """Charge a search for `sought` characters in a text of `length`, which takes time in proportion to both."""
         if length * sought > self._largest_search:
             raise stopped(f"it searches for {sought} characters in a text of {length}")
         self.step(length * sought // 4096)
 
     def charge(self, value: Any) -> Any:
-        """Counts a value that was made, and returns it; one that is made lazily counts while it is used."""
+        """Charge a value that was made, and return it. A lazy value is charged while it is consumed."""
         if isinstance(value, str):
             self.need_text(len(value))
             self._left -= len(value)
@@ -117,11 +117,11 @@ class Budget:
             yield value
 
     def collected(self, values: Any) -> Any:
-        """Return what is made lazily as a list, so that it can be measured; anything else as it is."""
+        """Return a lazy value as a list, so that it can be measured; other values unchanged."""
         return list(self.counted(values)) if _is_lazy(values) else values
 
     def joinable(self, values: Iterable[Any], separator: str) -> list[Any]:
-        """`values` as a list whose elements may be written out with separators between them."""
+        """Return `values` as a list, and check the size of its elements joined with `separator`."""
         kept = list(self.counted(values))
         self.need_text(self.bounded(kept) + len(kept) * len(separator))
         return kept
@@ -156,7 +156,7 @@ class Budget:
         self.need_text(len(text) + places * (LARGEST_WIDTH + self.bounded(*values)))
 
     def check_percent_format(self, text: str, values: Iterable[Any]) -> None:
-        """Ask for `text % values`."""
+        """Check the size of `text % values`."""
         self.check_format(text, values, self._pads_widely(text))
 
     def check_brace_format(self, text: str, values: Iterable[Any]) -> None:
@@ -168,7 +168,7 @@ class Budget:
         self.check_format(text, values, is_wide)
 
     def _pads_widely(self, text: str) -> bool:
-        """Return True if a place of a `%` format has a width or precision of four digits or from an argument."""
+        """Return True if a field of a `%` format has a width or precision of four digits or from an argument."""
         at = text.find("%")
         while at >= 0:
             self.step()
@@ -202,17 +202,17 @@ def limited(given: int = 0) -> Iterator[None]:
 
 
 class TemplateStoppedError(TorchchatError):
-    """A template went beyond a limit: it took too long or too much memory, or reached for what is not its own."""
+    """A template exceeded a limit: it took too much time or memory, or accessed something that is not allowed."""
 
 
 def stopped(reason: str) -> TemplateStoppedError:
-    """Return the error of a template that went too far."""
+    """Return the error for a template that exceeded a limit."""
     return TemplateStoppedError(f"the chat template was stopped: {reason}",
-                                "a template of the model's own makers does not; get the model from them")
+                                "download the model from its original author, whose template works")
 
 
 def _end_of_key(text: str, start: int) -> int:
-    """The index after the parenthesis that closes the one at `start`; the end of the text where nothing closes it."""
+    """Return the index after the parenthesis that closes the one at `start`, or the end of the text if none does."""
     depth = 0
     for found in PARENTHESES.finditer(text, start):
         depth += 1 if found[0] == "(" else -1
@@ -222,7 +222,7 @@ def _end_of_key(text: str, start: int) -> int:
 
 
 def _is_lazy(value: object) -> bool:
-    """Return True for an iterator; the variable `loop` is more than that."""
+    """Return True for an iterator, except for the variable `loop`."""
     return isinstance(value, Iterator) and not isinstance(value, LoopContext)
 
 

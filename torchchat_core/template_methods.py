@@ -1,7 +1,7 @@
-"""The attributes that chat templates may read, by the kind of the value, and the guard that each method runs first.
+"""List the attributes that chat templates may access for each type, and the guard that runs before each method.
 
-A method or an attribute that is not listed here is refused, whatever Jinja's sandbox would allow. A guard looks at the
-arguments before Python's method runs: it raises `TorchchatError` where the call could take long or fill the memory.
+Methods and attributes that are not listed here are rejected, even if Jinja's sandbox would allow them. A guard checks
+the arguments before the method runs, and raises `TorchchatError` if the call could take too much time or memory.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Guard = Callable[[Budget, Any, Arguments, Mapping[str, Any]], Arguments]
 
 
 def _free(_: Budget, __: Any, arguments: Arguments, ___: Mapping[str, Any]) -> Arguments:
-    """Let a method pass whose time and result grow with the value alone."""
+    """Allow a method whose time and result are proportional to the value."""
     return arguments
 
 
 def _comparing(limits: Budget, value: Any, arguments: Arguments, named: Mapping[str, Any]) -> Arguments:
-    """Measure a value and arguments that are compared with each other, or written out in an error."""
+    """Check the size of values that are compared with each other or formatted in an error."""
     limits.bounded(value, *arguments, *named.values())
     return arguments
 
@@ -36,7 +36,7 @@ def _hashing(limits: Budget, _: Any, arguments: Arguments, named: Mapping[str, A
 
 
 def _searching(limits: Budget, text: str, arguments: Arguments, named: Mapping[str, Any]) -> Arguments:
-    """Limit searches whose time can be the product of both lengths: from the right, and of sets of characters."""
+    """Limit searches whose time can be the product of both lengths: from the right, or for sets of characters."""
     for sought in (*arguments, *named.values()):
         if isinstance(sought, str):
             limits.need_search(len(text), len(sought))
@@ -76,7 +76,7 @@ MAPPING_METHODS: Mapping[str, Guard] = {**_guarded("copy items keys values", _fr
 LOOP_METHODS: Mapping[str, Guard] = {"changed": _comparing, "cycle": _free}
 CYCLER_METHODS: Mapping[str, Guard] = {"next": _free, "reset": _free}
 
-# By kind, the first that fits: methods with their guards, and what can be read without a call.
+# For each type (the first match counts): methods with their guards, and plain attributes.
 ATTRIBUTES: tuple[tuple[type | tuple[type, ...], Mapping[str, Guard], frozenset[str]], ...] = (
     (str, TEXT_METHODS, frozenset()),
     ((list, tuple), LIST_METHODS, frozenset()),
@@ -93,7 +93,7 @@ ATTRIBUTES: tuple[tuple[type | tuple[type, ...], Mapping[str, Guard], frozenset[
 def can_read(value: object, attribute: str) -> bool:
     """Return True if a template may read the attribute of a value."""
     if isinstance(value, Namespace):
-        return True  # its attributes are what the template put there
+        return True  # its attributes come from the template itself
     return next((attribute in methods or attribute in plain
                  for kind, methods, plain in ATTRIBUTES if isinstance(value, kind)), False)
 

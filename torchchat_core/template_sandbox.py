@@ -7,7 +7,7 @@ the memory; here that is a `TorchchatError`:
   limited (which also ends branching recursion; plain recursion ends in a RecursionError);
 - `*`, `**`, `+`, `%`, `~`, slices, `replace`, `join`, `indent`, `format` and JSON are refused before they make a
   value that is too large, and a list that holds another one a thousand times counts it a thousand times;
-- what is compared, hashed or written out is measured before, also in error messages;
+- values are measured before they are compared, hashed or formatted, also in error messages;
 - all texts and lists that steps make add up to a limited total, and so does the output;
 - attributes and methods are those listed in `template_methods`, each with its guard, and filters that only make long
   texts are left out.
@@ -40,9 +40,9 @@ LEFT_OUT_FILTERS = ("center", "filesizeformat", "pprint", "striptags", "urlize",
 # These pass elements on without looking into them; the others are given no more than fits into one text.
 PASSING_FILTERS = frozenset(["attr", "batch", "count", "d", "default", "first", "items", "last", "length", "list",
                              "map", "random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice"])
-# These go through all elements of a sequence at once, and compare or add them.
+# These consume a whole sequence, and compare or add its elements.
 COLLECTING_FILTERS = frozenset(["groupby", "max", "min", "sort", "sum", "unique"])
-# These look at the kind of a value alone.
+# These look only at the type of a value.
 PASSING_TESTS = frozenset(["boolean", "callable", "defined", "escaped", "false", "float", "integer", "iterable",
                            "mapping", "none", "number", "sameas", "sequence", "string", "true", "undefined"])
 ARITHMETIC_TESTS = frozenset(["divisibleby", "even", "odd"])
@@ -84,7 +84,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
         # Jinja would print nothing where the attribute is not used any further.
         if attribute.startswith("_"):
-            raise stopped(f"it reaches for the attribute {quoted(attribute)} of a {type(obj).__name__}")
+            raise stopped(f"it accesses the attribute {quoted(attribute)} of a {type(obj).__name__}")
         return self.undefined(f"chat templates may not use {quoted(attribute)} of a {type(obj).__name__}",
                               name=attribute, obj=obj, exc=SecurityError)
 
@@ -95,7 +95,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     def getitem(self, obj: Any, argument: Any) -> Any:
         limits = budget()
         limits.step()
-        if not isinstance(argument, str | int | slice):  # it is hashed, and written out where there is no such item
+        if not isinstance(argument, str | int | slice):  # it is hashed, and formatted if there is no such item
             limits.bounded(argument)
         return super().getitem(obj, argument)
 
@@ -136,8 +136,8 @@ class GenerationTag(Extension):
 
 
 class _Guarding(NodeTransformer):
-    """Puts guards around what the environment is not asked about: loops, `~`, comparisons, slices, tuples, the keys of
-    dictionaries, and the arguments that a macro collects."""
+    """Add guards to operations that bypass the environment's hooks: loops, `~`, comparisons, slices, tuples, dictionary
+    keys, and the arguments that a macro collects."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
@@ -273,7 +273,7 @@ def _guarded_test(name: str, function: Any) -> Callable[..., Any]:
         limits.step()
         if name == "in" and len(args) > 1:
             args = (args[0], limits.collected(args[1]), *args[2:])
-        if name not in PASSING_TESTS:  # it compares, hashes or writes out
+        if name not in PASSING_TESTS:  # it compares, hashes or formats
             limits.bounded(*args)
         if name in ARITHMETIC_TESTS:
             _need_numbers(name, args)
@@ -283,10 +283,10 @@ def _guarded_test(name: str, function: Any) -> Callable[..., Any]:
 
 
 def _need_numbers(what: str, values: Iterable[Any]) -> None:
-    """Raise `TorchchatError` for a value that is no number: `%` and `*` of texts and lists fill the memory."""
+    """Raise `TorchchatError` for a value that is not a number: `%` and `*` of texts and lists can fill the memory."""
     for value in values:
         if not isinstance(value, int | float | Undefined):
-            raise stopped(f"{what} is given a {type(value).__name__}; it takes numbers")
+            raise stopped(f"{what} got a {type(value).__name__}; expected a number")
 
 
 def _leading_argument(function: Callable[..., Any], context: Context) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torchchat_core.chat_template import ChatTemplate, end_tokens, find_chat_template
 from torchchat_core.control_tokens import unnamed_control_tokens
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.generation_options import SAMPLING_DEFAULTS, SamplingOptions
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import read_json
@@ -77,7 +77,8 @@ def _end_ids(path: Path, declared: object, vocab_size: int) -> set[int]:
     listed = declared if isinstance(declared, list) else [declared]
     for token in listed:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-            raise TorchchatError(f"eos_token_id in {path} is {declared!r:.60}; token ids go from 0 to {vocab_size - 1}",
+            raise TorchchatError(f"eos_token_id in {path} is {quoted(declared)}; token ids go from 0 to "
+                                 f"{vocab_size - 1}",
                                  "mend the file, or download the model again")
     return set(listed)
 

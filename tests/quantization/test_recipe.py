@@ -142,7 +142,7 @@ def test_the_recipe_chooses_dtype_and_device_where_the_user_does_not(registry: R
             assert opened.quantisation is not None
             assert len(opened.quantisation.done) == 29
     if not torch.cuda.is_available():
-        with pytest.raises(TorchchatError, match="the recipe 'cuda' asks for the device cuda"), \
+        with pytest.raises(TorchchatError, match="the recipe 'cuda' needs the device cuda"), \
                 open_model(ModelRequest(quantize="cuda"), registry):
             pass
         with open_model(ModelRequest(quantize="cuda", device="cpu"), registry) as opened:

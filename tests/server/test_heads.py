@@ -120,7 +120,7 @@ def test_an_incomplete_head_times_out(chat_model: Path, monkeypatch: pytest.Monk
         status, headers, body = answer(data)
         assert (status, headers["connection"]) == (408, "close")
         assert headers["x-request-id"].startswith("req_")
-        assert "head of the request" in body["error"]["message"]
+        assert "the request headers did not arrive" in body["error"]["message"]
 
 
 def test_waiting_for_the_rest_of_an_answered_body_has_a_limit(

@@ -215,7 +215,7 @@ def test_arguments_that_are_no_object_are_named(client: TestClient, arguments: s
         function={"arguments": arguments})})
     error = found.json()["error"]
     assert (found.status_code, error["param"]) == (400, "messages[1].tool_calls[0].function.arguments")
-    assert "expected the text of a JSON object" in error["message"]
+    assert "expected a JSON object as a string" in error["message"]
     assert len(error["message"]) < 250
     item = {"type": "function_call", "call_id": "c", "name": "f", "arguments": arguments}
     found = client.post("/v1/responses", json={"model": "tiny", "input": [item]})
@@ -362,7 +362,7 @@ def test_an_unpaired_surrogate_is_named_in_the_error(client: TestClient, body: b
     found = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     error = found.json()["error"]
     assert (found.status_code, error["param"]) == (400, param)
-    assert "half of a surrogate pair" in error["message"]
+    assert "unpaired surrogate" in error["message"]
     assert "not JSON" not in error["message"]
 
 

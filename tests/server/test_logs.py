@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from torchchat_core.server.logs import log_failure, own_words
+from torchchat_core.server.logs import log_failure, own_messages
 
 HALF = (b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         b"content-length: 9\r\n\r\n{")
@@ -39,12 +39,12 @@ def test_the_end_of_the_grace_period_is_one_line(chat_model: Path, start: Callab
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     written = process.stderr.read()
-    assert written in ("", "error: the time of grace is over: 1 requests were ended before their answer\n")
+    assert written in ("", "error: the grace period is over: 1 requests were cut off\n")
 
 
 def test_messages_of_other_libraries_are_translated(capsys: pytest.CaptureFixture[str]) -> None:
     theirs = logging.getLogger("uvicorn.error")
-    with own_words():
+    with own_messages():
         theirs.warning("Invalid HTTP request received.")
         theirs.error("Traceback (most recent call last):\n  File x\nasyncio.exceptions.CancelledError")
         theirs.error("Exception in ASGI application\n", exc_info=asyncio.CancelledError())
@@ -55,7 +55,7 @@ def test_messages_of_other_libraries_are_translated(capsys: pytest.CaptureFixtur
         logging.getLogger("asyncio").error("Task exception was never retrieved")
         log_failure("request req_1 failed", ValueError("two\nlines"))
     assert capsys.readouterr().err == (
-        "error: the time of grace is over: 2 requests were ended before their answer\n"
+        "error: the grace period is over: 2 requests were cut off\n"
         "error: a request failed: ValueError: odd; --debug shows the traceback\n"
         "error: the HTTP server failed; --debug shows why\n"
         "error: request req_1 failed: ValueError: two lines; --debug shows the traceback\n")
@@ -65,7 +65,7 @@ def test_with_debug_everything_is_shown(capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setattr(logging.getLogger("torchchat"), "level", logging.DEBUG)
     logging.getLogger("torchchat").manager._clear_cache()  # type: ignore[attr-defined]
     try:
-        with own_words():
+        with own_messages():
             try:
                 raise ValueError("odd")
             except ValueError as error:

@@ -46,7 +46,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
 @pytest.mark.parametrize("path", FIELDS)
 def test_a_text_that_cannot_fit_is_refused_without_being_encoded(
         client: TestClient, path: str, encoded: list[tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "MOST_TOKENS", LIMIT)
+    monkeypatch.setattr(texts, "MAX_TOKENS", LIMIT)
     found = client.post(path, json=body(path, "a" * (LIMIT * LONGEST + 1)))
     assert found.status_code == 400
     error = found.json()["error"]
@@ -58,7 +58,7 @@ def test_a_text_that_cannot_fit_is_refused_without_being_encoded(
 @pytest.mark.parametrize("path", FIELDS)
 def test_a_long_text_is_encoded_in_slices_up_to_the_limit(
         client: TestClient, path: str, encoded: list[tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "MOST_TOKENS", LIMIT)
+    monkeypatch.setattr(texts, "MAX_TOKENS", LIMIT)
     monkeypatch.setattr(HuggingFaceTokenizer, "longest_token", None, raising=False)
     for engine in (entry.engine for entry in client.app.state.service.shelf.loaded):  # type: ignore[attr-defined]
         monkeypatch.setattr(engine.opened.text_format.tokenizer, "longest_token", None)

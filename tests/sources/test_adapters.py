@@ -310,13 +310,13 @@ def test_settings_that_cannot_be_merged_are_named(settings: dict[str, Any], mess
     (pair("model.norm", 32, 32), "matrices for 'model.norm.weight', which is none"),
     (pair("model.embed_tokens", 32, 96, a="lora_embedding_A", b="lora_embedding_B") | dora("model.embed_tokens"),
      "by DoRA"),
-    ({HEAD: torch.ones(97, 32)}, "lm_head.weight is for 97 tokens, but the model has 96"),
+    ({HEAD: torch.ones(97, 32)}, "lm_head.weight has 97 tokens, but the model has 96"),
     ({HEAD: torch.ones(96, 31)}, "for 'lm_head.weight' has the shape [96, 31]"),
     ({f"{name}{part}.weight": torch.full((101, 32), 2.0)  # as PEFT writes resized embeddings that were trained
       for name in ("lm_head", "model.embed_tokens") for part in ("", ".modules_to_save", ".original_module")},
-     "model.embed_tokens.weight is for 101 tokens, but the model has 96"),
-    (pair("model.embed_tokens", 32, 99, a="lora_embedding_A", b="lora_embedding_B"), "is for 99 tokens"),
-    (pair("lm_head", 95, 32), "lm_head.weight is for 95 tokens"),
+     "model.embed_tokens.weight has 101 tokens, but the model has 96"),
+    (pair("model.embed_tokens", 32, 99, a="lora_embedding_A", b="lora_embedding_B"), "has 99 tokens"),
+    (pair("lm_head", 95, 32), "lm_head.weight has 95 tokens"),
     ({HEAD: torch.ones(96, 32), "lm_head.modules_to_save.weight": torch.zeros(96, 32)}, "twice, under two names"),
     ({}, "holds no weights"),
 ])

@@ -329,7 +329,7 @@ QUANTIZED = {
             {"scales": 1, "biases": 1, "weight": 4}),
     "compressed-tensors": ({"compression_config": {"format": "pack-quantized"}}, {"weight_packed": 4, "weight": 0}),
     "'never_heard_of'": ({"quantization_config": {"quant_method": "never_heard_of"}}, {"code_book": 3}),
-    "a method that it does not name": ({"quantization_config": True}, {"weight_scale": 1}),
+    "an unnamed method": ({"quantization_config": True}, {"weight_scale": 1}),
 }
 
 
@@ -344,7 +344,7 @@ def test_weights_that_another_program_quantized_are_named_by_its_method(
               folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({**SIZES, **fields}))
     message = message_of(lambda: logits(folder))
-    assert f"quantized by {method}, as config.json says" in message
+    assert f"quantized with {method}" in message
     assert "GGUF" in message
 
 

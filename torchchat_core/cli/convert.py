@@ -10,7 +10,7 @@ import click
 
 from torchchat_core.cli.completion import complete_dtype, complete_model
 from torchchat_core.cli.values import STORED_DTYPE
-from torchchat_core.errors import TorchchatError, quoted
+from torchchat_core.errors import TorchchatError, quoted, quoted_path
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import expanded
 
@@ -72,13 +72,14 @@ def _check_usage(flags: dict[str, Any]) -> None:
         if names and not files:
             raise click.UsageError(f"MODEL {quoted(names[0])} and --checkpoint-dir exclude each other")
         if not expanded(flags["checkpoint_dir"]).is_dir():
-            raise TorchchatError(f"there is no folder {flags['checkpoint_dir']!r}", "give the one of the checkpoint")
+            raise TorchchatError(f"there is no folder {quoted_path(flags['checkpoint_dir'])}",
+                                 "give the one of the checkpoint")
         return
     for name in ("checkpoint_files", "checkpoint_format", "model_name"):
         if flags[name]:
             raise click.UsageError(f"--{name.replace('_', '-')} needs --checkpoint-dir")
     if len(names) != 1:
-        raise click.UsageError(f"{' '.join(names)!r} is more than one MODEL" if names
+        raise click.UsageError(f"{quoted(' '.join(names))} is more than one MODEL" if names
                                else "give one MODEL, or --checkpoint-dir")
 
 

@@ -10,7 +10,7 @@ import click
 from torchchat_core.amounts import bytes_text
 from torchchat_core.artifact_checks import check_all
 from torchchat_core.artifacts import Artifact, Manifest, exported_file, open_artifact
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted_path
 from torchchat_core.plugins import Registry
 from torchchat_core.sources.inventory import locate, source_of
 from torchchat_core.sources.reference import resolve
@@ -31,7 +31,8 @@ def inspect(registry: Registry, /, file: str, as_json: bool, check: bool) -> Non
     files = locate(ref, source_of(ref, registry))
     path = exported_file(files) if files is not None else None
     if path is None:
-        raise TorchchatError(f"{file!r} is no exported file of this machine", "give a .pt2, .so or .pte file")
+        raise TorchchatError(f"{quoted_path(file)} is no exported file of this machine",
+                             "give a .pt2, .so or .pte file")
     artifact = open_artifact(path)
     if check:
         artifact.check_target()

@@ -22,7 +22,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
 from torchchat_core import __version__
-from torchchat_core.errors import TorchchatError, UsageError, did_you_mean, quoted
+from torchchat_core.errors import TorchchatError, UsageError, did_you_mean, quoted, quoted_path
 from torchchat_core.generation_options import GenerationOptions, SamplingOptions
 from torchchat_core.measure.answering import Prompt, answers
 from torchchat_core.measure.likelihood import Request, likelihoods
@@ -132,7 +132,7 @@ def generation_options(settings: Mapping[str, Any], defaults: Mapping[str, Any],
     known = {"until", "do_sample", *LENGTHS, *SAMPLING}
     unknown = sorted(settings.keys() - known)
     if unknown:
-        raise TorchchatError(f"a task generates with {unknown[0]!r}, which torchchat does not know; known are "
+        raise TorchchatError(f"a task generates with {quoted(unknown[0])}, which torchchat does not know; known are "
                              f"{', '.join(sorted(known))}", did_you_mean(unknown[0], known))
     until = settings.get("until") or []
     asked = {name: settings[name] for name in SAMPLING if settings.get(name) is not None}
@@ -168,7 +168,7 @@ class Wish:
     def manager(self) -> TaskManager:
         """Knows all tasks. Raises `TorchchatError` for names of tasks that there are not."""
         if self.include is not None and not self.include.is_dir():
-            raise TorchchatError(f"--include-path: there is no folder {str(self.include)!r}",
+            raise TorchchatError(f"--include-path: there is no folder {quoted_path(str(self.include))}",
                                  "name the folder of the tasks' YAML files")
         if self.include is not None:
             own = TaskManager(include_path=str(self.include), include_defaults=False)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted_path
 from torchchat_core.measure.tables import aligned
 from torchchat_core.specs import Session
 
@@ -108,7 +108,7 @@ def profiled(session: Session, path: Path) -> Iterator[Profile]:
     try:
         recorder.export_chrome_trace(str(path))
     except (OSError, RuntimeError) as error:
-        raise TorchchatError(f"cannot write the trace to {str(path)!r}: {error}") from None
+        raise TorchchatError(f"cannot write the trace to {quoted_path(str(path))}: {error}") from None
 
 
 def _add_up(found: Profile, events: Sequence[Any]) -> None:

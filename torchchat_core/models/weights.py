@@ -65,12 +65,14 @@ def fetch_weight(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtyp
     try:
         tensor = checkpoint.tensor(name, dtype)
     except KeyError:
-        raise TorchchatError(f"the checkpoint has no tensor {name!r}, which a {checkpoint.config.architecture} model "
+        raise TorchchatError(f"the checkpoint has no tensor {quoted(name)}, which a {checkpoint.config.architecture} "
+                             "model "
                              f"with {checkpoint.config.num_layers} layers needs",
                              "the checkpoint is incomplete, or the configuration belongs to another model") from None
     check_shape(name, tuple(tensor.shape), shape)
     if not tensor.is_floating_point():
-        raise TorchchatError(f"tensor {name!r} is of {str(tensor.dtype).removeprefix('torch.')}; floating point is "
+        raise TorchchatError(f"tensor {quoted(name)} is of {str(tensor.dtype).removeprefix('torch.')}; floating point "
+                             "is "
                              "needed", "a quantised checkpoint needs the quantizer that wrote it")
     return tensor
 

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted_path
 from torchchat_core.specs import Calibration, Tokenizer
 
 TOKENS = 32768  # that are read of a text unless another number is asked for
@@ -43,7 +43,8 @@ def read_calibration(text: CalibrationText, tokenizer: Tokenizer, max_context: i
     start = (tokenizer.bos_id,) if tokenizer.adds_bos and tokenizer.bos_id is not None else ()
     ids = tuple(islice(_encoded(text.path, tokenizer), text.tokens))
     if len(ids) < LEAST_TOKENS:
-        raise TorchchatError(f"the calibration text {str(text.path)!r} has {len(ids)} tokens; {LEAST_TOKENS} are the "
+        raise TorchchatError(f"the calibration text {quoted_path(str(text.path))} has {len(ids)} tokens; "
+                             f"{LEAST_TOKENS} are the "
                              "least", "give a longer text, of the kind that the model is used for")
     length = min(WINDOW, max_context, len(ids) + len(start)) - len(start)
     return Calibration(windows=tuple((*start, *ids[place : place + length])
@@ -56,6 +57,8 @@ def _encoded(path: Path, tokenizer: Tokenizer) -> Iterator[int]:
             while piece := file.read(PIECE):
                 yield from tokenizer.encode(piece)
     except OSError as error:
-        raise TorchchatError(f"the calibration text {str(path)!r} cannot be read: {error.strerror}") from None
+        raise TorchchatError(f"the calibration text {quoted_path(str(path))} cannot be read: {error.strerror}"
+                             ) from None
     except UnicodeDecodeError:
-        raise TorchchatError(f"the calibration text {str(path)!r} is not UTF-8", "give a plain text") from None
+        raise TorchchatError(f"the calibration text {quoted_path(str(path))} is not UTF-8", "give a plain text"
+                             ) from None

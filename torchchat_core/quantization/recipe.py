@@ -160,7 +160,8 @@ def check_calibration(steps: Sequence[Step], given: bool) -> None:
     """Raises `TorchchatError` where a step needs a text and none is given, or one is given that no step needs."""
     needing = [step.scheme for step in steps if step.calibrated]
     if needing and not given:
-        raise TorchchatError(f"{needing[0]!r} with these options is made with a calibration text, and there is none",
+        raise TorchchatError(f"{quoted(needing[0])} with these options is made with a calibration text, and there is "
+                             "none",
                              "torchchat quantize MODEL --quantize RECIPE --calibration FILE --output-dir DIR, and then "
                              "use the folder as the model")
     if given and not needing:
@@ -283,7 +284,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise TorchchatError(f"the recipe has {max(names, key=names.count)!r:.80} twice")
+        raise TorchchatError(f"the recipe has {quoted(max(names, key=names.count))} twice")
     return found
 
 
@@ -296,7 +297,8 @@ def _setting(content: Mapping[str, Any], key: str) -> str | None:
         return None
     section, name = content[key], SETTINGS[key]
     if not isinstance(section, Mapping) or section.keys() != {name} or not isinstance(section[name], str):
-        raise TorchchatError(f"{key!r} is {section!r:.80} in the recipe; it has to be an object with {name!r} alone",
+        raise TorchchatError(f"{quoted(key)} is {quoted(section)} in the recipe; it has to be an object with "
+                             f"{quoted(name)} alone",
                              f'such as {{"{key}": {{"{name}": "{"cpu" if key == "executor" else "bf16"}"}}}}')
     return str(section[name])
 
@@ -326,7 +328,8 @@ def _step(scheme: str, section: Mapping[str, Any], registry: Registry, device: s
         raise TorchchatError(f"{quoted(scheme)} is no scheme, but a way to round the weights of one",
                              f'write {{"linear:int4": {{"method": "{METHODS[scheme]}"}}}}')
     if not makers:
-        raise TorchchatError(f"no installed quantizer makes {scheme!r:.80}; schemes here: {', '.join(known) or 'none'}",
+        raise TorchchatError(f"no installed quantizer makes {quoted(scheme)}; schemes here: "
+                             f"{', '.join(known) or 'none'}",
                              registry.how_to_get("schemes", scheme) or did_you_mean(scheme, known)
                              or "install the plugin that makes it")
     fitting = [info for info in makers if device in info.devices and dtype in info.dtypes] or makers
@@ -335,7 +338,7 @@ def _step(scheme: str, section: Mapping[str, Any], registry: Registry, device: s
     options = _without_bitwidth(scheme, quantizer, options)
     if quantizer.options is None:
         if options:
-            raise TorchchatError(f"{quoted(scheme)} has no options; {next(iter(options))!r:.80} was given")
+            raise TorchchatError(f"{quoted(scheme)} has no options; {quoted(next(iter(options)))} was given")
         return Step(scheme, quantizer, None, selection)
     try:
         return Step(scheme, quantizer, from_mapping(quantizer.options, options), selection)
@@ -351,7 +354,8 @@ def _without_bitwidth(scheme: str, quantizer: QuantizerInfo, options: dict[str, 
         return options
     given = options[BITWIDTH]
     if given != int(bits[1]) or isinstance(given, bool):
-        raise TorchchatError(f"the bitwidth of {scheme!r} is {given!r:.40} in the recipe; that scheme has {bits[1]}",
+        raise TorchchatError(f"the bitwidth of {quoted(scheme)} is {quoted(given)} in the recipe; that scheme has "
+                             f"{bits[1]}",
                              f'leave "{BITWIDTH}" out, or choose another scheme')
     return {name: value for name, value in options.items() if name != BITWIDTH}
 

@@ -43,10 +43,12 @@ class Selection:
 
 def _patterns(scheme: str, key: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(each, str) and each for each in value):
-        raise TorchchatError(f"{key!r} of {scheme!r} is {value!r:.80}; it has to be a list of names of layers",
+        raise TorchchatError(f"{quoted(key)} of {quoted(scheme)} is {quoted(value)}; it has to be a list of names of "
+                             "layers",
                              f'such as "{key}": ["lm_head", "model.layers.*.mlp.*"]')
     if key == LAYERS and not value:
-        raise TorchchatError(f"{key!r} of {scheme!r} is empty: the section would take no layer", "leave it out")
+        raise TorchchatError(f"{quoted(key)} of {quoted(scheme)} is empty: the section would take no layer",
+                             "leave it out")
     return tuple(value)
 
 
@@ -72,7 +74,8 @@ def layers_of_sections(model: nn.Module, selections: Sequence[Selection]) -> tup
     for selection, names in zip(selections, taken, strict=True):
         for name in sorted(names):
             if name in owners:
-                raise TorchchatError(f"{owners[name]!r} and {selection.scheme!r} both name the layer {name!r}",
+                raise TorchchatError(f"{quoted(owners[name])} and {quoted(selection.scheme)} both name the layer "
+                                     f"{quoted(name)}",
                                      f'name it in one of them, or put it under "{EXCEPT}"')
             owners[name] = selection.scheme
     chosen = [names if each.layers is not None else set(known[each.kind]) - owners.keys() - left
@@ -90,8 +93,8 @@ def _matching(selection: Selection, key: str, patterns: Iterable[str], known: Se
     for pattern in patterns:
         matching = [name for name in known if fnmatchcase(name, pattern)]
         if not matching:
-            raise TorchchatError(f'"{key}" of {selection.scheme!r} has {pattern!r:.100}, which is no {selection.kind} '
-                                 "layer of this model", did_you_mean(pattern, known)
+            raise TorchchatError(f'"{key}" of {quoted(selection.scheme)} has {quoted(pattern)}, which is no '
+                                 f"{selection.kind} layer of this model", did_you_mean(pattern, known)
                                  or f"layers are called {quoted(known[0])}" if known else None)
         found.update(matching)
     return found

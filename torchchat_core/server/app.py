@@ -23,7 +23,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from torchchat_core import __version__
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted, quoted_path
 from torchchat_core.pipeline import ModelRequest
 from torchchat_core.plugins import Registry
 from torchchat_core.server import chat, completions, embeddings, responses, texts
@@ -166,12 +166,12 @@ class Guard:
         except asyncio.CancelledError:  # by uvicorn, when the time of grace is over: this task ends here in any case
             if status == 499:
                 await json_response(server_ends().body, 503)(scope, receive, noted)
-        except BaseException as error:  # panics of Rust libraries are no `Exception`
+        except BaseException as error:  # panics in Rust libraries are not an `Exception`
             if isinstance(error, STOPPING):
                 raise
             log_failure(f"request {scope.get(SCOPE_KEY)} failed", error)
             if status == 499:
-                answer = ApiError(500, "the server failed; its log says more")
+                answer = ApiError(500, "the server failed; see its log")
                 await json_response(answer.body, 500)(scope, receive, noted)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
@@ -195,11 +195,11 @@ class Guard:
 
 
 def ambiguous_head(headers: Sequence[tuple[bytes, bytes]]) -> str | None:
-    """Return what is wrong with headers that two programs may read in two ways; None where nothing is."""
+    """Return the fault of headers that different programs may interpret differently; None if there is none."""
     names = [name for name, _ in headers]
     for name in DECIDING:
         if names.count(name) > 1:
-            return f"the header {name.decode()} is there more than once; send it once"
+            return f"the header {name.decode()} appears more than once; send it once"
     if b"content-length" in names and b"transfer-encoding" in names:
         return "the headers content-length and transfer-encoding exclude each other; send one of them"
     return None
@@ -226,7 +226,7 @@ def _endpoint(kind: type[Body], answer: Answer) -> Handle:
         service: Service = request.app.state.service
         content = await read_body(request, service.limits.max_body_bytes)
         large = len(content) > LARGE_BODY
-        if large:  # away from the event loop, and one at a time
+        if large:  # off the event loop, one at a time
             body = await asyncio.get_running_loop().run_in_executor(service.reader, parsed, kind, content)
         else:
             body = parsed(kind, content)
@@ -253,7 +253,7 @@ async def read_body(request: Request, most: int) -> bytes:
     # Without a type it is refused too: a web page may send that to anyone without asking.
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise ApiError(415, f"the body is declared as {kind[:100] or 'nothing'!r}; send it with Content-Type: "
+        raise ApiError(415, f"the body is declared as {quoted(kind or 'nothing')}; send it with Content-Type: "
                             "application/json")
     parts, size = [], 0
     try:
@@ -301,8 +301,8 @@ async def _api_error(_request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
-    words = {404: f"there is no {request.url.path[:200]!r}",
-             405: f"{request.url.path[:200]!r} does not take {request.method[:20]}"}
+    words = {404: f"there is no {quoted_path(request.url.path)}",
+             405: f"{quoted_path(request.url.path)} does not take {request.method[:20]}"}
     headers = getattr(error, "headers", None)
     return json_response(ApiError(status, words.get(status, "the request failed")).body, status, headers)
 

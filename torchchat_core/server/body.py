@@ -1,4 +1,4 @@
-"""What all bodies of requests have in common."""
+"""Define the base class and common types of request bodies."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-MOST_ITEMS = 16384  # messages, or items of one
+MAX_ITEMS = 16384  # messages in a request, or parts of a message
 
 
 def _sendable(value: dict[str, Any]) -> dict[str, Any]:
-    """JSON can say 1e999, and no answer can: such a number is refused, as are integers beyond any float."""
-    rest: list[Any] = [value]
-    while rest:
-        each = rest.pop()
+    """Reject numbers that a response cannot represent: infinite ones, such as 1e999, and integers beyond any float."""
+    pending: list[Any] = [value]
+    while pending:
+        each = pending.pop()
         if isinstance(each, dict):
-            rest += each.values()
+            pending += each.values()
         elif isinstance(each, list):
-            rest += each
+            pending += each
         elif isinstance(each, float) and not math.isfinite(each):
             raise ValueError("a number is not finite")
         elif isinstance(each, int) and each.bit_length() > 1024:
@@ -32,7 +32,7 @@ FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
 class Body(BaseModel):
-    """Strict: nothing is converted, and no field is ignored."""
+    """A strict model: values are not converted, and unknown fields are errors."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(),
                               hide_input_in_errors=True)
@@ -40,7 +40,7 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _one_unknown_field(cls, value: Any) -> Any:
-        """One is refused as well as any number of them, each of which would cost an error of its own."""
+        """Drop all unknown fields but one, because pydantic creates an error for each."""
         if cls.model_config.get("extra") != "forbid":
             return value
         known = {field.alias or name for name, field in cls.model_fields.items()}

@@ -50,12 +50,12 @@ class ToolUse:
     tools: tuple[dict[str, Any], ...]  # as the template gets them
     forced: bool  # the answer has to be a call
     several: bool  # more than one call is welcome
-    strict: frozenset[str] = frozenset()  # names of functions whose arguments are bound by their schemas
-    thinking: str | None = None  # the mark with which the prompt opens the model's thinking
+    strict: frozenset[str] = frozenset()  # names of functions whose schemas constrain the arguments
+    thinking: str | None = None  # the tag at the end of the prompt that opens the model's thinking
 
     @property
     def functions(self) -> dict[str, dict[str, Any] | None]:
-        """Names and schemas of arguments."""
+        """The functions' names and the schemas of their arguments."""
         return {tool["function"]["name"]: tool["function"].get("parameters") for tool in self.tools}
 
 
@@ -199,16 +199,16 @@ def make_plan(exchange: Exchange, body: ChatRequest) -> Plan:
 
 def chat_prompt(text_format: TextFormat, messages: Sequence[Message], tools: ToolUse | None,
                 variables: Mapping[str, Any]) -> tuple[list[int], str | None]:
-    """Return token ids, and the mark with which they open the model's thinking, where they do.
+    """Return the token ids of the prompt, and the tag at its end that opens the model's thinking, if there is one.
 
-    Raises `ApiError` 400 for messages that the model's template does not take.
+    Raises `ApiError` 400 for messages that the model's template rejects.
     """
     if text_format.template is None and variables:
         raise ApiError(400, "the model has no chat template that could read them", "chat_template_kwargs",
                        "unsupported_parameter")
     reserved = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"} & variables.keys()
     if reserved:
-        raise ApiError(400, f"the variable {quoted(min(reserved))} is not yours to set", "chat_template_kwargs")
+        raise ApiError(400, f"the variable {quoted(min(reserved))} is reserved", "chat_template_kwargs")
     if text_format.template is None and any(message["role"] == "tool" for message in messages):
         raise ApiError(400, "the model has no chat template, and so knows no tools", "messages")
     try:
@@ -217,7 +217,7 @@ def chat_prompt(text_format: TextFormat, messages: Sequence[Message], tools: Too
         if tools and tools.forced:  # the call is the answer itself
             text += (f"\n{THINKING[thinking]}\n\n" if thinking else "") + tools.form.opening
         if isinstance(text_format.tokenizer, BoundedTokenizer):
-            text_format.tokenizer.check_size(text)  # before it is looked through
+            text_format.tokenizer.check_size(text)  # before `encode` scans it for control tokens
         return encode(text), thinking
     except TorchchatError as error:
         raise refused(error, "messages") from None
@@ -241,7 +241,7 @@ def tool_use(body: ChatRequest, text_format: TextFormat) -> ToolUse | None:
     if isinstance(choice, NamedTool):
         named = tuple(tool for tool in tools if tool["function"]["name"] == choice.function.name)
         if not named:
-            raise ApiError(400, f"tool_choice names {quoted(choice.function.name)}, which is none of the tools",
+            raise ApiError(400, f"tool_choice names {quoted(choice.function.name)}, which is not one of the tools",
                            "tool_choice", "invalid_value")
         tools = named
     return ToolUse(form, profile, tools, forced=choice != "auto", several=body.parallel_tool_calls is not False,
@@ -260,14 +260,14 @@ def _grammar(body: ChatRequest, tools: ToolUse | None, text_format: TextFormat) 
 
 
 def _call_grammar(tools: ToolUse, text_format: TextFormat) -> CallGrammar | None:
-    """What calls have to be like that the model chooses to make, where functions are strict."""
+    """Return the grammar for optional calls if any function is strict, else None."""
     if tools.forced or not tools.strict:
         return None
     functions = {name: schema if name in tools.strict else None for name, schema in tools.functions.items()}
     try:
         for schema in functions.values():
             if schema is not None:
-                schema_grammar(schema)  # its errors are about the schema alone
+                schema_grammar(schema)  # gives clearer errors than the grammar of all calls
         calls = call_grammar(tools.form, functions, text_format.tokenizer)
         check_grammar(calls.grammar)
         constraint_for(calls.grammar, text_format)

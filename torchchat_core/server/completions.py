@@ -66,10 +66,9 @@ async def answer(exchange: Exchange, body: CompletionRequest) -> Response:
 
 async def prompts_of(prompt: str | list[str] | list[int] | list[list[int]], exchange: Exchange, param: str,
                      count: int = 1) -> list[list[int]]:
-    """Token ids of each of the prompts. Texts of control tokens in them are such, as in `generate --raw`.
+    """Return the token ids of each prompt. Names of control tokens become control tokens, as in `generate --raw`.
 
-    `param` is the field of the request, `count` the number of its answers. Raises `ApiError` 400 for a text that is too
-    long.
+    `param` is the field of the request, `count` the number of its answers. Raises `ApiError` 400 if a text is too long.
     """
     tokenizer = exchange.text_format(param).tokenizer
     if isinstance(prompt, str) and len(prompt) <= SHORT:

@@ -117,7 +117,7 @@ class Engine:
         self._condition = threading.Condition()
         self._new: list[Job] = []
         self._calls: deque[tuple[Callable[[LoadedModel], None], Future[Any]]] = deque()
-        self._others = 0  # requests that `call_for_each` works for, and answers whose prompts are being made
+        self._others = 0  # requests in `call_for_each`, and answers whose prompts are being prepared
         self._closing = False
         self._error: BaseException | None = None  # what ended the thread
         self._answers: dict[int, Answers] = {}  # id of a job -> where its events go
@@ -151,7 +151,7 @@ class Engine:
 
     @contextmanager
     def reserved(self, count: int) -> Iterator[None]:
-        """Count so many answers as waiting, whose prompts are being made. Raises as `check_room` does."""
+        """Count `count` answers as waiting while their prompts are prepared in the block. Raises as `check_room`."""
         self.check_room(count)
         self._others += count
         try:

@@ -9,12 +9,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from torchchat_core.errors import LONGEST_MESSAGE, TorchchatError, shortened
+from torchchat_core.errors import LONGEST_MESSAGE, TorchchatError, quoted, shortened
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error",
          503: "server_error", 504: "timeout_error"}
 SURROGATE = re.compile("[\ud800-\udfff]")
-STOPPING = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit)  # that are no faults
+STOPPING = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit)  # not faults; always re-raised
 UNKNOWN_FIELD = "extra_forbidden"
 UNSUPPORTED = "none_required"  # of fields that are declared as null alone
 
@@ -53,40 +53,41 @@ def malformed(error: ValidationError, body: object) -> ApiError:
     """A 400 that names the field which is wrong: of several, the one that lies deepest in `body`."""
     found = [(_path(each["loc"], body), each) for each in error.errors(include_url=False, include_context=False)]
     places, first = max(found, key=lambda pair: len(pair[0]))  # the first one of equals
-    path = _written(places)
+    path = _field_path(places)
     if first["type"] == "json_invalid":
-        broken = _broken_text(body)
+        broken = _invalid_text(body)
         if broken is not None:
-            path = _written(broken)
-            return ApiError(400, f"{path or 'the body'} has one half of a surrogate pair without the other, which is "
-                                 "no Unicode text; cut texts between whole characters", path or None, "invalid_value")
+            path = _field_path(broken)
+            return ApiError(400, f"{path or 'the body'} has an unpaired surrogate, which is not valid Unicode; split "
+                                 "texts only between whole characters", path or None, "invalid_value")
         return ApiError(400, f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
     if first["type"] == UNKNOWN_FIELD:
-        return ApiError(400, f"unknown field {path!r}", path, "unknown_parameter")
+        return ApiError(400, f"unknown field {quoted(path)}", path, "unknown_parameter")
     if first["type"] == UNSUPPORTED:
-        return ApiError(400, f"{path!r} is not supported by this server; leave it out", path, "unsupported_parameter")
+        return ApiError(400, f"{quoted(path)} is not supported by this server; leave it out", path,
+                        "unsupported_parameter")
     if first["type"] == "missing":
-        return ApiError(400, f"the field {path!r} is missing", path, "missing_required_parameter")
+        return ApiError(400, f"the field {quoted(path)} is missing", path, "missing_required_parameter")
     return ApiError(400, f"{path or 'the body'}: {first['msg'].removeprefix('Value error, ')}", path or None,
                     "invalid_value")
 
 
-def _written(places: Sequence[int | str]) -> str:
-    """Return a path as JavaScript writes it: "messages[0].content"."""
+def _field_path(places: Sequence[int | str]) -> str:
+    """Return a path in JavaScript notation: "messages[0].content"."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in places).lstrip(".")[:200]
 
 
-def _broken_text(body: object) -> list[int | str] | None:
-    """Return the path to a text, or to an object with a key, that cannot be written in UTF-8; None where all can."""
-    rest: list[tuple[list[int | str], object]] = [([], body)]
-    while rest:
-        path, value = rest.pop()
+def _invalid_text(body: object) -> list[int | str] | None:
+    """Return the path to a string, or to an object with a key, that is not valid Unicode; None if there is none."""
+    pending: list[tuple[list[int | str], object]] = [([], body)]
+    while pending:
+        path, value = pending.pop()
         if isinstance(value, dict):
             if any(SURROGATE.search(key) for key in value):
                 return path
-            rest += (([*path, key], inner) for key, inner in value.items())
+            pending += (([*path, key], inner) for key, inner in value.items())
         elif isinstance(value, list):
-            rest += (([*path, index], inner) for index, inner in enumerate(value))
+            pending += (([*path, index], inner) for index, inner in enumerate(value))
         elif isinstance(value, str) and SURROGATE.search(value):
             return path
     return None

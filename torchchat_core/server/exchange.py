@@ -46,7 +46,7 @@ class Service:
     limits: Limits
     metrics: Metrics
     fingerprint: str
-    # Large requests are read one after the other, and so are their texts encoded.
+    # Large requests are parsed one at a time, and their texts are encoded one at a time.
     reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "torchchat-bodies"))
     encoder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "torchchat-prompts"))
 
@@ -55,7 +55,7 @@ class Exchange:
     """One request, from the moment its model is in use until its answer is sent or its client has gone."""
 
     def __init__(self, service: Service, request: Request, model: str, large: bool = False) -> None:
-        """`large`: the body is so large that it is not to be handled together with others."""
+        """`large` is True for a body that must not be processed at the same time as others."""
         self.large = large
         self._left = False
         self.service = service
@@ -79,9 +79,9 @@ class Exchange:
         self.service.shelf.give_back(self.model)
 
     async def prepare(self, count: int, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Run what makes prompts out of the request, away from the event loop. It counts as `count` answers that wait.
+        """Run the function that makes prompts from the request off the event loop; it counts as `count` queued answers.
 
-        Raises `ApiError` 429 where too many wait, 504 where there is no time left, `ClientGone` when the client leaves.
+        Raises `ApiError` 429 if the queue is full, 504 on timeout, and `ClientGone` if the client disconnects.
         """
         loop = asyncio.get_running_loop()
         with self.engine.reserved(count):
@@ -91,11 +91,13 @@ class Exchange:
                 async with asyncio.timeout(self.service.limits.max_time):
                     return await self.watched(loop.run_in_executor(self.service.encoder, function, *arguments))
             except TimeoutError:
-                raise ApiError(504, "there was no time left for reading the request", code="timeout") from None
+                raise ApiError(504, "reading the request timed out", code="timeout") from None
 
     def text_format(self, param: str, least: int = 0) -> TextFormat:
-        """Return the model's text format with a tokenizer for prompts: it takes no more tokens than are possible, or
-        `least`."""
+        """Return the model's text format with a tokenizer that rejects prompts that are too long.
+
+        The limit is the longest possible prompt, or `least` tokens if that is more.
+        """
         found = self.engine.opened.text_format
         bounded = BoundedTokenizer(found.tokenizer, max(self.most_tokens, least), param, lambda: self._left)
         return dataclasses.replace(found, tokenizer=cast(Tokenizer, bounded))

@@ -1,9 +1,9 @@
-"""The messages and items of a conversation, as requests have them.
+"""Define the messages and items of the conversation in a request.
 
-Clients send back what a server said in the form that their library gave it, with fields of the library's own. So fields
-that are not declared here are accepted: of a message they go to the chat template if it names them
-(`torchchat_core.server.messages`), others are dropped. A field that is declared as `None` alone would change what was
-said, and is refused with any other value; so is content of an unknown type.
+Client libraries add their own fields to messages before they send them back, so undeclared fields are accepted. Fields
+of a message are passed to the chat template if it mentions them (`torchchat_core.server.messages`); all others are
+dropped. A field declared as `None` would change the conversation and is rejected with any other value; so is content
+of an unknown type.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from torchchat_core.errors import quoted
-from torchchat_core.server.body import MOST_ITEMS, Body, FunctionName, Text
+from torchchat_core.server.body import MAX_ITEMS, Body, FunctionName, Text
 from torchchat_core.tool_calls import parsed
 from torchchat_core.tool_schemas import MOST_LEVELS
 
 
 def _object_text(value: Any) -> Any:
-    """Return the text of an object: "{}" for null and white space, which stand for a call without arguments."""
+    """Check that the arguments are a JSON object as a string. Null and white space mean "{}"."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return "{}"
     if isinstance(value, str) and not isinstance(parsed(value), dict):
-        raise ValueError(f"it is {quoted(value)}; expected the text of a JSON object, such as "
+        raise ValueError(f"it is {quoted(value)}; expected a JSON object as a string, such as "
                          f'{{"city": "Rome"}}, of at most {MOST_LEVELS} levels')
     return value
 
@@ -65,7 +65,7 @@ class MessageToolCall(Part):
     function: FunctionCall
 
 
-Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)]
+Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
 
 
 class SystemMessage(ChatMessage):
@@ -83,7 +83,7 @@ class UserMessage(ChatMessage):
 class AssistantMessage(ChatMessage):
     role: Literal["assistant"]
     content: Text | Annotated[list[TextPart | RefusalPart],
-                              Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)] | None = None
+                              Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)] | None = None
     refusal: Text | None = None
     name: str | None = None
     tool_calls: Annotated[list[MessageToolCall], Field(max_length=1024, fail_fast=True)] | None = None
@@ -112,7 +112,7 @@ class InputText(Part):
 class InputMessage(Part):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: Text | Annotated[list[InputText], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)]
+    content: Text | Annotated[list[InputText], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
 
 
 class InputFunctionCall(Part):
@@ -126,11 +126,11 @@ class InputFunctionCall(Part):
 class InputFunctionOutput(Part):
     type: Literal["function_call_output"]
     call_id: CallId
-    output: Text | Annotated[list[InputText], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)]
+    output: Text | Annotated[list[InputText], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
 
 
 def _item_type(value: Any) -> Any:
-    """A message need not say that it is one."""
+    """Return the type of an item. The default is a message."""
     return value.get("type", "message") if isinstance(value, dict) else getattr(value, "type", "message")
 
 

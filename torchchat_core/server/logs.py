@@ -1,4 +1,4 @@
-"""What the server says on standard error: its own sentences, in place of those of the libraries that it uses."""
+"""Log the server's own messages to standard error instead of those of its libraries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchchat_core.errors import TorchchatError
 
 OURS = logging.getLogger("torchchat.server")
 THEIRS = ("uvicorn", "asyncio")
-CANCELLED = "Cancel %s running task(s)"  # how uvicorn's message begins when the time of grace is over
+CANCELLED = "Cancel %s running task(s)"  # start of uvicorn's message when the grace period is over
 
 
 def log_failure(what: str, error: BaseException) -> None:
@@ -22,8 +22,8 @@ def log_failure(what: str, error: BaseException) -> None:
 
 
 @contextlib.contextmanager
-def own_words() -> Iterator[None]:
-    """Have everything that is logged in the block written to standard error in the server's words."""
+def own_messages() -> Iterator[None]:
+    """Replace log messages of libraries in the block with the server's own, on standard error."""
     ours, theirs = logging.StreamHandler(), _Translator()
     ours.setFormatter(logging.Formatter("error: %(message)s"))
     before = {name: (logging.getLogger(name).handlers[:], logging.getLogger(name).propagate)
@@ -40,7 +40,7 @@ def own_words() -> Iterator[None]:
 
 
 class _Translator(logging.Handler):
-    """Takes records of other libraries. With `--debug` they appear as they are too."""
+    """Translate log records of other libraries. With `--debug`, print them unchanged instead."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if _debugging():
@@ -48,14 +48,14 @@ class _Translator(logging.Handler):
             return
         error = record.exc_info[1] if record.exc_info else None
         if record.levelno < logging.ERROR or isinstance(error, asyncio.CancelledError):
-            return  # a client's malformed request is answered, and costs no line
+            return  # a malformed request gets a response and needs no log line
         words = str(record.msg)
         if words.startswith(CANCELLED):
-            OURS.error("the time of grace is over: %s requests were ended before their answer", record.args[0]
+            OURS.error("the grace period is over: %s requests were cut off", record.args[0]
                        if isinstance(record.args, tuple) and record.args else "some")
         elif error is not None:
             OURS.error("%s", _line("a request failed", error))
-        elif not words.startswith(("Traceback", "ASGI callable")):  # of cancelled tasks; of clients that left
+        elif not words.startswith(("Traceback", "ASGI callable")):  # cancelled tasks; disconnected clients
             OURS.error("the HTTP server failed; --debug shows why")
 
 

@@ -1,4 +1,4 @@
-"""From the messages of a request to those that a chat template is given."""
+"""Convert the messages of a request to those that a chat template receives."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from torchchat_core.tool_profiles import ToolProfile, tool_profile
 ChatMessages = Sequence[SystemMessage | UserMessage | AssistantMessage | ToolMessage]
 DECLARED = frozenset(name for kind in (SystemMessage, UserMessage, AssistantMessage, ToolMessage)
                      for name in kind.model_fields)
-REASONING = ("reasoning_content", "reasoning", "thinking")  # names that servers give to a model's thoughts
+REASONING = ("reasoning_content", "reasoning", "thinking")  # names that servers use for a model's reasoning
 
 
 def template_messages(messages: ChatMessages, template: ChatTemplate | None) -> list[Message]:
-    """Return the messages in the form that `template` takes.
+    """Return the messages in the form that `template` expects.
 
-    Content becomes text, and arguments of calls become objects, or texts where the template concatenates them. Ids of
-    calls get the form that the template demands. Raises `ApiError` 400 where the assistant says nothing.
+    Content becomes text. Arguments of calls become objects, or strings if the template concatenates them. Call ids get
+    the form that the template requires. Raises `ApiError` 400 for an empty assistant message.
     """
     profile = tool_profile(template)
     names = template.names if template is not None else frozenset[str]()
@@ -51,7 +51,7 @@ def _template_message(message: SystemMessage | UserMessage | AssistantMessage | 
             found["tool_calls"] = [_template_call(call, profile) for call in message.tool_calls]
             found["content"] = found["content"] or (None if profile.null_content else "")
         elif message.content is None and message.refusal is None and not any(map(extra.get, REASONING)):
-            raise ApiError(400, "a message of the assistant has neither content nor tool_calls", "messages")
+            raise ApiError(400, "an assistant message has neither content nor tool_calls", "messages")
     return found
 
 
@@ -62,12 +62,12 @@ def _template_call(call: MessageToolCall, profile: ToolProfile) -> Message:
 
 
 def _read_fields(extra: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
-    """Return the further fields that the template names; thoughts go to it under the name that it has for them."""
+    """Return the extra fields that the template mentions. Reasoning is passed under the template's name for it."""
     found = {name: value for name, value in extra.items()
              if name in names and name not in DECLARED and value is not None}
-    thoughts = next((extra[name] for name in REASONING if isinstance(extra.get(name), str)), None)
-    if thoughts is not None and not any(name in found for name in REASONING):
-        found |= {name: thoughts for name in REASONING if name in names}
+    reasoning = next((extra[name] for name in REASONING if isinstance(extra.get(name), str)), None)
+    if reasoning is not None and not any(name in found for name in REASONING):
+        found |= {name: reasoning for name in REASONING if name in names}
     return found
 
 

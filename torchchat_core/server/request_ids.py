@@ -1,4 +1,4 @@
-"""The id of each request, which every answer carries as the header x-request-id."""
+"""Give each request an id, and add it to every response as the header x-request-id."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCOPE_KEY = "torchchat.request_id"
 
 
 def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """Return the id that the client gave in its only, valid x-request-id; else a new one."""
+    """Return the client's id if it sent exactly one valid x-request-id, else a new id."""
     given = [value for name, value in headers if name.lower() == NAME]
     if len(given) == 1 and VALID.fullmatch(given[0]):
         return given[0].decode("ascii")
@@ -23,7 +23,7 @@ def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
 
 
 class RequestIds:
-    """An ASGI middleware that puts the id of each request into its scope and its answer; the outermost of all."""
+    """An ASGI middleware that adds the id of each request to its scope and its response. It is the outermost one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

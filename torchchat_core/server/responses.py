@@ -194,7 +194,7 @@ def _messages(body: ResponsesRequest) -> Messages:
 
 
 def _add(messages: Messages, item: InputMessage | InputFunctionCall | InputFunctionOutput) -> None:
-    """Add an item to the messages. A text of the assistant and the calls after it are one message."""
+    """Add an item to the messages. The assistant's text and the calls after it become one message."""
     if isinstance(item, InputFunctionOutput):
         messages.append(ToolMessage(role="tool", tool_call_id=item.call_id, content=_content(item.output)))
     elif isinstance(item, InputFunctionCall):

@@ -12,7 +12,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from torchchat_core.errors import TorchchatError
-from torchchat_core.server.logs import own_words
+from torchchat_core.server.logs import own_messages
 from torchchat_core.server.protocol import Protocol
 
 
@@ -46,7 +46,7 @@ def run(app: Starlette, host: str, port: int, grace: float, announce: Callable[[
     listener = listener or listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}"
-    with own_words():
+    with own_messages():
         make_server(app, grace, lambda: announce(address)).run(sockets=[listener])
     failure: TorchchatError | None = app.state.failure
     if failure is not None:
@@ -55,8 +55,8 @@ def run(app: Starlette, host: str, port: int, grace: float, announce: Callable[[
 
 
 def make_server(app: Starlette, grace: float, announce: Callable[[], None]) -> Server:
-    """Return a server that is to be run. `announce` is called when it takes requests."""
-    # uvicorn's other readers of HTTP take headers without end, and would be chosen where they are installed.
+    """Return a server to run. `announce` is called when it accepts requests."""
+    # uvicorn would prefer its other HTTP parsers if they are installed, but those do not limit headers.
     config = uvicorn.Config(app, http=Protocol, log_config=None, log_level="warning", access_log=False, lifespan="on",
                             server_header=False, timeout_graceful_shutdown=math.ceil(grace))
     return Server(config, app, announce)

@@ -1,7 +1,7 @@
 """The bodies of requests. What stands here is honoured; fields of type `None` alone are known and refused.
 
-Other fields of a request are refused as unknown; those of messages are accepted (`history`). Types and ranges are those
-of OpenAI's published interface.
+Other fields of a request are rejected as unknown; other fields of messages are accepted (`history`). Types and ranges
+follow OpenAI's published API.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from torchchat_core.server.body import MOST_ITEMS, Body, FunctionName, JsonObject, Text
+from torchchat_core.server.body import MAX_ITEMS, Body, FunctionName, JsonObject, Text
 from torchchat_core.server.history import InputItem, Message
 
 LARGEST_COUNT = 1 << 31
@@ -116,7 +116,7 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions"""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
@@ -184,7 +184,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)] | None = None
     add_special_tokens: bool = True
     tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
 
@@ -228,7 +228,7 @@ class ResponsesRequest(Body):
     """POST /v1/responses"""
 
     model: str
-    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)]
+    input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
     instructions: Text | None = None
     max_output_tokens: Count | None = None
     temperature: Temperature | None = None

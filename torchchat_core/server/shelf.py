@@ -61,7 +61,7 @@ class Shelf:
         """Raises `ApiError` 404 for a model that is not here."""
         if name not in self.entries:
             hint = did_you_mean(name[:200], self.entries) or f"known are {', '.join(self.entries)}"
-            raise ApiError(404, f"the model {name[:200]!r} does not exist; {hint}", "model", "model_not_found")
+            raise ApiError(404, f"the model {quoted(name)} does not exist; {hint}", "model", "model_not_found")
         return self.entries[name]
 
     @asynccontextmanager
@@ -150,7 +150,7 @@ class Shelf:
         engine = Engine(entry.request, self._registry, self._limits, self._metrics)
         try:
             await engine.ready()
-        except BaseException as error:  # panics of Rust libraries are no `Exception`
+        except BaseException as error:  # panics in Rust libraries are not an `Exception`
             await engine.close()
             if isinstance(error, STOPPING):
                 raise

@@ -13,7 +13,7 @@ from torchchat_core.server.exchange import Exchange, json_response
 from torchchat_core.server.messages import template_messages
 from torchchat_core.server.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
 
-MOST_TOKENS = 1 << 18  # of an answer, where the model itself takes less
+MAX_TOKENS = 1 << 18  # that /tokenize counts, if the model's context is not longer
 
 
 async def tokenize(exchange: Exchange, body: TokenizeRequest) -> Response:
@@ -23,7 +23,7 @@ async def tokenize(exchange: Exchange, body: TokenizeRequest) -> Response:
 
 
 def _tokens(exchange: Exchange, body: TokenizeRequest) -> list[int]:
-    text_format = exchange.text_format("prompt" if body.messages is None else "messages", MOST_TOKENS)
+    text_format = exchange.text_format("prompt" if body.messages is None else "messages", MAX_TOKENS)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either prompt or messages", "prompt", "invalid_value")
     if body.messages is not None:

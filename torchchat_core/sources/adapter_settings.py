@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchchat_core.errors import TorchchatError, quoted
+from torchchat_core.errors import TorchchatError, quoted, quoted_path
 from torchchat_core.small_files import read_json
 from torchchat_core.sources.reference import missing_file
 
@@ -58,10 +58,10 @@ def read_settings(folder: Path) -> AdapterSettings:
     """
     if not folder.is_dir():
         raise missing_file(folder) if not folder.exists() else TorchchatError(
-            f"the adapter {str(folder)!r} is a file", "give the folder that holds adapter_config.json")
+            f"the adapter {quoted_path(str(folder))} is a file", "give the folder that holds adapter_config.json")
     path = folder / "adapter_config.json"
     if not path.is_file():
-        raise TorchchatError(f"the folder {str(folder)!r} holds no adapter_config.json",
+        raise TorchchatError(f"the folder {quoted_path(str(folder))} holds no adapter_config.json",
                              "give the folder that PEFT or torchtune wrote")
     raw = read_json(path)
     _refuse_other_kinds(raw)
@@ -85,7 +85,8 @@ def _refuse_other_kinds(raw: Mapping[str, Any]) -> None:
             raise TorchchatError(f"the adapter has {name} set, a variation of LoRA that is not merged here", MERGE)
     beginning = raw.get("init_lora_weights")
     if beginning not in _HARMLESS_BEGINNINGS:
-        raise TorchchatError(f"the adapter began as {beginning!r:.60}, which changes the model's own weights: they are "
+        raise TorchchatError(f"the adapter began as {quoted(beginning)}, which changes the model's own weights: they "
+                             "are "
                              "not those of the model that it is merged into",
                              "save it again with PEFT's path_initial_model_for_weight_conversion")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchchat_core.errors import TorchchatError, quoted
+from torchchat_core.errors import TorchchatError, quoted, quoted_path
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.rope_layout import interleaved_rows
 from torchchat_core.models.weights import weight_shapes
@@ -54,11 +54,11 @@ def with_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
 def _weights(folder: Path) -> Mapping[str, StoredTensor]:
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if path is None:
-        raise TorchchatError(f"the adapter {str(folder)!r} has no {' and no '.join(WEIGHT_FILES)}",
+        raise TorchchatError(f"the adapter {quoted_path(str(folder))} has no {' and no '.join(WEIGHT_FILES)}",
                              "give the folder that PEFT or torchtune wrote")
     tensors = read_container(path, path.suffix == ".safetensors").tensors
     if not tensors:
-        raise TorchchatError(f"{str(path)!r} holds no weights", "save the adapter again")
+        raise TorchchatError(f"{quoted_path(str(path))} holds no weights", "save the adapter again")
     return tensors
 
 
@@ -91,7 +91,7 @@ class Change:
         return (self.a, self.b) if self.a is not None and self.b is not None else None
 
     def rows(self) -> int | None:
-        """Return the rows of the matrix that this is for, or None if nothing here says so."""
+        """Return the number of rows of the changed matrix, or None if it is unknown."""
         if self.whole is not None:
             return self.whole.shape[0] if self.whole.shape else None
         part, axis = (self.a, 1) if self.embedding else (self.b, 0)
@@ -117,7 +117,8 @@ _ENDINGS = {
 
 
 def _same(first: StoredTensor, second: StoredTensor) -> bool:
-    """Return True for equal tensors: PEFT writes resized embeddings as NAME.weight and NAME.modules_to_save.weight."""
+    """Return True if the tensors are equal. PEFT saves resized embeddings as NAME.weight and
+    NAME.modules_to_save.weight."""
     return first.shape == second.shape and torch.equal(first.read(), second.read())
 
 
@@ -131,11 +132,11 @@ class _Parts:
     def add(self, name: str, stored: StoredTensor) -> None:
         """Raises `TorchchatError` for a name of no known form, or one that comes twice."""
         short = DEFAULT_NAME.sub("", name.removeprefix("base_model.model."))
-        if short.endswith(UNCHANGED):  # PEFT writes the model's own matrix next to the one that was trained
+        if short.endswith(UNCHANGED):  # PEFT saves the original matrix next to the trained one
             return
         ending = next((ending for ending in _ENDINGS if short.endswith(f".{ending}")), None)
         if ending is None:
-            raise TorchchatError(f"the adapter has a weight {quoted(name)}, which is none of LoRA's", ANOTHER_MODEL)
+            raise TorchchatError(f"the adapter has a weight {quoted(name)}, which is not a LoRA weight", ANOTHER_MODEL)
         layer = short.removesuffix(f".{ending}")
         field, attribute = _ENDINGS[ending]
         prefix = "" if layer == "lm_head" or layer.startswith("model.") else "model."
@@ -147,14 +148,13 @@ class _Parts:
         change.embedding = change.embedding or ending.startswith("lora_embedding")
 
     def check_vocabulary(self, config: ModelConfig) -> None:
-        """Raises `TorchchatError` if the adapter was trained with another number of tokens than the model has."""
+        """Raise `TorchchatError` if the adapter was trained with a vocabulary of another size than the model's."""
         for name in (EMBEDDING, HEAD):
             change = self._changes.get(name)
             rows = None if change is None else change.rows()
             if rows is not None and rows != config.vocab_size:
-                raise TorchchatError(f"the adapter's {name} is for {rows} tokens, but the model has "
-                                     f"{config.vocab_size}: the vocabulary was resized before the adapter was trained",
-                                     MERGE)
+                raise TorchchatError(f"the adapter's {name} has {rows} tokens, but the model has {config.vocab_size}: "
+                                     "the vocabulary was resized before the adapter was trained", MERGE)
 
     def touched(self) -> set[str]:
         """The canonical names of the tensors that change."""
@@ -174,11 +174,13 @@ class _Parts:
     def _check(self, name: str, change: Change, shape: tuple[int, ...], layer: str) -> None:
         rank = self._settings.rank(layer)
         if (change.a is None) != (change.b is None):
-            raise TorchchatError(f"the adapter has only one of the two matrices, A and B, for {name!r}", ANOTHER_MODEL)
+            raise TorchchatError(f"the adapter has only one of the two matrices, A and B, for {quoted(name)}",
+                                 ANOTHER_MODEL)
         if change.a is not None and len(shape) != 2:
             raise TorchchatError(f"the adapter has matrices for {quoted(name)}, which is none", ANOTHER_MODEL)
         if change.magnitude is not None and (change.a is None or change.embedding):
-            raise TorchchatError(f"the adapter changes {name!r} by DoRA, which only linear layers take here", MERGE)
+            raise TorchchatError(f"the adapter changes {quoted(name)} by DoRA, which only linear layers take here",
+                                 MERGE)
         if self._settings.dora and change.a is not None and change.magnitude is None:
             raise TorchchatError(f"the adapter is a DoRA adapter and has no lora_magnitude_vector for {quoted(name)}",
                                  ANOTHER_MODEL)
@@ -186,7 +188,8 @@ class _Parts:
         for stored, wanted in ((change.whole, shape), (change.a, (rank, inputs)), (change.b, (outputs, rank)),
                                (change.addition, shape)):
             if stored is not None and stored.shape != wanted:
-                raise TorchchatError(f"the adapter's weight for {name!r} has the shape {list(stored.shape)}; the model "
+                raise TorchchatError(f"the adapter's weight for {quoted(name)} has the shape {list(stored.shape)}; "
+                                     "the model "
                                      f"and the adapter's rank {rank} ask for {list(wanted)}", ANOTHER_MODEL)
         if change.magnitude is not None and change.magnitude.shape not in ((outputs,), (outputs, 1)):
             raise TorchchatError(f"the adapter's magnitudes for {quoted(name)} have the shape "
@@ -256,7 +259,8 @@ def _numbers(name: str, stored: StoredTensor) -> Tensor:
     """A weight of the adapter in float32. Raises `TorchchatError` where it is of no floating-point type."""
     tensor = stored.read()
     if not tensor.is_floating_point():
-        raise TorchchatError(f"the adapter's weight for {name!r} is of {str(tensor.dtype).removeprefix('torch.')}; "
+        raise TorchchatError(f"the adapter's weight for {quoted(name)} is of "
+                             f"{str(tensor.dtype).removeprefix('torch.')}; "
                              "floating point is needed", ANOTHER_MODEL)
     return tensor.float()
 

@@ -44,9 +44,9 @@ def files_of_entry(ref: ModelRef, entry: CatalogueEntry, reference: HubReference
 
 
 def assemble(entry: CatalogueEntry, reference: HubReference, token: str | None) -> None:
-    """Fetch the files that are missing, and put them together; files that the user put there stay.
+    """Fetch the missing files into the model's folder; files that the user put there are kept.
 
-    Raises `TorchchatError`, which names the missing files and their folder, if one cannot be fetched.
+    Raises a `TorchchatError` that names the missing files and their folder if one cannot be fetched.
     """
     link_found(entry, reference)
     missing = missing_files(entry)
@@ -58,7 +58,7 @@ def assemble(entry: CatalogueEntry, reference: HubReference, token: str | None) 
 
 
 def link_found(entry: CatalogueEntry, reference: HubReference) -> None:
-    """Put into the model's folder what the caches have of its missing files, without the network."""
+    """Put missing files that are in a cache into the model's folder, without using the network."""
     from torchchat_core.sources.downloading import writing
 
     repository = CachedRepository(reference.repository)
@@ -67,16 +67,16 @@ def link_found(entry: CatalogueEntry, reference: HubReference) -> None:
     found: dict[str, Path] = {}
     for file in entry.files:
         if _name(file) in missing:
-            places = [_part(file).path] if is_url(file) and _part(file).is_here() else \
+            copies = [_part(file).path] if is_url(file) and _part(file).is_here() else \
                 [] if is_url(file) else [snapshot / file for snapshot in snapshots]
-            place = next((each for each in places if each.is_file()), None)
-            if place is not None:
-                found[file] = place
+            copy = next((each for each in copies if each.is_file()), None)
+            if copy is not None:
+                found[file] = copy
     if found:
         with writing(_folder(entry)):
             make_folder(_folder(entry))
-            for file, place in found.items():
-                _put(place, _folder(entry) / _name(file))
+            for file, copy in found.items():
+                _put(copy, _folder(entry) / _name(file))
 
 
 def missing_files(entry: CatalogueEntry) -> list[str]:
@@ -85,7 +85,7 @@ def missing_files(entry: CatalogueEntry) -> list[str]:
 
 
 def how_to_place(entry: CatalogueEntry) -> str:
-    """Return what to do with files that were fetched in another way."""
+    """Return the instruction for placing the missing files by hand."""
     return f"put {' and '.join(missing_files(entry))} into {_folder(entry)}"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchchat_core.errors import TorchchatError, quoted
+from torchchat_core.errors import TorchchatError, quoted, quoted_path
 from torchchat_core.models.config import (
     ModelConfig,
     config_from_hugging_face,
@@ -31,7 +31,7 @@ from torchchat_core.sources.foreign_quantization import quantization_method, ref
 from torchchat_core.specs import ModelFiles
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-COMPARED_NUMBERS = 1 << 20  # at a time
+COMPARED_NUMBERS = 1 << 20  # elements compared at a time
 log = logging.getLogger(__name__)
 SCHEMES = {"hf": "Hugging Face", "meta": "Meta", "torchtune": "torchtune"}
 Tensors = Mapping[str, StoredTensor]
@@ -76,7 +76,8 @@ def open_checkpoint(files: ModelFiles, scheme: str | None = None, named: ModelCo
         return open_quantised(files, _united(shards, files))
     found = _naming_scheme({name for shard in shards for name in shard})
     if scheme is not None and found != scheme:
-        raise TorchchatError(f"{files.weights[0].name} is not of the format {scheme!r}: its tensors have the names of "
+        raise TorchchatError(f"{files.weights[0].name} is not of the format {quoted(scheme)}: its tensors have the "
+                             "names of "
                              f"{SCHEMES[found]}", f"the format is {quoted(found)}")
     declared = _declared(files) if found != "meta" else {}
     if declared and (found == "hf" or "model_type" in declared):
@@ -92,7 +93,7 @@ def open_checkpoint(files: ModelFiles, scheme: str | None = None, named: ModelCo
     if method is not None:
         shapes = {name: stored.shape for name, stored in tensors.items()}
         refuse_foreign_weights(method, files.weights[0].name, shapes, weight_shapes(config))
-    if config.tied_embeddings and HEAD in tensors:  # some files keep the one under the other's name
+    if config.tied_embeddings and HEAD in tensors:  # some files store the shared matrix as lm_head
         if EMBEDDING in tensors and not _equal(tensors[EMBEDDING], tensors[HEAD]):
             log.warning("config.json says \"tie_word_embeddings\": true, but %s holds two different matrices, %s and "
                         "%s; both are used", files.weights[0].name, EMBEDDING, HEAD)
@@ -184,7 +185,7 @@ def _stated_config(files: ModelFiles, containers: list[Container], scheme: str, 
 
 
 def _declared(files: ModelFiles) -> Mapping[str, Any]:
-    """Hugging Face's config.json; empty if there is none, or another file in its stead."""
+    """Return the content of Hugging Face's config.json; empty if there is none, or another kind of file."""
     raw = read_json(files.config) if files.config is not None and files.config.suffix == ".json" else {}
     return raw if files.config is not None and (files.config.name == "config.json" or "model_type" in raw) else {}
 
@@ -225,7 +226,8 @@ def _shards(weights: tuple[Path, ...]) -> list[Path]:
         if Path(name).name != name or len(name) > 255:
             raise TorchchatError(f"{index.name} points to {quoted(name)}, outside its own folder")
         if not (index.parent / name).is_file():
-            raise TorchchatError(f"{index.name} names {quoted(name)}, which is not in {str(index.parent)!r}", DAMAGED)
+            raise TorchchatError(f"{index.name} names {quoted(name)}, which is not in "
+                                 f"{quoted_path(str(index.parent))}", DAMAGED)
     return [index.parent / name for name in names]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchchat_core.errors import TorchchatError, quoted
+from torchchat_core.errors import TorchchatError, quoted, quoted_path
 from torchchat_core.sources import llama2c
 
 DAMAGED = "the file is damaged or incomplete; fetch it again"
@@ -63,7 +63,7 @@ class MappedFile:
             tensor = self._get(name)
             if tensor.dtype not in PLAIN and not tensor.is_complex():
                 tensor[(slice(0, 1),) * tensor.dim()].to(torch.float32)
-        except Exception as error:  # safetensors and PyTorch raise whatever a type leads to
+        except Exception as error:  # safetensors and PyTorch raise various errors for unsupported types
             raise TorchchatError(f"PyTorch cannot read the tensor {quoted(name)} of {self._path.name}: "
                                  f"{_first_line(error)}", "fetch the model in float32, bfloat16 or float16") from error
         self._read += tensor.numel() * tensor.element_size()
@@ -87,7 +87,7 @@ def _check_readable(path: Path) -> None:
         with path.open("rb"):
             pass
     except OSError as error:
-        raise TorchchatError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
+        raise TorchchatError(f"cannot read {quoted_path(str(path))}: {error.strerror or error}") from None
 
 
 def _lazy(path: Path, shapes: Mapping[str, tuple[int, ...]], open_file: Callable[[], Callable[[str], Tensor]]
@@ -106,7 +106,7 @@ def _read_safetensors(path: Path) -> Container:
         opened = safe_open(str(path), framework="pt")
         shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise TorchchatError(f"cannot read {str(path)!r} as safetensors: {error}", DAMAGED) from None
+        raise TorchchatError(f"cannot read {quoted_path(str(path))} as safetensors: {error}", DAMAGED) from None
     return Container(_lazy(path, shapes, lambda: safe_open(str(path), framework="pt").get_tensor))
 
 
@@ -158,7 +158,7 @@ def _load_torch(path: Path) -> Any:
             raise TorchchatError(
                 f"{path.name} holds more than tensors: loading it would run code from the file, so it was refused",
                 "ask its author for safetensors, or for a file with tensors alone") from None
-        raise TorchchatError(f"cannot read {str(path)!r} as a PyTorch checkpoint: {_first_line(error)}",
+        raise TorchchatError(f"cannot read {quoted_path(str(path))} as a PyTorch checkpoint: {_first_line(error)}",
                              DAMAGED) from None
 
 

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 from torchchat_core import __version__
 from torchchat_core.amounts import bytes_text
-from torchchat_core.errors import TorchchatError, quoted
+from torchchat_core.errors import TorchchatError, quoted, quoted_path
 from torchchat_core.small_files import make_folder
 from torchchat_core.sources.url_file import check_encrypted, is_loopback
 
@@ -234,7 +234,7 @@ def _check_reserve(wanted: Download, have: int) -> None:
         return
     if free < RESERVE:
         raise TorchchatError(f"{wanted.name} has {bytes_text(have)} until now, the server does not say how many there "
-                             f"are, and {str(wanted.partial.parent)!r} has {bytes_text(free)} free",
+                             f"are, and {quoted_path(str(wanted.partial.parent))} has {bytes_text(free)} free",
                              "make room, or choose another disk with XDG_CACHE_HOME; torchchat remove deletes what "
                              "has come")
 
@@ -299,7 +299,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
                          msg: str, headers: Any, newurl: str) -> urllib.request.Request | None:  # noqa: ARG002
         check_encrypted(newurl)
         if is_loopback(urlsplit(newurl).hostname or "") and not is_loopback(urlsplit(req.full_url).hostname or ""):
-            raise TorchchatError(f"{req.full_url.partition('?')[0]!r:.300} redirects to this machine, which a server "
+            raise TorchchatError(f"{quoted_path(req.full_url.partition('?')[0])} redirects to this machine, which a "
+                                 "server "
                                  "elsewhere has no reason to", "use another address")
         new = urllib.request.Request(newurl, headers=dict(req.header_items()), method=req.get_method())
         if urlsplit(newurl).netloc != urlsplit(req.full_url).netloc:
@@ -350,7 +351,7 @@ def writing(path: Path) -> Iterator[None]:
         fix = "check who owns the folder, or choose another with HF_HOME or XDG_CACHE_HOME"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             fix = "make room and run the same command again: it goes on where it was"
-        raise TorchchatError(f"cannot write {str(path)!r}: {error.strerror or error}", fix) from None
+        raise TorchchatError(f"cannot write {quoted_path(str(path))}: {error.strerror or error}", fix) from None
 
 
 @contextmanager
@@ -381,7 +382,7 @@ def check_free_space(folder: Path, needed: int, name: str) -> None:
     except OSError:
         return
     if needed > free:
-        raise TorchchatError(f"{name} needs {bytes_text(needed)} more, and {str(existing)!r} has "
+        raise TorchchatError(f"{name} needs {bytes_text(needed)} more, and {quoted_path(str(existing))} has "
                              f"{bytes_text(free)} free",
                              "make room (torchchat remove MODEL), or choose another disk with HF_HOME")
 

@@ -32,8 +32,8 @@ class HubSource:
         if is_offline():
             missing = f" (missing: {', '.join(assembled.missing_files(entry))})" if entry is not None else ""
             place = assembled.how_to_place(entry) if entry is not None else "name a folder that holds the model"
-            raise TorchchatError(f"{reference.text} is not wholly on this machine{missing}, and HF_HUB_OFFLINE forbids "
-                                 "to fetch it", f"unset HF_HUB_OFFLINE, or {place}")
+            raise TorchchatError(f"{reference.text} is not completely on this machine{missing}, and HF_HUB_OFFLINE "
+                                 "forbids downloading it", f"unset HF_HUB_OFFLINE, or {place}")
         if entry is not None:
             assembled.assemble(entry, reference, ref.token)
         else:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted_path
 from torchchat_core.small_files import write_whole
 from torchchat_core.sources.hub_reference import DEFAULT_REVISION, NAME, HubReference, is_safe_path
 
@@ -249,7 +249,8 @@ class CachedRepository:
     def _delete(self, path: Path) -> int:
         """Raises `TorchchatError` where a folder on the way to the file is a link that leads out."""
         if not path.parent.resolve().is_relative_to(self.folder.resolve()):
-            raise TorchchatError(f"{str(path.parent)!r} is a link to {str(path.parent.resolve())!r}, from which "
+            raise TorchchatError(f"{quoted_path(str(path.parent))} is a link to "
+                                 f"{quoted_path(str(path.parent.resolve()))}, from which "
                                  "torchchat deletes nothing", "delete it yourself")
         return delete_file(path)
 
@@ -317,7 +318,8 @@ def _walk(folder: Path) -> Iterator[Path]:
 def check_removable(folder: Path) -> None:
     """Raises `TorchchatError` where `folder` or the one above it leads elsewhere: that is not ours to delete."""
     if folder.is_symlink() or (folder.exists() and folder.resolve().parent != folder.parent.resolve()):
-        raise TorchchatError(f"{str(folder)!r} is a link to {str(folder.resolve())!r}, which torchchat does not delete",
+        raise TorchchatError(f"{quoted_path(str(folder))} is a link to {quoted_path(str(folder.resolve()))}, which "
+                             "torchchat does not delete",
                              "delete it yourself")
 
 
@@ -340,7 +342,7 @@ def delete_file(path: Path) -> int:
     except FileNotFoundError:
         return 0
     except OSError as error:
-        raise TorchchatError(f"cannot delete {str(path)!r}: {error.strerror or error}") from None
+        raise TorchchatError(f"cannot delete {quoted_path(str(path))}: {error.strerror or error}") from None
     return status.st_size if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 else 0
 
 
@@ -362,5 +364,5 @@ def _delete_empty(folder: Path) -> int:
     except FileNotFoundError:
         return 0
     except OSError as error:
-        raise TorchchatError(f"cannot delete {str(folder)!r}: {error.strerror or error}") from None
+        raise TorchchatError(f"cannot delete {quoted_path(str(folder))}: {error.strerror or error}") from None
     return 0

@@ -26,10 +26,10 @@ def explained(failure: HTTPFailure | ConnectionFailure, reference: HubReference,
         return TorchchatError(f"{_host()} does not accept the token",
                               f"make a new one at {hub_endpoint()}/settings/tokens and give it by {GIVE_TOKEN}")
     if code == "RevisionNotFound":
-        return TorchchatError(f"{reference.repository} has no revision {reference.revision or 'main'!r}",
+        return TorchchatError(f"{reference.repository} has no revision {quoted(reference.revision or 'main')}",
                               f"its branches and tags are at {_page(reference)}/tree/main")
     if code == "EntryNotFound" or (failure.status == 404 and file is not None):
-        return TorchchatError(f"{reference.repository} lists {file!r}, but the hub does not have it",
+        return TorchchatError(f"{reference.repository} lists {quoted(file)}, but the hub does not have it",
                               "run the same command again; if that does not help, its owner has to upload it again")
     if failure.status in (401, 404):
         return _unknown(reference, has_token, known)
@@ -54,10 +54,10 @@ def _gated(failure: HTTPFailure, reference: HubReference, has_token: bool) -> To
     if has_token and failure.status != 401:
         return TorchchatError(f"{reference.repository} is gated, and this token's account has no permission yet",
                               f"visit {page} with that account and accept the conditions, then run the same command "
-                              f"again; or use a model that anyone may download, such as {STARTING_MODEL}")
+                              f"again; or use an ungated model, such as {STARTING_MODEL}")
     return TorchchatError(f"{reference.repository} is gated: its owner asks everyone to accept conditions first",
-                          f"visit {page}, accept them, and give a token of that account by {GIVE_TOKEN}; or use a "
-                          f"model that anyone may download, such as {STARTING_MODEL}")
+                          f"visit {page}, accept them, and give a token of that account by {GIVE_TOKEN}; or use an "
+                          f"ungated model, such as {STARTING_MODEL}")
 
 
 def _unknown(reference: HubReference, has_token: bool, known: tuple[str, ...]) -> TorchchatError:

@@ -87,7 +87,8 @@ class _Fetch:
         shards = shards_of_index(index, selection.folder)
         missing = next((shard for shard in shards if shard not in self.listing.files), None)
         if missing is not None:
-            raise TorchchatError(f"{selection.index} names {missing!r}, which {self._reference.repository} does not "
+            raise TorchchatError(f"{selection.index} names {quoted(missing)}, which {self._reference.repository} does "
+                                 "not "
                                  "hold", "its owner has not uploaded all of the model; choose another one")
         return shards
 
@@ -139,7 +140,8 @@ class _Fetch:
                                               revision=self._reference.revision or DEFAULT_REVISION))
         commit = str(info.sha)
         if not COMMIT.fullmatch(commit):
-            raise TorchchatError(f"{hub_endpoint()} names {commit!r:.60} as the commit of {self._reference.repository}",
+            raise TorchchatError(f"{hub_endpoint()} names {quoted(commit)} as the commit of "
+                                 f"{self._reference.repository}",
                                  "check HF_ENDPOINT")
         found = [_remote_file(sibling) for sibling in info.siblings or ()]
         files = [file for file in found if file is not None and is_listed_well(file)]

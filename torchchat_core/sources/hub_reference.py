@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
-from torchchat_core.errors import TorchchatError, quoted
+from torchchat_core.errors import TorchchatError, quoted, quoted_path
 
 PUBLIC_HUB = "https://huggingface.co"
 PUBLIC_HOSTS = ("huggingface.co", "hf.co")
@@ -56,7 +56,7 @@ def parse_hub_location(location: str) -> HubReference:
         raise TorchchatError(f"{quoted(revision)} is no revision of {repository}",
                              "write a branch, a tag or a commit after the @")
     if colon and not is_safe_path(file):
-        raise TorchchatError(f"{file!r:.200} is no path of a file in {repository}",
+        raise TorchchatError(f"{quoted_path(file)} is no path of a file in {repository}",
                              "write the file's path in the repository after the colon")
     return HubReference(repository, revision if at and revision != DEFAULT_REVISION else None, file or None, digest)
 
@@ -79,7 +79,7 @@ def check_endpoint() -> None:
     except ValueError:
         is_address = False
     if not is_address or any(char.isspace() or not char.isprintable() for char in hub_endpoint()):
-        raise TorchchatError(f"HF_ENDPOINT is {hub_endpoint()!r:.200}, which is no address of a hub",
+        raise TorchchatError(f"HF_ENDPOINT is {quoted_path(hub_endpoint())}, which is no address of a hub",
                              f"it has to be like {PUBLIC_HUB}; without it, that is the hub")
 
 

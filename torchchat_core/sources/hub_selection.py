@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from torchchat_core.amounts import bytes_text
-from torchchat_core.errors import TorchchatError, did_you_mean, quoted
+from torchchat_core.errors import TorchchatError, did_you_mean, quoted, quoted_path
 from torchchat_core.small_files import read_json
 from torchchat_core.sources.hub_reference import HubReference
 from torchchat_core.sources.local import (
@@ -111,16 +111,17 @@ def shards_of_index(index: Path, folder: str) -> tuple[str, ...]:
 
 def _named(sizes: Mapping[str, int], file: str, reference: HubReference) -> Selection:
     if file not in sizes:
-        raise TorchchatError(f"there is no file {file!r} in {reference.repository}",
+        raise TorchchatError(f"there is no file {quoted_path(file)} in {reference.repository}",
                              did_you_mean(file, _weight_files(sizes)) or did_you_mean(file, sizes)
                              or f"it holds {_listed([(name,) for name in _weight_files(sizes)], sizes)}")
     if file.rpartition(".")[2].lower() in (*NO_WEIGHTS, file.lower()):
-        raise TorchchatError(f"{file!r} in {reference.repository} is no checkpoint",
+        raise TorchchatError(f"{quoted_path(file)} in {reference.repository} is no checkpoint",
                              did_you_mean(file, _weight_files(sizes)) or "name a file of weights")
     shards = shards_beside(file)
     missing = next((shard for shard in shards if shard not in sizes), None)
     if missing is not None or not shards:
-        raise TorchchatError(f"{file!r} is one of {len(shards)} files, and {reference.repository} does not hold "
+        raise TorchchatError(f"{quoted_path(file)} is one of {len(shards)} files, and {reference.repository} does not "
+                             "hold "
                              f"{quoted(missing)}", "its owner has not uploaded all of the model; choose another file")
     return _with_companions(sizes, shards)
 

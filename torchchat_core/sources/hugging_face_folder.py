@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchchat_core.amounts import bytes_text
 from torchchat_core.chat_template import find_chat_template
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted, quoted_path
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.hugging_face_config import config_to_hugging_face
 from torchchat_core.models.rope_layout import half_split_rows
@@ -76,14 +76,15 @@ def new_folder(config: ModelConfig, files: ModelFiles, registry: Registry, folde
 def check_free(folder: Path) -> None:
     """Raises `TorchchatError` where `folder` cannot become a new one: it is a file, is not empty, or has no parent."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise TorchchatError(f"{str(folder)!r} exists and is no folder", "give another name with --output-dir")
+        raise TorchchatError(f"{quoted_path(str(folder))} exists and is no folder",
+                             "give another name with --output-dir")
     if folder.is_dir() and any(folder.iterdir()):
-        raise TorchchatError(f"the folder {str(folder)!r} exists and is not empty",
+        raise TorchchatError(f"the folder {quoted_path(str(folder))} exists and is not empty",
                              "delete it, or give another one with --output-dir")
     if folder.is_dir() and folder.samefile(Path.cwd()):
         raise TorchchatError("the current folder cannot become the new one", "give another name with --output-dir")
     if not folder.absolute().parent.is_dir():
-        raise TorchchatError(f"there is no folder {str(folder.parent)!r}", "make it first")
+        raise TorchchatError(f"there is no folder {quoted_path(str(folder.parent))}", "make it first")
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -93,7 +94,8 @@ def check_room(folder: Path, needed: int) -> None:
         return  # which is told by whatever makes the folder
     free = shutil.disk_usage(folder.absolute().parent).free
     if free < needed:
-        raise TorchchatError(f"the weights need {bytes_text(needed)}, and {str(folder.absolute().parent)!r} has "
+        raise TorchchatError(f"the weights need {bytes_text(needed)}, and "
+                             f"{quoted_path(str(folder.absolute().parent))} has "
                              f"{bytes_text(free)} free", "make room, or write to another disk with --output-dir")
 
 
@@ -111,7 +113,7 @@ def _appearing(folder: Path) -> Iterator[Path]:
                 folder.rmdir()
             beside.rename(folder)
     except OSError as error:
-        raise TorchchatError(f"cannot write {str(folder)!r}: {error.strerror or error}") from None
+        raise TorchchatError(f"cannot write {quoted_path(str(folder))}: {error.strerror or error}") from None
 
 
 # ---- weights ------------------------------------------------------------------------------------------------------
@@ -130,7 +132,8 @@ def _reader(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], dtype
     def read(name: str) -> Tensor:
         tensor = fetch_weight(checkpoint, name, shapes[name], TORCH_DTYPES[dtype])
         if dtype == "fp16" and tensor.isinf().any():
-            raise TorchchatError(f"tensor {name!r} has values beyond 65504, the largest of fp16", "use --dtype bf16")
+            raise TorchchatError(f"tensor {quoted(name)} has values beyond 65504, the largest of fp16",
+                                 "use --dtype bf16")
         return _half_split(name, tensor, checkpoint.config)
 
     return read

@@ -46,7 +46,8 @@ class EmbeddedSource:
 
     def fetch(self, ref: ModelRef) -> ModelFiles:
         if ref.scheme != "embedded" or ref.location != "guide":
-            raise TorchchatError(f"there is no embedded model {ref.location!r}", "the only one is embedded:guide")
+            raise TorchchatError(f"there is no embedded model {quoted_path(ref.location)}",
+                                 "the only one is embedded:guide")
         return files_of_folder(ref, EMBEDDED)
 
 
@@ -58,21 +59,23 @@ def files_of_folder(ref: ModelRef, folder: Path) -> ModelFiles:
     whole = [] if found else _whole_models(folder)
     if len(whole) > 1:
         names = ", ".join(path.name for path in whole)
-        raise TorchchatError(f"the folder {str(folder)!r} holds several models: {names}", "name one of the files")
+        raise TorchchatError(f"the folder {quoted_path(str(folder))} holds several models: {names}",
+                             "name one of the files")
     if whole:
         return files_of_single_file(ref, whole[0])
     if not found and (folder / "adapter_config.json").is_file():
-        raise TorchchatError(f"the folder {str(folder)!r} holds an adapter, and no model",
+        raise TorchchatError(f"the folder {quoted_path(str(folder))} holds an adapter, and no model",
                              "name the model that it belongs to, and give the folder with --adapter")
     if not found:
-        raise TorchchatError(f"the folder {str(folder)!r} holds no checkpoint",
+        raise TorchchatError(f"the folder {quoted_path(str(folder))} holds no checkpoint",
                              "it should have *.safetensors, pytorch_model*.bin, consolidated.*.pth, a torchtune "
                              "checkpoint, a single .pt file or a .gguf file")
     if "Hugging Face .bin" in found and "safetensors" in found:
         del found["Hugging Face .bin"]  # hubs keep the same weights twice
     if len(found) > 1:
         listed = " and ".join(f"{weights[0].name} ({kind})" for kind, weights in found.items())
-        raise TorchchatError(f"the folder {str(folder)!r} holds several checkpoints: {listed}", "name one of the files")
+        raise TorchchatError(f"the folder {quoted_path(str(folder))} holds several checkpoints: {listed}",
+                             "name one of the files")
     kind, weights = found.popitem()
     return files_with_companions(ref, folder, "safetensors" if kind == "safetensors" else "pytorch", weights)
 
@@ -92,7 +95,7 @@ def files_of_single_file(ref: ModelRef, path: Path) -> ModelFiles:
     if not kind and has_manifest(path):
         kind = ARTIFACT
     if not kind:
-        raise TorchchatError(f"{path.name!r} is no kind of checkpoint that is known here",
+        raise TorchchatError(f"{quoted_path(path.name)} is no kind of checkpoint that is known here",
                              f"known endings are {', '.join((*SINGLE_FILE_FORMATS, *WHOLE_MODEL_FORMATS))}")
     weights = shards_of(path)
     if path.suffix in SINGLE_FILE_FORMATS:
@@ -122,7 +125,8 @@ def shards_of(path: Path) -> tuple[Path, ...]:
     names = [f"{match['stem']}-{number:05}-of-{match['count']}{match['suffix']}" for number in numbers]
     missing = next((name for name in names if not (path.parent / name).is_file()), None)
     if missing is not None or not names:
-        raise TorchchatError(f"{path.name!r} is one of {count} files, and {quoted(missing)} is not beside it",
+        raise TorchchatError(f"{quoted_path(path.name)} is one of {count} files, and {quoted(missing)} is not beside "
+                             "it",
                              "put all of them into one folder")
     return tuple(path.parent / name for name in names)
 
@@ -145,10 +149,11 @@ def _tokenizers(folder: Path) -> list[Path]:
 
 
 def _more_templates(folder: Path) -> tuple[Path, ...]:
-    """The named chat templates, which `transformers` saves in a folder of their own."""
+    """Return the named chat templates, which `transformers` saves in a separate folder."""
     found = tuple(sorted(path for path in folder.glob(f"{MORE_TEMPLATES}/*.jinja") if path.is_file()))
     if len(found) > MOST_TEMPLATES:
-        raise TorchchatError(f"{str(folder / MORE_TEMPLATES)!r} holds {len(found)} chat templates; {MOST_TEMPLATES} is "
+        raise TorchchatError(f"{quoted_path(str(folder / MORE_TEMPLATES))} holds {len(found)} chat templates; "
+                             f"{MOST_TEMPLATES} is "
                              "the most", "delete those that are not needed")
     return found
 

@@ -65,13 +65,15 @@ def resolve(text: str, registry: Registry) -> ModelRef:
 def missing_file(path: Path) -> TorchchatError:
     """The error for a file or folder that cannot be used, with what looks like it in the same folder."""
     if path.is_symlink() and not _exists(path):
-        return TorchchatError(f"{str(path)!r} is a link to {str(path.readlink())!r}, which does not exist")
+        return TorchchatError(f"{quoted_path(str(path))} is a link to {quoted_path(str(path.readlink()))}, which does "
+                              "not exist")
     if _exists(path):
-        return TorchchatError(f"{str(path)!r} is neither a folder nor an ordinary file" if not path.is_dir()
-                              else f"{str(path)!r} is a folder; a file is needed")
+        return TorchchatError(f"{quoted_path(str(path))} is neither a folder nor an ordinary file" if not path.is_dir()
+                              else f"{quoted_path(str(path))} is a folder; a file is needed")
     if path.parent != path and not _exists(path.parent):
-        return TorchchatError(f"there is no file or folder {str(path)!r}: {str(path.parent)!r} does not exist")
-    return TorchchatError(f"there is no file or folder {str(path)!r}",
+        return TorchchatError(f"there is no file or folder {quoted_path(str(path))}: {quoted_path(str(path.parent))} "
+                              "does not exist")
+    return TorchchatError(f"there is no file or folder {quoted_path(str(path))}",
                           did_you_mean(path.name, (Path(name).name for name in _neighbours(path))))
 
 
@@ -79,7 +81,7 @@ def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except PermissionError as error:
-        raise TorchchatError(f"{str(path)!r} cannot be looked at: {error.strerror}") from None
+        raise TorchchatError(f"{quoted_path(str(path))} cannot be looked at: {error.strerror}") from None
     except (OSError, ValueError):  # a name too long, or with a NUL
         return False
 

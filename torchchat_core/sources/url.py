@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted_path
 from torchchat_core.small_files import cache_folder
 from torchchat_core.sources.hub_cache import is_offline, size_of_folder
 from torchchat_core.sources.local import SHARD, files_of_single_file
@@ -64,7 +64,7 @@ def _base() -> Path:
 
 def _kept(ref: ModelRef) -> KeptFile:
     if ref.scheme not in ("https", "http"):
-        raise TorchchatError(f"{ref.text!r} is no address of a file", "it has to be like https://host/path/file.gguf")
+        raise TorchchatError(f"{quoted_path(ref.text)} is no address of a file", "it has to be like https://host/path/file.gguf")
     return KeptFile(UrlFile.parse(f"{ref.scheme}:{ref.location}"), _base())
 
 
@@ -75,7 +75,7 @@ def _check_is_one_model(file: UrlFile) -> None:
         raise TorchchatError(f"{file.name} is one of the {int(match['count'])} files of a model, and an address "
                              "names one alone", "download all of them into one folder and name the first")
     if "." not in file.name:
-        raise TorchchatError(f"{file.url!r:.300} names a file without an ending, which tells what it holds",
+        raise TorchchatError(f"{quoted_path(file.url)} names a file without an ending, which tells what it holds",
                              "give the address of a file such as model.gguf or model.safetensors")
 
 

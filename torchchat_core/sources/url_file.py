@@ -68,7 +68,8 @@ def check_encrypted(url: str) -> None:
         return
     if url.startswith(f"{hub_endpoint()}/"):
         return
-    raise TorchchatError(f"{url.partition('?')[0]!r:.300} is not https: what came from there could have been changed "
+    raise TorchchatError(f"{quoted_path(url.partition('?')[0])} is not https: what came from there could have been "
+                         "changed "
                          "on the way", "use an https address; http is taken for this machine's own servers alone")
 
 

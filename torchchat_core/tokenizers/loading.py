@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted_path
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import read_file, read_json
 from torchchat_core.specs import ModelFiles, Tokenizer, TokenizerInfo
@@ -72,4 +72,5 @@ def _none_found(files: ModelFiles, infos: list[TokenizerInfo], matched: list[Pat
         return TorchchatError(f"{', '.join(map(str, named))} has no name that an installed tokenizer reader knows; "
                               f"known are {patterns}", "give the model's tokenizer.json or tokenizer.model with "
                                                        "--tokenizer-path")
-    return TorchchatError(f"the model {files.ref.text!r} has no tokenizer; looked for {patterns} in {files.root}", fix)
+    return TorchchatError(f"the model {quoted_path(files.ref.text)} has no tokenizer; looked for {patterns} in "
+                          f"{files.root}", fix)

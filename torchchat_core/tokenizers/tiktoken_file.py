@@ -12,7 +12,7 @@ from typing import Any
 
 import tiktoken
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.small_files import read_file
 from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, well_formed
 from torchchat_core.tokenizers.declared import added_tokens, settings_beside, token_name
@@ -122,7 +122,8 @@ def _parse_ranks(path: Path, content: bytes) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
-            raise TorchchatError(f"line {number} of {path} is {line!r:.60}; it has to be a token in base64 and a rank",
+            raise TorchchatError(f"line {number} of {path} is {quoted(line)}; it has to be a token in base64 and a "
+                                 "rank",
                                  "the file is damaged: download or copy the model again") from error
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise TorchchatError(f"the ranks in {path} are not 0 to {len(ranks) - 1}, each once",

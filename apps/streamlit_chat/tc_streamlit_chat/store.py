@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tc_streamlit_chat.figures import Details
-from torchchat_core.errors import TorchchatError, quoted
+from torchchat_core.errors import TorchchatError, quoted, quoted_path
 from torchchat_core.small_files import make_private
 
 VERSION = 1
@@ -93,12 +93,13 @@ class Store:
             path.touch(mode=0o600, exist_ok=True)  # what was said is nobody else's business
             make_private(path, *(path.with_name(path.name + ending) for ending in SIDE_FILES))
         except OSError as error:
-            raise TorchchatError(f"conversations cannot be kept in {str(path)!r}: {error.strerror or error}",
+            raise TorchchatError(f"conversations cannot be kept in {quoted_path(str(path))}: {error.strerror or error}",
                                  "name another file with --conversations") from None
         with self.opened() as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > VERSION:
-                raise TorchchatError(f"{str(path)!r} was written by a newer torchchat (version {version} of its form; "
+                raise TorchchatError(f"{quoted_path(str(path))} was written by a newer torchchat (version {version} "
+                                     "of its form; "
                                      f"this one knows {VERSION})", "update tc-streamlit-chat")
             if version == 0:
                 connection.execute("PRAGMA journal_mode = WAL")
@@ -117,13 +118,14 @@ class Store:
             finally:
                 connection.close()
         except (sqlite3.Error, UnicodeError) as error:  # UnicodeError: a damaged text or table name
-            raise TorchchatError(f"conversations in {str(self.path)!r} cannot be used: {error}", OTHER_FILE) from error
+            raise TorchchatError(f"conversations in {quoted_path(str(self.path))} cannot be used: {error}",
+                                 OTHER_FILE) from error
 
     def checked(self, row: Sequence[Any], *kinds: type) -> Sequence[Any]:
         """Return the row. Raises `TorchchatError` if its values do not have these types, as in a damaged file."""
         for value, kind in zip(row, kinds, strict=True):
             if not isinstance(value, kind) and not (kind is float and isinstance(value, int)):
-                raise TorchchatError(f"the file of conversations {str(self.path)!r} is damaged: it holds "
+                raise TorchchatError(f"the file of conversations {quoted_path(str(self.path))} is damaged: it holds "
                                      f"{quoted(value)} in place of a {WORDS[kind]}", OTHER_FILE)
         return row
 
@@ -208,7 +210,8 @@ class Conversations:
         for row in rows:
             self.store.checked(row, int, int, str, str, str, float, int)
             if row[2] not in ROLES:
-                raise TorchchatError(f"the file of conversations {str(self.store.path)!r} is damaged: it holds a "
+                raise TorchchatError(f"the file of conversations {quoted_path(str(self.store.path))} is damaged: it "
+                                     "holds a "
                                      f"message of {quoted(row[2])}", OTHER_FILE)
             places.setdefault(row[1], []).append(row)
         return [_message(alternatives) for alternatives in places.values()]

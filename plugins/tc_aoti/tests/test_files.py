@@ -63,7 +63,7 @@ def test_stories260k_prints_the_golden_text_anywhere(form: str, stories: Path, t
     done = alone(file, tmp_path, "--prompt", "", "--max-new-tokens", 200)
     assert (done.returncode, done.stdout) == (0, (testdata / "golden/stories260K/runc_t0_n200.txt").read_text())
     # Progress alone is on standard error; whether there is a line of it depends on how long the first load takes.
-    assert all(line.startswith("loading the file in a process of its own") for line in done.stderr.splitlines())
+    assert all(line.startswith("testing the file in a separate process") for line in done.stderr.splitlines())
     assert not list((tmp_path / "cache").rglob("*.so"))  # nothing was compiled, nor kept
 
 

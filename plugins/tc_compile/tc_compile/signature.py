@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.kernels.build import library_path
 from torchchat_core.models.transformer import DecoderLayer
 
@@ -35,7 +35,8 @@ class LayerSignature:
         self.tensors: dict[str, Tensor] = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
         for name, tensor in self.tensors.items():
             if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
-                raise TorchchatError(f"the weight {name!r} is a {type(tensor).__name__} on {tensor.device.type}, which "
+                raise TorchchatError(f"the weight {quoted(name)} is a {type(tensor).__name__} on "
+                                     f"{tensor.device.type}, which "
                                      "compiled layers do not take")
         self.key = self._key()
 

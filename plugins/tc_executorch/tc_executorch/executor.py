@@ -51,7 +51,8 @@ class Method:
         self.caches: list[Tensor] = [method.get_attribute(part) for part in parts]  # its own memory, not copies
         wanted = (1, manifest.max_seq_length, config.num_kv_heads, config.head_dim)
         if any(tuple(cache.shape) != wanted or cache.dtype != torch.float32 for cache in self.caches):
-            raise TorchchatError(f"the KV cache of the method {name!r} is not float32 {list(wanted)}, as the manifest "
+            raise TorchchatError(f"the KV cache of the method {quoted(name)} is not float32 {list(wanted)}, as the "
+                                 "manifest "
                                  "says", AGAIN)
 
     def run(self, tokens: Sequence[int], position: int) -> Tensor:
@@ -74,7 +75,8 @@ def step_length(meta: Any, name: str, vocab_size: int) -> int:
     fitting = (len(inputs) == 2 and len(inputs[0]) == 2 and inputs[0][0] == 1 and inputs[1] == [1]
                and len(outputs) == 1 and outputs[0][1:] == [vocab_size])
     if not fitting:
-        raise TorchchatError(f"the method {name!r} takes {inputs} and gives {outputs}, which is not what the manifest "
+        raise TorchchatError(f"the method {quoted(name)} takes {inputs} and gives {outputs}, which is not what the "
+                             "manifest "
                              "says", AGAIN)
     return int(inputs[0][1])
 

@@ -14,7 +14,7 @@ from tc_gguf.config import config_of
 from tc_gguf.file import GgufFile, GgufTensor, read_split
 from tc_gguf.quants import dequantizer
 from tc_gguf.tensors import PLAIN, Mapping, Unpacker
-from torchchat_core.errors import TorchchatError, quoted
+from torchchat_core.errors import TorchchatError, quoted, quoted_path
 from torchchat_core.quantization.blocks import FORMATS
 from torchchat_core.specs import ModelFiles, ModelRef, PackedTensor
 
@@ -28,7 +28,8 @@ class GgufSource:
     def open(self, files: ModelFiles) -> GgufCheckpoint:
         """Raises `TorchchatError` for a damaged file, and for a model that torchchat's transformer is not."""
         if files.config is not None:
-            raise TorchchatError(f"{files.weights[0].name} states its own configuration; {files.config.name!r} cannot "
+            raise TorchchatError(f"{files.weights[0].name} states its own configuration; "
+                                 f"{quoted_path(files.config.name)} cannot "
                                  "replace it", "leave --params-path out")
         return GgufCheckpoint(read_split(files.weights))
 

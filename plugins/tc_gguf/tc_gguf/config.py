@@ -165,7 +165,7 @@ def _for_all_layers(file: GgufFile, key: str, layers: int, default: int | None =
         raise TorchchatError(f"{key} has {len(entries)} entries in {file.path.name}, for {layers} layers", DAMAGED)
     values = set(entries)
     if len(values) != 1:
-        raise TorchchatError(f"{key} differs from layer to layer in {file.path.name}: {sorted(values)!r:.60}; "
+        raise TorchchatError(f"{key} differs from layer to layer in {file.path.name}: {quoted(sorted(values))}; "
                              "torchchat's transformer has the same for all", OTHER_MODEL)
     return values.pop()
 

@@ -21,7 +21,7 @@ from tc_gguf.options import GgufOptions
 from tc_gguf.vocabulary_writer import write_vocabulary
 from torchchat_core import progress
 from torchchat_core.artifacts import whole_file
-from torchchat_core.errors import TorchchatError
+from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.models.config import ModelConfig
 from torchchat_core.models.rope_layout import half_split_rows, interleaved_rows
 from torchchat_core.specs import ExportRequest, ModelFiles
@@ -165,7 +165,7 @@ def _stored(output: Output) -> np.ndarray[Any, Any]:
     if output.type == Type.F16:
         tensor = tensor.half()
     if not all(extreme.isfinite() for extreme in torch.aminmax(tensor)):  # ten times as fast as all of isfinite()
-        raise TorchchatError(f"the tensor {output.name!r} has values that are not finite"
+        raise TorchchatError(f"the tensor {quoted(output.name)} has values that are not finite"
                              + (" as F16" if output.type == Type.F16 else ""),
                              "export with --gguf-type bf16 or f32" if output.type == Type.F16 else
                              "the model's files are damaged; fetch it again")

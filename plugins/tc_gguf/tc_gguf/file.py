@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tc_gguf.values import GgufValue, Texts, shown
-from torchchat_core.errors import TorchchatError, quoted
+from torchchat_core.errors import TorchchatError, quoted, quoted_path
 
 DAMAGED = "the file is damaged, incomplete or no GGUF file; fetch it again"
 MAXIMUM_KEYS = 4096  # real files have fewer than a hundred
@@ -184,14 +184,15 @@ def read_gguf(path: Path) -> GgufFile:
         raise TorchchatError("GGUF files cannot be read on this machine, which stores numbers big-endian")
     try:
         if not path.is_file():
-            raise TorchchatError(f"{str(path)!r} is no file")
+            raise TorchchatError(f"{quoted_path(str(path))} is no file")
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < 24:
                 raise TorchchatError(f"{path.name} is too short for a GGUF file", DAMAGED)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
                 return _Parser(path, mapping).file()
     except (OSError, ValueError) as error:  # ValueError: the file became empty meanwhile
-        raise TorchchatError(f"cannot read {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
+        raise TorchchatError(f"cannot read {quoted_path(str(path))}: {getattr(error, 'strerror', None) or error}"
+                             ) from None
 
 
 class _Parser:
@@ -343,7 +344,8 @@ class _Parser:
     def _bytes_of(self, name: str, shape: tuple[int, ...], kind: TensorType) -> int:
         elements = math.prod(shape)
         if elements == 0 or shape[-1] % kind.block_elements:
-            raise self._error(f"states the shape {list(shape)} for {name!r:.100}, of type {kind.name}; rows have to be "
+            raise self._error(f"states the shape {list(shape)} for {quoted(name)}, of type {kind.name}; rows have to "
+                              "be "
                               f"of whole blocks of {kind.block_elements}, and nothing may be empty")
         size = elements // kind.block_elements * kind.block_bytes
         if size > self.size:
@@ -362,7 +364,8 @@ class _Parser:
                 raise self._error(f"states the offset {tensor.offset} for {quoted(tensor.name)}, which is no multiple "
                                   f"of its alignment, {alignment}")
             if start + tensor.offset + tensor.size > self.size:
-                raise self._error(f"ends within the tensor {tensor.name!r:.100}: {start + tensor.offset + tensor.size} "
+                raise self._error(f"ends within the tensor {quoted(tensor.name)}: "
+                                  f"{start + tensor.offset + tensor.size} "
                                   f"bytes are needed, and it has {self.size}")
             tensors[tensor.name] = GgufTensor(tensor.name, tensor.shape, tensor.type, tensor.path,
                                               start + tensor.offset, tensor.size)

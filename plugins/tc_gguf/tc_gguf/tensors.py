@@ -12,7 +12,7 @@ from torch import Tensor
 from tc_gguf.file import DAMAGED, GgufTensor
 from tc_gguf.quants import dequantizer
 from torchchat_core import kernels
-from torchchat_core.errors import TorchchatError, quoted
+from torchchat_core.errors import TorchchatError, quoted, quoted_path
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE = 1 << 20  # numbers that PyTorch unpacks at a time: what is in between stays in the processor's cache
@@ -34,7 +34,7 @@ class Mapping:
                     raise _cut_off(part)
                 self._bytes = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=self._start)
         except (OSError, ValueError) as error:
-            raise TorchchatError(f"cannot map {str(path)!r}: {error}") from None
+            raise TorchchatError(f"cannot map {quoted_path(str(path))}: {error}") from None
 
     def tensor(self, stored: GgufTensor, dtype: torch.dtype) -> Tensor:
         """The bytes of a tensor as numbers of `dtype`, flat. Raises `TorchchatError` where the file was cut off."""
@@ -82,7 +82,7 @@ class Unpacker:
                     else:
                         piece.copy_(unpack(packed[: len(piece)], numbers[: len(piece)]))
         except OSError as error:
-            raise TorchchatError(f"cannot read {str(stored.path)!r}: {error.strerror or error}") from None
+            raise TorchchatError(f"cannot read {quoted_path(str(stored.path))}: {error.strerror or error}") from None
         return result
 
     def _buffers(self, size: int, count: int) -> tuple[memoryview, Tensor]:
