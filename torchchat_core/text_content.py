@@ -49,7 +49,7 @@ def text_format_of(content: TextContent, registry: Registry) -> TextFormat:
 
 
 def _tokenizer_files(files: ModelFiles, registry: Registry) -> dict[str, bytes]:
-    """The tokenizer's own file, or what its reader takes out of a file of another kind, and the small files."""
+    """Return the tokenizer's own file, or the one that its reader extracts from another format, and the small files."""
     _, reader, path = choose_tokenizer(files, registry)
     if hasattr(reader, "extract"):
         return dict(reader.extract(path))

@@ -26,17 +26,17 @@ class TextFormat:
     template: ChatTemplate | None  # None: the model continues texts, and was not made for conversations
     end_ids: frozenset[int]  # each of them ends an answer
     defaults: Mapping[str, float | int]  # of SamplingOptions' fields, as the model's makers recommend
-    unnamed_control: Mapping[str, int] = field(default_factory=dict)  # text -> id of the tokenizer's control tokens
-    # that the model's files call ordinary text
+    # Text -> id of the control tokens that the model's files declare as ordinary text.
+    unnamed_control: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_text_format(files: ModelFiles, registry: Registry, config_vocab_size: int) -> TextFormat:
     """Reads a model's tokenizer, template, generation_config.json and config.json.
 
-    Added tokens that end answers, or that the template writes around messages, become control tokens of the tokenizer
-    whatever the files call them. An answer ends at every end token that any of them names, and at the token that begins
-    a text: a model that chooses it has begun another one. Raises `TorchchatError` where one of the files is damaged,
-    holds a value out of range, or where text can encode to ids that the model does not have.
+    Added tokens that end answers, or that the template writes around messages, become control tokens even if the files
+    declare them as ordinary text. An answer ends at every end token that any of the files names, and at BOS, with which
+    a model starts another text. Raises `TorchchatError` if a file is damaged or has a value out of range, or if text
+    can encode to ids that the model does not have.
     """
     tokenizer = read_tokenizer(files, registry)
     control_ids = set(tokenizer.special_tokens.values())  # a padding token that was added later does no harm
@@ -45,9 +45,8 @@ def read_text_format(files: ModelFiles, registry: Registry, config_vocab_size: i
                              "could be given tokens that it does not know",
                              "the tokenizer is another model's; pass the right one with --tokenizer-path")
     if tokenizer.adds_bos and (tokenizer.bos_id or 0) >= config_vocab_size:
-        raise TorchchatError(f"the tokenizer begins texts with the token {tokenizer.bos_id}, the model has only "
-                             f"{config_vocab_size}",
-                             "the tokenizer is another model's; pass the right one with --tokenizer-path")
+        raise TorchchatError(f"the tokenizer's BOS token is {tokenizer.bos_id}, but the model has only "
+                             f"{config_vocab_size} tokens", "pass the model's own tokenizer with --tokenizer-path")
     own_settings = read_json(files.tokenizer_config) if files.tokenizer_config else {}
     settings = settings_beside(files.root / SETTINGS, own_settings)
     template = find_chat_template(files, settings, tokenizer)

@@ -1,4 +1,4 @@
-"""Find the calls of functions in a model's answer, in the forms that the families of models write.
+"""Find function calls in a model's answer, in the formats of the model families.
 
     hermes         <tool_call>{"name": "f", "arguments": {...}}</tool_call>, repeated       Hermes, Qwen 2.5, Qwen 3
     qwen-xml       <tool_call><function=f><parameter=a>1</parameter></function></tool_call>  Qwen 3 Coder
@@ -7,7 +7,7 @@
     llama3         the answer is {"name": "f", "parameters": {...}}; ...
     granite        <|tool_call|>[{"name": "f", "arguments": {...}}, ...]
 
-`torchchat_core.tool_profiles` decides which of them a chat template writes.
+`torchchat_core.tool_profiles` determines which of them a chat template writes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PARAMETER_BEGINNING = re.compile(r"<parameter=[^>\n]{0,200}>?")
 WHITE_SPACE = re.compile(r"\s*")
 BRACKETS = re.compile(r'["{}\[\]]')
 STRING_END = re.compile(r'"|\\.?', re.DOTALL)
-MOST_WASTED = 1 << 22  # characters that are read for what turns out to be no call; beyond them, openers are text
+MAX_WASTED = 1 << 22  # characters parsed in failed candidates; after that, openers are treated as text
 THINKING = {"<think>": "</think>", "<thinking>": "</thinking>", "<seed:think>": "</seed:think>",
             "[THINK]": "[/THINK]"}
 
@@ -50,14 +50,14 @@ class ToolForm:
     name: str
     openers: tuple[str, ...]  # texts that begin a call
     closers: tuple[str, ...] = ()  # texts between calls and after them
-    arguments: str = "arguments"  # the key of the arguments
+    arguments: str = "arguments"  # key of the arguments
     style: Literal["json", "named", "xml", "function"] = "json"
-    lists: bool = False  # several calls are a list
-    bare: bool = False  # a call can also be an answer that begins with "{"
+    lists: bool = False  # several calls are written as a list
+    bare: bool = False  # an answer that starts with "{" can also be a call
     opening: str = ""  # of an answer that has to be a call
 
     def marks(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """Return the control tokens whose text has to be part of an answer for its calls to be found."""
+        """Return the control tokens whose text must be kept in an answer so that its calls can be found."""
         texts = (*self.openers, *self.closers, "[ARGS]", "[CALL_ID]", *THINKING, *THINKING.values())
         return frozenset(tokenizer.special_tokens[text] for text in texts if text in tokenizer.special_tokens)
 
@@ -72,14 +72,14 @@ FORMS = (HERMES, QWEN_XML, FUNCTION_JSON, MISTRAL, GRANITE, LLAMA3)
 
 
 def opened_thinking(prompt: str) -> str | None:
-    """Return the mark with which a rendered prompt opens the model's thinking, or None."""
+    """Return the tag at the end of a rendered prompt that opens the model's thinking, or None."""
     end = prompt[-200:].rstrip()
     return next((mark for mark in THINKING if end.endswith(mark)), None)
 
 
 @dataclass
 class _Candidate:
-    """A place where a call may begin: the span of its opener, and how far its JSON was scanned."""
+    """A possible call: the position of its opener, and how far its JSON was scanned."""
 
     start: int
     body: int  # after the opener
@@ -88,7 +88,7 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What a candidate turned out to be: calls up to `end`; none for a text that is no call."""
+    """The result of parsing a candidate: its calls and where they end. A text that is not a call has no calls."""
 
     calls: tuple[ToolCall, ...] = ()
     end: int = 0
@@ -98,37 +98,37 @@ NO_CALL = _Reading()
 
 
 class ToolCallReader:
-    """Split an answer, as it comes, into text and calls.
+    """Split a streamed answer into text and calls.
 
-    What stands between the marks of thinking is text, and so are openers that no call of a known function follows.
-    Thinking is recognized at the beginning of an answer, after a call and after other thinking; there, white space
-    before a call is dropped.
+    Everything between thinking tags is text, and so are openers that are not followed by a call of a known function.
+    Thinking is recognized at the beginning of an answer, after a call and after other thinking; in these positions,
+    white space before a call is dropped.
     """
 
     def __init__(self, form: ToolForm, functions: Mapping[str, Mapping[str, Any] | None],
                  thinking: str | None = None) -> None:
-        """`functions` maps names to JSON Schemas of arguments; `thinking` is the mark that the prompt ends with."""
+        """`functions` maps names to JSON Schemas of arguments; `thinking` is the thinking tag that ends the prompt."""
         self.calls: list[ToolCall] = []
-        self.candidates = 0  # places so far where a call could have begun
+        self.candidates = 0  # possible calls found so far
         self._form = form
         self._functions = functions
         self._held = ""
-        self._at = 0  # of the held text, what comes next
+        self._at = 0  # next position in the held text
         self._thinking_end = THINKING[thinking] if thinking else None
         self._candidate: _Candidate | None = None
-        self._fresh = True  # nothing but white space since the beginning, thinking or a call
-        self._keeps_space = False  # white space is text even if a call follows
-        self._in_block = False  # a call was read whose opener may hold for another one
+        self._fresh = True  # only white space since the beginning, thinking or a call
+        self._keeps_space = False  # white space is text even before a call
+        self._in_block = False  # after a call whose opener may also apply to the next one
         self._wasted = 0
         self._opener = re.compile("|".join(map(re.escape, form.openers)))
 
     @property
     def opened(self) -> str | None:
-        """The text after the opener where a call may be under way, else None."""
+        """The text after the opener of an unfinished candidate, else None."""
         return None if self._candidate is None else self._held[self._candidate.body:]
 
     def push(self, text: str) -> str:
-        """Take a piece of the answer; return the text that is certain to be no part of a call."""
+        """Add a piece of the answer. Returns the text that is certainly not part of a call."""
         return self._advance(text, final=False)
 
     def finish(self) -> tuple[str, list[ToolCall]]:
@@ -145,7 +145,7 @@ class ToolCallReader:
                 piece = self._try_call(self._candidate, final)
             else:
                 piece = self._read_fresh(final) if self._fresh else self._read_text(final)
-            if piece is None:  # it takes more text to decide
+            if piece is None:  # more text is needed to decide
                 break
             found.append(piece)
         self._held, self._at, cut = self._held[self._at:], 0, self._at
@@ -169,7 +169,7 @@ class ToolCallReader:
         return self._until(len(self._held) - (0 if final else _overlap(self._held, [closer]))) or None
 
     def _read_fresh(self, final: bool) -> str | None:
-        """Decide what stands after the beginning, thinking or a call."""
+        """Parse the text after the beginning, thinking or a call."""
         start = WHITE_SPACE.match(self._held, self._at).end()  # type: ignore[union-attr]
         if self._keeps_space and start > self._at:
             return self._until(start)
@@ -206,7 +206,7 @@ class ToolCallReader:
         return ""
 
     def _read_text(self, final: bool) -> str | None:
-        opener = self._opener.search(self._held, self._at) if self._wasted < MOST_WASTED else None
+        opener = self._opener.search(self._held, self._at) if self._wasted < MAX_WASTED else None
         if opener is not None:
             text = self._until(opener.start())
             self._open(opener.start(), opener.end())
@@ -215,7 +215,7 @@ class ToolCallReader:
 
     def _open(self, start: int, body: int) -> None:
         if self._form.style == "xml" and self._held.startswith("<function=", start):
-            body = start  # it is a part of the call, as after <tool_call>
+            body = start  # the opener is part of the call, as after <tool_call>
         self._candidate = _Candidate(start, body)
         self.candidates += 1
 
@@ -237,7 +237,7 @@ class ToolCallReader:
         known_end = reading.end if reading is not None and reading.calls else 0
         return self._until(max(known_end, candidate.body, candidate.start + 1))
 
-    # ---- what stands after an opener: None where it takes more text to decide --------------------------------------
+    # ---- parse the text after an opener; None if more text is needed to decide -------------------------------------
 
     def _read(self, candidate: _Candidate) -> _Reading | None:
         at = WHITE_SPACE.match(self._held, candidate.body).end()  # type: ignore[union-attr]
@@ -271,9 +271,9 @@ class ToolCallReader:
         return _Reading((ToolCall(found[1], json_text(value)),), end)
 
     def _json(self, candidate: _Candidate, at: int) -> tuple[Any, int | None]:
-        """Return the object or list at `at` and where it ends, or no end where it is not complete.
+        """Return the object or list at `at` and its end; the end is None if it is incomplete.
 
-        The value is None where it is neither, or is malformed.
+        The value is None if it is malformed, or neither an object nor a list.
         """
         if self._held[at] not in "[{":
             return None, at
@@ -308,7 +308,7 @@ class ToolCallReader:
 
 
 class _JsonSpan:
-    """Find the end of a JSON object or list in a text that grows, without reading any of it twice."""
+    """Find the end of a JSON object or list in a growing text, without scanning any of it twice."""
 
     def __init__(self, start: int) -> None:
         self.at = start
@@ -316,9 +316,9 @@ class _JsonSpan:
         self._in_string = False
 
     def end(self, text: str) -> int | None:
-        """Return where the outermost bracket is closed, or None where it is not yet."""
+        """Return the position after the closing bracket, or None if it is not in the text yet."""
         while found := (STRING_END if self._in_string else BRACKETS).search(text, self.at):
-            if found[0] == "\\":  # what it escapes is still to come
+            if found[0] == "\\":  # the escaped character has not arrived yet
                 self.at = found.start()
                 return None
             self.at = found.end()
@@ -335,7 +335,7 @@ class _JsonSpan:
 
 
 def called(form: ToolForm, value: object) -> ToolCall | None:
-    """Return the call that a JSON value describes, or None where it describes none."""
+    """Return the call that a JSON value describes, or None if it describes none."""
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
         return None
     other = "parameters" if form.arguments == "arguments" else "arguments"
@@ -346,18 +346,18 @@ def called(form: ToolForm, value: object) -> ToolCall | None:
 
 
 def read_forced(form: ToolForm, text: str) -> list[ToolCall]:
-    """Return the call that an answer of `forced_schema` is; none where it was cut off."""
+    """Parse an answer that follows `forced_schema` into its call. A truncated answer has none."""
     call = called(form, parsed(text))
     return [call] if call is not None else []
 
 
 def json_text(value: object) -> str:
-    """Return `value` as JSON, with the characters of all scripts as they are."""
+    """Return `value` as JSON without escaping non-ASCII characters."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def parsed(text: str) -> Any:
-    """Return the value of a JSON text, or None where `read_json_value` reads none."""
+    """Return the value of a JSON text, or None if `read_json_value` rejects it."""
     try:
         return read_json_value(text)
     except ValueError:
@@ -365,7 +365,7 @@ def parsed(text: str) -> Any:
 
 
 def _overlap(text: str, marks: Iterable[str]) -> int:
-    """Return the length of the longest end of `text` with which one of `marks` begins."""
+    """Return the length of the longest suffix of `text` that is a prefix of one of `marks`."""
     longest = 0
     for mark in marks:
         sizes = range(min(len(text), len(mark) - 1), longest, -1)

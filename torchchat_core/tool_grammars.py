@@ -1,7 +1,7 @@
-"""Grammars of calls: what may follow the opener of a call whose arguments are bound by a JSON Schema.
+"""Build grammars for the text after the opener of a call, whose arguments are constrained by a JSON Schema.
 
-An opener can be mentioned in a text. So what follows is free until it begins like a call of one of the functions;
-`torchchat_core.constraints.CallConstraint` applies the grammar from there to the end of the call.
+A text can mention an opener without making a call. So the text after it is unconstrained until it starts like a call of
+one of the functions; `torchchat_core.constraints.CallConstraint` applies the grammar from there to the end of the call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torchchat_core.specs import Tokenizer
 from torchchat_core.tool_calls import MISTRAL, ToolForm
 from torchchat_core.tool_schemas import forced_schema, resolved, value_kinds
 
-LONGEST_COUNTED = 4096  # characters of a text whose length is enforced in the XML form
+LONGEST_COUNTED = 4096  # largest minLength or maxLength that is enforced in the XML form
 RULES = r"""
 BLANK: /[ \t\r\n]+/
 REST: /(.|\n)+/
@@ -28,7 +28,7 @@ Functions = Mapping[str, Schema | None]
 
 
 def call_grammar(form: ToolForm, functions: Functions, tokenizer: Tokenizer) -> CallGrammar:
-    """Return the grammar of calls of `form`. `functions` maps names to schemas of arguments.
+    """Return the grammar for calls in `form`. `functions` maps names to schemas of arguments.
 
     Raises `TorchchatError` for a schema that cannot be enforced in this form.
     """
@@ -47,7 +47,7 @@ def call_grammar(form: ToolForm, functions: Functions, tokenizer: Tokenizer) -> 
 
 
 def _calls(form: ToolForm, functions: Functions, more: Schema | None = None) -> str:
-    """Rules of a call as JSON, and of a list of calls. `more` are further properties of a call."""
+    """Return rules for a call as JSON and for a list of calls. `more` has additional properties of a call."""
     schema = forced_schema(form.arguments, functions)
     for call in schema.get("anyOf", [schema]):
         call["properties"] = {"type": {"const": "function"}, **call["properties"], **(more or {})}
@@ -60,12 +60,12 @@ def _json(schema: Schema) -> str:
 
 
 def _literal(text: str) -> str:
-    """Return a regular expression of the text itself."""
+    """Return a regular expression that matches exactly the text."""
     return re.sub(r"[^A-Za-z0-9_]", lambda found: rf"\x{{{ord(found[0]):x}}}", text)
 
 
 def _named(functions: Functions, separator: str, others: str = "") -> str:
-    """Rules of a name and an object with `separator`, an expression, between them, or one of `others`."""
+    """Return rules for a name, `separator` (an expression) and an object, or one of `others`."""
     calls = " | ".join(f"{json.dumps(name)} {separator} BLANK? arguments{index}"
                        for index, name in enumerate(functions))
     return f"start: BLANK? ({others}{calls}) REST?\n" + "".join(
@@ -73,7 +73,7 @@ def _named(functions: Functions, separator: str, others: str = "") -> str:
 
 
 def _mistral(functions: Functions, tokenizer: Tokenizer) -> str:
-    """Rules of a list of calls, or of a name, [ARGS] and an object."""
+    """Return rules for a list of calls, or for a name, [ARGS] and an object."""
     def mark(text: str) -> str:
         token = tokenizer.special_tokens.get(text)
         return json.dumps(text) if token is None else f"<[{token}]>"
@@ -87,7 +87,7 @@ def _mistral(functions: Functions, tokenizer: Tokenizer) -> str:
 
 
 def _xml(functions: Functions) -> str:
-    """Rules of <function=NAME> with a <parameter=NAME> for each argument, in the order of the schema."""
+    """Return rules for <function=NAME> with a <parameter=NAME> for each argument, in the order of the schema."""
     rules: list[str] = []
     calls: list[str] = []
     for index, (name, schema) in enumerate(functions.items()):
@@ -98,18 +98,18 @@ def _xml(functions: Functions) -> str:
 
 
 def _parameters(prefix: str, function: str, schema: Schema, rules: list[str]) -> str:
-    """Return the expression of a function's parameters; what it needs is added to `rules`."""
+    """Return the expression for a function's parameters, and add the rules that it uses to `rules`."""
     root = resolved(schema, schema)
     properties = root.get("properties", {})
     if not isinstance(properties, Mapping) or any(key in root for key in ("anyOf", "oneOf", "allOf", "$ref")):
-        raise TorchchatError(f"the parameters of {quoted(function)} cannot be bound in this model's form of calls; "
-                             "expected a JSON Schema of an object with \"properties\" alone")
+        raise TorchchatError(f"the parameters of {quoted(function)} cannot be enforced in this model's call format; "
+                             "expected a JSON Schema of an object with only \"properties\"")
     required = root.get("required", [])
     parts = []
     for index, (name, value) in enumerate(properties.items()):
         if not re.fullmatch(r"[^>\n]{1,200}", name):
             raise TorchchatError(f"the parameter {quoted(name)} of {quoted(function)} cannot be written in this "
-                                 "model's form of calls; expected 1 to 200 characters without \">\" and line ends")
+                                 "model's call format; expected 1 to 200 characters without \">\" and line breaks")
         rules.append(f'{prefix}{index}: {json.dumps(f"<parameter={name}>")} '
                      f"{_value(f'{prefix}{index}v', value, schema, rules)} BLANK?")
         parts.append(f"{prefix}{index}" + ("" if name in required else "?"))
@@ -122,7 +122,7 @@ def _parameters(prefix: str, function: str, schema: Schema, rules: list[str]) ->
 
 
 def _value(rule: str, value: Any, root: Schema, rules: list[str]) -> str:
-    """Return the expression of a value and of the end of its parameter."""
+    """Return the expression for a value and the end of its parameter."""
     found = resolved(value, root)
     kinds = value_kinds(value, root)
     choices = [found["const"]] if "const" in found else found.get("enum")

@@ -1,4 +1,4 @@
-"""Learn from a chat template how its model writes calls of functions: render one, and read it back."""
+"""Find out how a model writes function calls: render one with its chat template, and parse it."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ FUNCTION = {"type": "function", "function": {"name": "probe_of_calls", "descript
                                      "count": {"type": "integer", "description": "A number."}},
     "required": ["text", "count"]}}}
 NAME = "probe_of_calls"
-MOST_STOPPED = 3
+MAX_STOPPED = 3
 _profiles: weakref.WeakKeyDictionary[ChatTemplate, ToolProfile] = weakref.WeakKeyDictionary()
 _random = random.Random()  # ids are no secrets
 
 
 @dataclass(frozen=True)
 class ToolProfile:
-    """How a chat template takes and writes calls of functions."""
+    """The way in which a chat template expects and writes function calls."""
 
-    form: ToolForm | None = None  # None: in no known form, or not at all
-    text_arguments: bool = False  # it takes arguments as JSON texts, not as objects
-    null_content: bool = False  # a message with calls and without text has null as its content, not ""
-    short_ids: bool = False  # ids of calls are nine letters and digits
+    form: ToolForm | None = None  # None if unknown, or if the template does not write calls
+    text_arguments: bool = False  # arguments are JSON strings, not objects
+    null_content: bool = False  # the content of a message with calls and no text is null, not ""
+    short_ids: bool = False  # call ids are nine letters and digits
 
     def new_id(self) -> str:
         """Return an id for a call."""
@@ -60,7 +60,7 @@ class ToolProfile:
         return f"call_{_random.getrandbits(128):032x}"
 
     def template_id(self, client_id: str) -> str:
-        """Return the id that the template is given for a client's; equal ids stay equal."""
+        """Return the id that the template receives for a client's id. Equal ids stay equal."""
         if not self.short_ids or SHORT_ID.fullmatch(client_id):
             return client_id
         number = int.from_bytes(hashlib.sha256(client_id.encode("utf-8", "replace")).digest())
@@ -68,7 +68,7 @@ class ToolProfile:
 
 
 def tool_profile(template: ChatTemplate | None) -> ToolProfile:
-    """Return how `template` takes and writes calls. It is found once for each template."""
+    """Return how `template` expects and writes calls. The result is cached for each template."""
     if template is None:
         return ToolProfile()
     found = _profiles.get(template)
@@ -78,7 +78,7 @@ def tool_profile(template: ChatTemplate | None) -> ToolProfile:
 
 
 def _probed(template: ChatTemplate) -> ToolProfile:
-    """Render a call in all ways in which templates take them, and choose the first that can be read back."""
+    """Render a call in every way that templates may expect, and return the first profile that can be parsed."""
     if "tool" not in template.source + (template.tool_source or ""):
         return ToolProfile()
     written: list[tuple[ToolProfile, str]] = []
@@ -87,9 +87,9 @@ def _probed(template: ChatTemplate) -> ToolProfile:
         try:
             text = _rendered(template, messages, add_generation_prompt=False)
             question = _rendered(template, messages[:1], add_generation_prompt=True) or ""
-        except TemplateStoppedError:  # each of them can take as long as a template may
+        except TemplateStoppedError:  # each attempt may take the whole time limit
             stopped += 1
-            if stopped == MOST_STOPPED:
+            if stopped == MAX_STOPPED:
                 break
             continue
         if text is None:
@@ -103,14 +103,14 @@ def _probed(template: ChatTemplate) -> ToolProfile:
     naming = [profile for profile, text in written if NAME in text]
     if naming:
         return naming[0]
-    if written:  # it leaves calls out, and cannot show its form
+    if written:  # it does not render calls, so its form is unknown
         form = _hinted_form(template.tool_source or template.source)
         return ToolProfile(form, short_ids=written[0][0].short_ids or form is MISTRAL)
     return ToolProfile()
 
 
 def _conversations() -> Iterator[tuple[ToolProfile, list[dict[str, Any]]]]:
-    """Yield a question, a call and its result in all ways in which templates take them, the usual one first."""
+    """Yield a question, a call and its result in every way that templates may expect, the usual one first."""
     for with_result, short_ids, null_content, text_arguments in itertools.product(
             (True, False), (False, True), (False, True), (False, True)):
         number = SHORT_SAMPLE if short_ids else LONG_SAMPLE
@@ -134,10 +134,10 @@ def _rendered(template: ChatTemplate, messages: list[dict[str, Any]], add_genera
 
 
 def _form_of(turn: str, answer: str) -> ToolForm | None:
-    """Return the form that reads the call as it was.
+    """Return the form that parses the call correctly.
 
-    `turn` is all that follows the question; `answer` begins where the prompt of the question ends, or before that where
-    the two differ.
+    `turn` is the text after the question; `answer` starts at the end of the prompt for the question, or where the two
+    texts first differ.
     """
     for form in FORMS:
         reader = ToolCallReader(form, {NAME: FUNCTION["function"]["parameters"]})  # type: ignore[index]
@@ -148,7 +148,7 @@ def _form_of(turn: str, answer: str) -> ToolForm | None:
 
 
 def _shared(first: str, second: str) -> int:
-    """Return the length of the beginning that two texts share."""
+    """Return the length of the common prefix of two texts."""
     return next((at for at, (one, other) in enumerate(zip(first, second, strict=False)) if one != other),
                 min(len(first), len(second)))
 
@@ -158,7 +158,7 @@ def _same(calls: list[ToolCall]) -> bool:
 
 
 def _hinted_form(source: str) -> ToolForm | None:
-    """Return the form that a template describes which does not write calls itself."""
+    """Return the form that a template mentions although it does not render calls."""
     if "tools" not in source:
         return None
     if "<function=" in source:

@@ -1,4 +1,4 @@
-"""JSON Schemas of the arguments of functions: of a whole call, and of the values that are written without JSON."""
+"""Work with the JSON Schemas of function arguments: for a whole call, and for values that are not written as JSON."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torchchat_core.json_schemas import LITERAL_KEYS, NAMED_KEYS
 
 KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object",
          type(None): "null"}
-SPELLINGS = {"True": True, "False": False, "None": None}  # Python's, which templates and models mix in
-DEEPEST = 8  # references that are followed
-MOST_LEVELS = 100  # of lists and objects in arguments
+SPELLINGS = {"True": True, "False": False, "None": None}  # Python literals that templates and models write
+MAX_REFERENCES = 8  # followed in a chain
+MAX_LEVELS = 100  # of nested lists and objects in arguments
 
 
 def forced_schema(key: str, functions: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
     """Return the JSON Schema of one call of one of the functions.
 
-    `key` is that of the arguments; `functions` maps names to schemas of arguments. Each of them is a definition of
-    the whole, to which its own references lead: "#/$defs/a" becomes "#/$defs/call0/$defs/a".
+    `key` is the key of the arguments; `functions` maps names to schemas of arguments. Each schema becomes a definition,
+    and its references are adjusted: "#/$defs/a" becomes "#/$defs/call0/$defs/a".
     """
-    names = {name: f"call{index}" for index, name in enumerate(functions)}  # pointers need no escapes then
+    names = {name: f"call{index}" for index, name in enumerate(functions)}  # so that pointers need no escapes
     arguments = {names[name]: _moved(schema, f"#/$defs/{names[name]}") if schema else {"type": "object"}
                  for name, schema in functions.items()}
     calls = [{"type": "object", "properties": {"name": {"const": name},
@@ -32,10 +32,10 @@ def forced_schema(key: str, functions: Mapping[str, Mapping[str, Any] | None]) -
 
 
 def _moved(schema: Mapping[str, Any], root: str) -> Any:
-    """A schema whose references to itself lead to another root: pointers, anchors, and those that begin with its $id.
+    """Return a schema with its internal references moved to another root: pointers, anchors, and its own $id.
 
-    It has neither $id nor anchors then, which two schemas could have in common. What lies within another $id is a
-    document of its own, and stays as it is.
+    The result has no $id and no anchors, which could clash with those of other schemas. A part with a different $id is
+    a separate document and is not changed.
     """
     own = schema.get("$id")
     targets = {f"#{name}": place for name, place in _anchors(schema, root)}
@@ -66,13 +66,13 @@ def _moved(schema: Mapping[str, Any], root: str) -> Any:
 
 
 def _is_document(schema: Mapping[str, Any]) -> bool:
-    """Whether it has a name of its own; "#name", as older drafts have it, is an anchor."""
+    """Return True if the schema has its own $id; "#name" is an anchor in older drafts."""
     name = schema.get("$id")
     return isinstance(name, str) and not name.startswith("#")
 
 
 def _anchors(schema: Any, place: str, outermost: bool = True) -> Iterator[tuple[str, str]]:
-    """The anchors of a document, each with the pointer to where it stands."""
+    """Yield the anchors of a document, each with the pointer to its location."""
     if isinstance(schema, list):
         for index, each in enumerate(schema):
             yield from _anchors(each, f"{place}/{index}", outermost=False)
@@ -92,10 +92,10 @@ def _anchors(schema: Any, place: str, outermost: bool = True) -> Iterator[tuple[
 
 
 def typed_value(text: str, name: str, schema: Mapping[str, Any]) -> Any:
-    """Return the value of the argument `name`, which a model wrote as `text`, as `schema` (of all arguments) has it.
+    """Convert `text`, which a model wrote for the argument `name`, to a type that `schema` (of all arguments) permits.
 
-    A text stays one where the schema permits strings and `text` is of no other kind that it permits. Without a word
-    about kinds, JSON is read as such.
+    The text stays a string if the schema permits strings and the text is not of another permitted type. If the schema
+    states no type, the text is parsed as JSON.
     """
     properties = schema.get("properties")
     kinds = value_kinds(properties.get(name) if isinstance(properties, Mapping) else None, schema)
@@ -117,7 +117,7 @@ def read_json_value(text: str) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     level = [value]
-    for _ in range(MOST_LEVELS):
+    for _ in range(MAX_LEVELS):
         level = [inner for each in level if isinstance(each, dict | list)
                  for inner in (each.values() if isinstance(each, dict) else each)]
         if not level:
@@ -130,8 +130,8 @@ def _not_json(name: str) -> NoReturn:
 
 
 def value_kinds(schema: object, root: Mapping[str, Any], depth: int = 0) -> frozenset[str] | None:
-    """Return the kinds of JSON values that a part of the schema `root` permits, or None where it does not say."""
-    if not isinstance(schema, Mapping) or depth > DEEPEST:
+    """Return the JSON types that a part of the schema `root` permits, or None if it states none."""
+    if not isinstance(schema, Mapping) or depth > MAX_REFERENCES:
         return None
     kinds = schema.get("type")
     if isinstance(kinds, str):
@@ -151,15 +151,15 @@ def value_kinds(schema: object, root: Mapping[str, Any], depth: int = 0) -> froz
 
 
 def resolved(schema: object, root: Mapping[str, Any], depth: int = 0) -> Mapping[str, Any]:
-    """Return the schema to which a reference into the definitions of `root` leads; other schemas as they are."""
+    """Follow a reference to a definition in `root`, and return the schema. Other schemas are returned unchanged."""
     if not isinstance(schema, Mapping):
         return {}
     target = _target(schema["$ref"], root) if isinstance(schema.get("$ref"), str) else None
-    return schema if target is None or depth > DEEPEST else resolved(target, root, depth + 1)
+    return schema if target is None or depth > MAX_REFERENCES else resolved(target, root, depth + 1)
 
 
 def _target(reference: str, root: Mapping[str, Any]) -> object:
-    """Return the part of a schema to which "#/$defs/NAME" leads, or None for references of other forms."""
+    """Return the definition that "#/$defs/NAME" refers to, or None for other kinds of references."""
     for key in ("$defs", "definitions"):
         named = root.get(key)
         if reference.startswith(f"#/{key}/") and isinstance(named, Mapping):

@@ -1,7 +1,7 @@
-"""Work in progress next to its destination, in a hidden folder that the next run deletes if this one is killed.
+"""Keep work in progress in a hidden folder next to its destination. The next run deletes it if this run is killed.
 
-Whether a run is still there is told by a lock on a file in its folder, which the system releases when the process ends:
-process ids are used again, and say nothing about other machines that write to the same disk.
+A running process holds a lock on a file in its folder, which the system releases when the process ends. Process ids
+would not work: they are reused, and other machines may write to the same disk.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # systems without it keep what killed runs leave
+except ImportError:  # on systems without it, leftovers of killed runs are not deleted
     fcntl = None  # type: ignore[assignment]
 
 LOCK, ENDING = "lock", ".partial"
 ATTEMPTS = 100
-ABANDONED_SECONDS = 3600.0  # a folder that has no lock by then was left: the lock comes right after the folder
+ABANDONED_SECONDS = 3600.0  # age at which a folder without a lock counts as abandoned; locks are created immediately
 
 
 @contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
-    """Yield a new folder next to `path`, for what takes the place of `path` when it is whole; it is deleted at the end.
+    """Yield a new folder next to `path` for an output that replaces `path` once complete; delete the folder at the end.
 
-    What killed runs left for the same path is deleted first. Raises `OSError` where no folder can be made.
+    Leftovers of killed runs for the same path are deleted first. Raises `OSError` if no folder can be created.
     """
     remove_leftovers(path)
     folder, lock = _locked_folder(path)
@@ -43,17 +43,17 @@ def unfinished(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Delete the folders of runs that wanted to write `path` and are gone. Nothing is raised."""
+    """Delete the folders of killed runs that were writing `path`. Does not raise."""
     if fcntl is None:
         return
     with contextlib.suppress(OSError):
         for folder in path.absolute().parent.iterdir():
             if folder.name.startswith(_prefix(path)) and folder.name.endswith(ENDING):
-                _remove_if_left(folder)
+                _remove_if_abandoned(folder)
 
 
 def _locked_folder(path: Path) -> tuple[Path, int | None]:
-    """A new folder, and the lock on it. Another run may take the folder for a leftover before it is locked."""
+    """Create a folder and lock it. Retry, because another run may delete the folder before it is locked."""
     for _ in range(ATTEMPTS):
         folder = path.absolute().with_name(f"{_prefix(path)}{secrets.token_hex(4)}{ENDING}")
         folder.mkdir()
@@ -61,16 +61,16 @@ def _locked_folder(path: Path) -> tuple[Path, int | None]:
             return folder, None
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            with contextlib.suppress(OSError):  # of a disk without locks, where nothing is taken for a leftover
+            with contextlib.suppress(OSError):  # on a disk without locks, no folder is ever deleted as abandoned
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if (folder / LOCK).exists():
                 return folder, lock
             os.close(lock)
-    raise OSError(f"no folder can be made next to {path}")
+    raise OSError(f"no folder can be created next to {path}")
 
 
-def _remove_if_left(folder: Path) -> None:
-    """Delete the folder if the run that made it is gone."""
+def _remove_if_abandoned(folder: Path) -> None:
+    """Delete the folder if the run that created it has ended."""
     try:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -87,5 +87,5 @@ def _remove_if_left(folder: Path) -> None:
 
 
 def _prefix(path: Path) -> str:
-    """Long names are told apart by a digest."""
+    """Return the prefix of folder names for `path`. A digest distinguishes long names."""
     return f".{path.name[:40]}.{hashlib.sha256(path.name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}."

@@ -109,7 +109,7 @@ def test_a_regular_expression_that_takes_too_long_is_stopped(monkeypatch: pytest
     content = json.loads(made("no cut").to_str())
     content["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"(\S+\s?)+"}
     tokenizer = hugging_face_tokenizer(content, "tokenizer.json", {})
-    monkeypatch.setattr(hugging_face, "PATIENCE", -1.0)
+    monkeypatch.setattr(hugging_face, "MAX_SECONDS", -1.0)
     with pytest.raises(TorchchatError, match=r"tokenizer\.json fails: .*too long"):
         list(tokenizer.encode_slices("the quick brown fox " * 100))
 

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from torchchat_core.errors import quoted
 from torchchat_core.server.body import MAX_ITEMS, Body, FunctionName, Text
 from torchchat_core.tool_calls import parsed
-from torchchat_core.tool_schemas import MOST_LEVELS
+from torchchat_core.tool_schemas import MAX_LEVELS
 
 
 def _object_text(value: Any) -> Any:
@@ -24,7 +24,7 @@ def _object_text(value: Any) -> Any:
         return "{}"
     if isinstance(value, str) and not isinstance(parsed(value), dict):
         raise ValueError(f"it is {quoted(value)}; expected a JSON object as a string, such as "
-                         f'{{"city": "Rome"}}, of at most {MOST_LEVELS} levels')
+                         f'{{"city": "Rome"}}, of at most {MAX_LEVELS} levels')
     return value
 
 

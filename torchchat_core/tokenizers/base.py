@@ -22,8 +22,8 @@ class ByteTokenizer(ABC):
     adds_prefix_space: bool = False
     end_ids: frozenset[int] = frozenset()
     chat_template: str | Sequence[Mapping[str, str]] | None = None
-    longest_token: int | None = None  # bytes of a text that a token stands for at most; None: it may be any number
-    text_tokens: Mapping[str, int] = {}  # text -> id of added tokens that are no control tokens: found in any text
+    longest_token: int | None = None  # maximum number of text bytes that one token stands for; None if unbounded
+    text_tokens: Mapping[str, int] = {}  # text -> id of added tokens that are not control tokens and occur in any text
 
     def __init__(self, *, vocab_size: int, special_tokens: Mapping[str, int], bos_id: int | None, eos_id: int | None,
                  adds_bos: bool) -> None:
@@ -39,10 +39,10 @@ class ByteTokenizer(ABC):
         """Ids of `text`, without BOS or EOS. With `special`, the texts of control tokens become their ids."""
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
-        """Return the ids of a text that is given in parts: ordinary text, and control tokens as their ids.
+        """Return the ids of a text given in parts: ordinary text, and control tokens as their ids.
 
-        Each part gets the ids that it has in `encode(text, special=True)` of the whole; the names of control tokens in
-        it are ordinary text. This implementation suits tokenizers for which no part depends on those next to it.
+        The result is that of `encode(text, special=True)` for the whole text, except that names of control tokens
+        within the parts are ordinary text. This implementation is for tokenizers that encode parts independently.
         """
         ids: list[int] = []
         for part in parts:
@@ -50,9 +50,9 @@ class ByteTokenizer(ABC):
         return ids
 
     def encode_slices(self, text: str | Sequence[str | int], *, special: bool = False) -> Iterator[Sequence[int]]:
-        """Yield the ids of `encode(text, special=special)`, or of `encode_parts(text)`, a part of them at a time.
+        """Yield the ids of `encode(text, special=special)`, or of `encode_parts(text)`, in slices.
 
-        Tokenizers that can encode a long text slice by slice need no more memory than for a slice.
+        Tokenizers that encode a long text in slices need memory for only one slice at a time.
         """
         yield self.encode(text, special=special) if isinstance(text, str) else self.encode_parts(text)
 

@@ -1,4 +1,4 @@
-"""Tokens that the small files of a model declare: tokenizer_config.json, special_tokens_map.json, added_tokens.json."""
+"""Read the tokens declared in tokenizer_config.json, special_tokens_map.json and added_tokens.json."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SETTINGS, NAMES, ADDED = "tokenizer_config.json", "special_tokens_map.json", "ad
 TOKEN_ID = re.compile(r"[0-9]{1,9}")
 SURROGATE = re.compile("[\ud800-\udfff]")
 LARGEST_ID = 10_000_000  # real vocabularies have at most 300 thousand tokens
-MOST_TOKENS = 100_000  # that one of the files declares; real ones declare some thousand
+MAX_TOKENS = 100_000  # per file; real files declare a few thousand
 LONGEST_TOKEN = 1000  # characters
-# The order in which `transformers` adds those that the vocabulary lacks.
+# In the order in which `transformers` adds tokens that the vocabulary lacks.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LISTS = ("additional_special_tokens", "extra_special_tokens")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
@@ -26,13 +26,13 @@ FIX = "fix the file, or download the model again"
 
 @dataclass(frozen=True)
 class Declared:
-    """One declaration of a token. `flags` are those of `FLAGS` that the file states."""
+    """A declaration of a token. `flags` has those of `FLAGS` that the file states."""
 
     content: str
     special: bool  # a control token
-    token: int | None = None  # its id, where the file states it
+    token: int | None = None  # its id, if the file states one
     flags: Mapping[str, bool] = field(default_factory=dict)
-    by_name_alone: bool = False  # as "eos_token" or the like, and in no list
+    by_name_alone: bool = False  # declared only under a name such as "eos_token", not in a list
 
 
 def token_name(settings: Mapping[str, Any], key: str) -> str | None:
@@ -45,10 +45,10 @@ def token_name(settings: Mapping[str, Any], key: str) -> str | None:
 
 
 def settings_beside(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `settings` (tokenizer_config.json) together with a special_tokens_map.json in the folder of `path`.
+    """Return `settings` (tokenizer_config.json) merged with a special_tokens_map.json in the folder of `path`.
 
-    As in `transformers`, a name in that file replaces one in `settings`, unless these have added_tokens_decoder.
-    Lists are joined. Raises `TorchchatError` where one of the two files is malformed.
+    As in `transformers`, a name in that file replaces one in `settings`, unless `settings` has added_tokens_decoder.
+    Lists are joined. Raises `TorchchatError` if one of the two files is malformed.
     """
     _check_names(settings, SETTINGS)
     beside = path.parent / NAMES
@@ -68,17 +68,17 @@ def settings_beside(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def added_tokens(settings: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
-    """Return id -> (text, whether it is a control token) of tokenizer_config.json's added_tokens_decoder.
+    """Return id -> (text, is control token) from added_tokens_decoder in tokenizer_config.json.
 
-    Raises `TorchchatError` where an entry is malformed.
+    Raises `TorchchatError` if an entry is malformed.
     """
     return {token: (entry["content"], bool(entry.get("special", False))) for token, entry in _decoder(settings).items()}
 
 
 def added_tokens_beside(path: Path) -> dict[int, str]:
-    """Return id -> text of an added_tokens.json in the folder of `path`, which older models have.
+    """Return id -> text from an added_tokens.json in the folder of `path`, which older models have.
 
-    Raises `TorchchatError` where it is malformed.
+    Raises `TorchchatError` if it is malformed.
     """
     beside = path.parent / ADDED
     if not beside.is_file():
@@ -97,10 +97,10 @@ def added_tokens_beside(path: Path) -> dict[int, str]:
 
 
 def declared_tokens(settings: Mapping[str, Any]) -> list[Declared]:
-    """Return what `settings` declare, in the order in which `transformers` adds tokens that the vocabulary lacks.
+    """Return the tokens declared in `settings`, in the order in which `transformers` adds missing tokens.
 
-    A token of added_tokens_decoder is a control token where its entry says so; those that have a name ("eos_token")
-    and those in lists always are. Raises `TorchchatError` where the settings are malformed.
+    A token in added_tokens_decoder is a control token if its entry says so; tokens with a name ("eos_token") and tokens
+    in lists always are. Raises `TorchchatError` if the settings are malformed.
     """
     _check_names(settings, SETTINGS)
     found = [Declared(entry["content"], bool(entry.get("special", False)), token, _flags(entry))
@@ -116,7 +116,7 @@ def declared_tokens(settings: Mapping[str, Any]) -> list[Declared]:
 
 
 def with_control_tokens(settings: Mapping[str, Any], tokens: Mapping[str, int]) -> dict[str, Any]:
-    """Return `settings` whose added_tokens_decoder declares `tokens` (text -> id) as control tokens too."""
+    """Return `settings` with `tokens` (text -> id) added to added_tokens_decoder as control tokens."""
     if not tokens:
         return dict(settings)
     decoder = {str(token): entry for token, entry in _decoder(settings).items()}
@@ -143,7 +143,7 @@ def _decoder(settings: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
 
 
 def _is_name(key: str, value: object) -> bool:
-    """Return True for a field that names one token; a model may have names of its own ("image_token")."""
+    """Return True for a field that names one token. Models can define their own names ("image_token")."""
     return key in NAMED or (key.endswith("_token") and isinstance(value, str | Mapping))
 
 
@@ -152,7 +152,7 @@ def _text(value: Any) -> Any:
 
 
 def _entries(value: Any) -> Iterator[Any]:
-    """The tokens of one of `LISTS`, which may be an object of names."""
+    """Return the tokens of one of `LISTS`, which may be an object that maps names to tokens."""
     return iter(value.values() if isinstance(value, Mapping) else value or ())
 
 
@@ -161,7 +161,7 @@ def _flags(entry: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _check_names(declared: Mapping[str, Any], place: str) -> None:
-    """Raises `TorchchatError` where a name or a list of `declared` holds anything but texts or objects of tokens."""
+    """Raise `TorchchatError` if a name or a list in `declared` has values that are not tokens."""
     for key, value in declared.items():
         if key in LISTS:
             if value is not None and not isinstance(value, list | Mapping):
@@ -183,12 +183,12 @@ def _check_token(value: object, key: str, place: str) -> None:
 
 def _check_text(content: str, key: str, place: str) -> None:
     if len(content) > LONGEST_TOKEN:
-        raise TorchchatError(f"{key} in {place} has a token of {len(content)} characters; {LONGEST_TOKEN} is the most",
-                             FIX)
+        raise TorchchatError(f"{key} in {place} has a token of {len(content)} characters; {LONGEST_TOKEN} is the "
+                             "maximum", FIX)
     if SURROGATE.search(content):
         raise TorchchatError(f"{key} in {place} has the token {quoted(content)}, which is not Unicode text", FIX)
 
 
 def _check_count(entries: Any, key: str, place: str) -> None:
-    if len(entries) > MOST_TOKENS:
-        raise TorchchatError(f"{key} in {place} has {len(entries)} tokens; {MOST_TOKENS} is the most", FIX)
+    if len(entries) > MAX_TOKENS:
+        raise TorchchatError(f"{key} in {place} has {len(entries)} tokens; {MAX_TOKENS} is the maximum", FIX)

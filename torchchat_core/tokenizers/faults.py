@@ -1,4 +1,4 @@
-"""Faults of tokenizer libraries, panics of their Rust code among them, as errors that name the file."""
+"""Turn faults of tokenizer libraries, including panics in Rust code, into errors that name the file."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from contextlib import contextmanager
 
 from torchchat_core.errors import TorchchatError
 
-MESSAGE_LENGTH = 200  # characters of the library's own words that a message shows
-# What Rust writes to standard error when it panics, with or without a backtrace.
+MESSAGE_LENGTH = 200  # characters of the library's message in an error
+# The output of a Rust panic on standard error, with or without a backtrace.
 PANIC = re.compile(rb"\n?thread '[^\n]*' [^\n]*panicked at .*", re.DOTALL)
 _capturing = threading.RLock()
 
 
 class TokenizerError(TorchchatError):
-    """A tokenizer's file is at fault, not the text that was to be encoded."""
+    """An error caused by the tokenizer's file, not by the text to encode."""
 
 
 @contextmanager
 def named_faults(problem: str, fix: str | None = None) -> Iterator[None]:
-    """Raise a `TokenizerError` for every fault in the block, whatever its class: `problem`, and the library's words.
+    """Raise a `TokenizerError` for any exception in the block; its message is `problem` and the library's message.
 
     `problem` names the file.
     """
@@ -33,7 +33,7 @@ def named_faults(problem: str, fix: str | None = None) -> Iterator[None]:
         yield
     except (TorchchatError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
-    except BaseException as error:  # the library's panics are no `Exception`
+    except BaseException as error:  # panics in the library are not an `Exception`
         words = " ".join(str(error).split()) or type(error).__name__
         raise TokenizerError(f"{problem}: {words[:MESSAGE_LENGTH]}",
                              fix or "the file may be damaged: download or copy the model again") from error
@@ -41,16 +41,16 @@ def named_faults(problem: str, fix: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def captured_panics() -> Iterator[None]:
-    """Keep what a Rust panic in the block writes to standard error from the user, who gets an error instead.
+    """Hide the output of Rust panics in the block from standard error; the user gets an error instead.
 
-    Rust writes to the file descriptor itself, so that is redirected for the time of the block. What else was written
-    there meanwhile follows when the block ends.
+    Rust writes to the file descriptor itself, which is redirected in the block. Other output to it is written when the
+    block ends.
     """
     with _capturing, contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(tempfile.TemporaryFile())
             saved = os.dup(2)
-        except OSError:  # no descriptor 2, or no room for a file: rather a stray line than no tokenizer
+        except OSError:  # no descriptor 2, or the disk is full: a stray line is better than no tokenizer
             yield
             return
         stack.callback(os.close, saved)

@@ -24,8 +24,8 @@ from torchchat_core.tokenizers.whole_json import TOKEN_NAMES, whole_content
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 # Decoders that give a token the same text whatever follows it, so that text can be streamed.
 STEADY_DECODERS = frozenset({"ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"})
-PATIENCE = 10.0  # seconds that such a text gets
-CAUTIOUS = (512, 64)  # characters in a slice and at its edges, where a regular expression may take exponential time
+MAX_SECONDS = 10.0  # for one text if a regular expression may take exponential time
+SMALL_SLICES = (512, 64)  # size and edge of slices, in characters, in that case
 ANCHOR = "a"  # a token before the one in question, which is then not at the start
 
 
@@ -40,8 +40,9 @@ class HuggingFaceReader:
         """The tokenizer of the file. Raises `TorchchatError` where the file is damaged, or where its decoder does
         not work token by token.
 
-        Tokens that `settings`, special_tokens_map.json and added_tokens.json next to the file declare count as if the
-        file listed them. Names of BOS and EOS come from there; without them, BOS is what the file puts before a text.
+        Tokens declared in `settings`, and in special_tokens_map.json and added_tokens.json next to the file, are
+        treated as if the file listed them. They also name BOS and EOS; without them, BOS is the token that the file
+        puts before a text.
         """
         content, settings = whole_content(path, settings)
         return hugging_face_tokenizer(content, str(path), settings)
@@ -111,8 +112,10 @@ class HuggingFaceTokenizer(ByteTokenizer):
             return self._library.encode(well_formed(text), special=special)
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
-        """As `ByteTokenizer.encode_parts`: the library encodes the whole, in which an alias stands for each control
-        token and the names of control tokens are ordinary text."""
+        """Return the ids as `ByteTokenizer.encode_parts` does.
+
+        The library encodes the whole text. Aliases stand for the control tokens, so that their names are ordinary text.
+        """
         text = self._with_aliases(parts)
         with self._lock:
             ids = self._library.encode(text, special=False)
@@ -122,7 +125,7 @@ class HuggingFaceTokenizer(ByteTokenizer):
         whole = well_formed(text) if isinstance(text, str) else self._with_aliases(text)
         special = special and isinstance(text, str)
 
-        deadline = time.monotonic() + PATIENCE if self._library.may_panic else math.inf
+        deadline = time.monotonic() + MAX_SECONDS if self._library.may_panic else math.inf
 
         def encode(part: str) -> tuple[list[int], list[int]]:
             if time.monotonic() > deadline:
@@ -130,7 +133,7 @@ class HuggingFaceTokenizer(ByteTokenizer):
             with self._lock:
                 return self._library.encode_with_starts(part, special=special)
 
-        for ids in slices(whole, encode, *(CAUTIOUS if self._library.may_panic else ())):
+        for ids in slices(whole, encode, *(SMALL_SLICES if self._library.may_panic else ())):
             yield ids if isinstance(text, str) else [self._aliased.get(token, token) for token in ids]
 
     def _with_aliases(self, parts: Sequence[str | int]) -> str:
@@ -140,7 +143,7 @@ class HuggingFaceTokenizer(ByteTokenizer):
         return "".join(self._aliases[part] if isinstance(part, int) else well_formed(part) for part in parts)
 
     def _add_aliases(self) -> None:
-        """Adds a token to the library for each control token, under a name that no text can guess."""
+        """Add a token to the library for each control token, under a name that nobody can guess."""
         secret = secrets.token_hex(16)
         self._aliases = {token: f"<{secret}:{token}>" for token in self.special_tokens.values()}
         alias_ids = self._library.add_aliases(self._aliases)

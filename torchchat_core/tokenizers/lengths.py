@@ -1,4 +1,4 @@
-"""How much text a token can stand for, so that a text without any chance to fit is refused before it is encoded."""
+"""Bound the amount of text that one token stands for, so that texts that cannot fit are rejected without encoding."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from typing import Any
 from torchchat_core.tokenizers.faults import TokenizerError
 
 LARGEST_GROWTH = 4096  # times that a text may grow by the replacements of a tokenizer.json; in use are up to 12
-# Normalizers, and how many times as long as their result a text can be at most, in bytes. Other ones may drop text.
+# Normalizers, and the maximum ratio of the bytes of a text to those of its normalized form. Others may drop text.
 SHRINKING = {"Prepend": 1, "ByteLevel": 1, "NFC": 4, "NFD": 4, "NFKC": 4, "NFKD": 4, "Lowercase": 4}
 KEEPING = frozenset({"ByteLevel", "Metaspace", "Digits", "UnicodeScripts", "Split"})  # pre-tokenizers that drop nothing
 BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def longest_token(content: Mapping[str, Any], pieces: Collection[str], alphabet: Collection[str]) -> int | None:
-    """Return the most bytes of a text that a token of a tokenizer.json stands for; None where that has no bound.
+    """Return an upper bound on the text bytes that one token of a tokenizer.json stands for; None if there is none.
 
-    `pieces` are the texts of all tokens, `alphabet` the characters that stand for bytes in byte-level vocabularies. The
-    result may be too large, and is never too small.
+    `pieces` are the texts of all tokens, `alphabet` the characters that stand for bytes in byte-level vocabularies.
     """
     model, factor = content["model"], 1
     steps = list(_steps(content.get("normalizer"), "normalizers"))
@@ -43,7 +42,7 @@ def longest_token(content: Mapping[str, Any], pieces: Collection[str], alphabet:
         letter in pieces for letter in alphabet)
     by_fallback = bool(model.get("byte_fallback")) and all(piece in pieces for piece in BYTE_PIECES)
     if model.get("type", "BPE") not in ("BPE", "Unigram") or not (by_fallback or (by_bytes and "merges" in model)):
-        return None  # an unknown token may stand for any text
+        return None  # the unknown token can stand for any text
     return factor * max(len(piece.encode("utf-8", "replace")) for piece in pieces)
 
 

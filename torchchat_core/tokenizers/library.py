@@ -1,4 +1,4 @@
-"""The tokenizers library behind one class, whose every fault is a `TokenizerError` that names the file."""
+"""Wrap the tokenizers library in a class whose faults are all `TokenizerError`s that name the file."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ AT_MOST_ONCE = frozenset(["?", "{0}", "{1}", "{,1}", "{0,1}", "{1,1}"])
 
 
 class Library:
-    """A `tokenizers.Tokenizer` made of the content of a tokenizer.json.
+    """A `tokenizers.Tokenizer` made from the content of a tokenizer.json.
 
-    The library reports faults by plain `Exception` and, where its Rust code panics, by an exception that is no
-    `Exception` at all. Every method raises `TokenizerError` in both cases.
+    The library raises plain `Exception`s, and if its Rust code panics, a `BaseException` that is not an `Exception`.
+    Every method raises `TokenizerError` in both cases.
     """
 
     def __init__(self, content: Mapping[str, Any], place: str) -> None:
@@ -39,13 +39,13 @@ class Library:
         self._decode_pieces: Callable[[list[str]], str] = " ".join if decoder is None else decoder.decode
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Return the ids of `text`, without what the file adds around it. Not for several threads at once."""
+        """Return the ids of `text` without the tokens that the file adds around it. Not thread-safe."""
         with captured_panics() if self.may_panic else nullcontext(), self._named():
             self._tokenizer.encode_special_tokens = not special
             return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_with_starts(self, text: str, *, special: bool) -> tuple[list[int], list[int]]:
-        """Return the ids of `text`, and the character of it at which each of them starts."""
+        """Return the ids of `text`, and the index of the character where each token starts."""
         with captured_panics() if self.may_panic else nullcontext(), self._named():
             self._tokenizer.encode_special_tokens = not special
             found = self._tokenizer.encode(text, add_special_tokens=False)
@@ -62,7 +62,7 @@ class Library:
             return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def decode_pieces(self, pieces: list[str]) -> str:
-        """Return the text that the file's decoder makes of `pieces`."""
+        """Return the text to which the file's decoder converts `pieces`."""
         with self._named():
             return str(self._decode_pieces(pieces))
 
@@ -84,7 +84,7 @@ class Library:
             return self._tokenizer.get_added_tokens_decoder()
 
     def add_aliases(self, names: Mapping[int, str]) -> dict[int, int]:
-        """Add a token of each name that takes white space as the added token of that id does. Returns their ids."""
+        """Add a token for each name, with the white space handling of the token with that id. Returns the new ids."""
         added = self.added_tokens()
         with self._named():
             self._tokenizer.add_tokens([
@@ -94,7 +94,7 @@ class Library:
         return {token: alias for token, alias in found.items() if alias is not None}
 
     def too_slow(self) -> TokenizerError:
-        """Return the error for a text that the file's regular expressions take too long for."""
+        """Return the error for a text on which the file's regular expressions take too long."""
         return TokenizerError(f"{self._problem}: its regular expressions take too long for this text",
                               "choose another model, or shorten the text")
 
@@ -118,10 +118,10 @@ def _regular_expressions(content: Any) -> Iterator[str]:
 def takes_exponential_time(pattern: str) -> bool:
     """Return True if the regular expression repeats a group that can match a text in several ways.
 
-    Such patterns, `(a+)+$` and `(a|aa)+$` among them, may try a number of ways that doubles with each character.
+    Matching such patterns, for example `(a+)+$` and `(a|aa)+$`, can take time that doubles with each character.
     """
-    groups = [False]  # of each open group: whether it holds an alternative or a repetition of no fixed count
-    closed = False  # the same of the group that ended just before
+    groups = [False]  # for each open group: True if it contains an alternative or a variable repetition
+    closed = False  # the same for the group that was just closed
     for part in PATTERN_PART.finditer(pattern):
         if part["open"]:
             groups.append(False)

@@ -17,8 +17,8 @@ from torchchat_core.tokenizers.declared import with_control_tokens
 def read_tokenizer(files: ModelFiles, registry: Registry, control_tokens: Mapping[str, int] | None = None) -> Tokenizer:
     """The tokenizer of a model, read by the installed reader of lowest `order` that accepts one of its files.
 
-    `control_tokens` (text -> id) are control tokens whatever the files say. Raises `TorchchatError` where the model has
-    no tokenizer file that a reader knows, or where it is damaged.
+    `control_tokens` (text -> id) become control tokens even if the files do not say so. Raises `TorchchatError` if the
+    model has no tokenizer file that a reader supports, or if the file is damaged.
     """
     info, reader, path = choose_tokenizer(files, registry)
     settings = read_json(files.tokenizer_config) if files.tokenizer_config else {}

@@ -30,7 +30,7 @@ from torchchat_core.tokenizers.words import Words
 # Text that normalizers make shorter: runs of white space, control and zero-width characters, ligatures, accents.
 SHORTENED = "a  b \t\n\x07\x7f\u200b\ufeff e\u0301 \ufb01 \uff21 \u3000 \u1112\u1161\u11ab  c  "
 SPACE = "\u2581"  # stands for a space inside pieces
-# What tokens take that are declared with "lstrip" or "rstrip": Unicode's property White_Space.
+# Characters stripped next to tokens declared with "lstrip" or "rstrip": Unicode's property White_Space.
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 # In the wire format, fields that come later override those before: normalizer_spec.add_dummy_prefix = false.
 NO_PREFIX = b"\x1a\x02\x18\x00"
@@ -133,8 +133,10 @@ class SentencePieceTokenizer(ByteTokenizer):
         self.longest_token = self._longest_token()
 
     def _longest_token(self) -> int | None:
-        """Return the most bytes of a text that a token stands for; None where that has no bound: where text may be
-        unknown, or is made shorter before it is encoded."""
+        """Return the maximum number of text bytes that one token stands for.
+
+        Returns None if there is no bound, because text may be unknown or normalization shortens it.
+        """
         bytes_known = sum(map(self._without_prefix.is_byte, range(self._size))) == 256
         kept = b"".join(map(self.token_bytes, self._without_prefix.encode(SHORTENED))) == SHORTENED.encode()
         if not bytes_known or not kept or self._strips_left or self._strips_right:
@@ -143,10 +145,10 @@ class SentencePieceTokenizer(ByteTokenizer):
 
     def _named(self, library: sentencepiece.SentencePieceProcessor, settings: Mapping[str, Any],
                added: Mapping[str, int], known: Collection[str]) -> dict[str, int]:
-        """Return text -> id of the tokens that `settings` name as control tokens without their ids.
+        """Return text -> id of the control tokens that `settings` declare without ids.
 
-        One that is in a list and that the vocabulary lacks gets the next id, as in `transformers`. Of the names, BOS
-        and EOS count: a padding token may be an ordinary piece.
+        A token in a list that the vocabulary lacks gets the next id, as in `transformers`. Of the named tokens, only
+        BOS and EOS are used, because a padding token may be an ordinary piece.
         """
         found: dict[str, int] = {}
         ends = [name for key in ("bos_token", "eos_token") if (name := token_name(settings, key))]
@@ -182,7 +184,7 @@ class SentencePieceTokenizer(ByteTokenizer):
         return list(itertools.chain.from_iterable(self._slices(parts, sliced=False)))
 
     def _slices(self, parts: Sequence[tuple[str | int, bool]], sliced: bool = True) -> Iterator[Sequence[int]]:
-        """Yield the ids of texts and of tokens, which are ids or texts of `_words`."""
+        """Yield the ids of `parts`: texts, and tokens given as ids or as texts in `_words`."""
         found = [self._words[part] if is_token and isinstance(part, str) else part for part, is_token in parts]
         prefix = True
         for part, before, after in zip(found, [None, *found], [*found[1:], None], strict=False):
@@ -208,7 +210,7 @@ class SentencePieceTokenizer(ByteTokenizer):
         return self._bytes[token]
 
     def _segments(self, text: str, prefix: bool) -> Iterator[tuple[str, sentencepiece.SentencePieceProcessor]]:
-        """Yield ordinary text in parts in which the library sees no control token, and what each is encoded by."""
+        """Yield the segments of a text in which the library finds no control token, each with its encoder."""
         segments = [""]
         for part, is_control in self._found_by_library.split(text):
             if is_control:  # cut after the first character, so that the library does not see the whole
@@ -221,13 +223,13 @@ class SentencePieceTokenizer(ByteTokenizer):
             yield segment, self._without_prefix
 
     def _with_starts(self, library: sentencepiece.SentencePieceProcessor, text: str) -> tuple[list[int], list[int]]:
-        """Return the ids of `text`, and the character of it at which each of them starts."""
+        """Return the ids of `text`, and the index of the character where each token starts."""
         encode = getattr(library, "encode_as_immutable_proto", None) or library.encode_as_proto  # of earlier versions
         with named_faults(self._problem):
             pieces = encode(text).pieces
         ids, starts = [piece.id for piece in pieces], [piece.begin for piece in pieces]
-        if len(text) < max((piece.end for piece in pieces), default=0):  # places of bytes
-            characters = {place: index for index, place in enumerate(
+        if len(text) < max((piece.end for piece in pieces), default=0):  # these are byte offsets
+            characters = {offset: index for index, offset in enumerate(
                 itertools.accumulate((len(character.encode()) for character in text), initial=0))}
             starts = [characters[start] for start in starts]
         return ids, starts

@@ -1,10 +1,10 @@
-"""Encoding of long texts slice by slice, with the ids that the whole text has.
+"""Encode long texts in slices, with the same ids as for the whole text.
 
-A tokenizer needs some hundred bytes of memory for each character that it encodes at once, and cannot be interrupted.
-Neighboring slices overlap, and are joined at a token of which both agree: the same ids at the same places, some way
-before the first slice ends and some way after the second one begins. That is the encoding of the whole. A pre-tokenizer
-scans from left to right, and looks ahead and behind by a few characters only. Merges by rank are right where every two
-neighboring tokens are (each pair lies in one of the slices), and of two best paths that meet the parts are best, too.
+A tokenizer needs a few hundred bytes of memory per character of a text, and cannot be interrupted. Neighboring slices
+overlap and are joined where both have the same ids at the same positions, some distance before the end of the first
+slice and after the start of the second. The result is the encoding of the whole text: a pre-tokenizer scans from left
+to right and looks only a few characters ahead and behind; merges by rank are correct if every pair of neighboring
+tokens is (each pair lies within one slice); and where two best paths meet, their parts are best, too.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torchchat_core.errors import TorchchatError
 
 SLICE = 16_384  # characters that are encoded at once
 EDGE = 128  # characters at a slice's ends that may be encoded otherwise than within the text
-LONGEST_SLICE = 1 << 17  # characters, where no place to cut is found before: some tenths of a second
-TRIES = 8  # places at which a slice may begin
+LONGEST_SLICE = 1 << 17  # characters, if there is no position to cut; takes a few tenths of a second
+TRIES = 8  # candidate start positions of a slice
 
 
 class UncutTextError(TorchchatError):
-    """A text has a part too long to be encoded at once, without a place to cut it."""
+    """A text has a part that is too long to encode at once and cannot be cut."""
 
 
 Encode = Callable[[str], tuple[Sequence[int], Sequence[int]]]
@@ -30,7 +30,7 @@ Encode = Callable[[str], tuple[Sequence[int], Sequence[int]]]
 
 @dataclass(frozen=True)
 class _Slice:
-    start: int  # in the text, as are those of the tokens
+    start: int  # positions in the text, as in `starts`
     end: int
     ids: Sequence[int]
     starts: Sequence[int]
@@ -38,16 +38,16 @@ class _Slice:
 
 def slices(text: str, encode: Encode, size: int = SLICE, edge: int = EDGE, longest: int = LONGEST_SLICE
            ) -> Iterator[Sequence[int]]:
-    """Yield the ids of `text` in parts. `encode` returns the ids of a text and where in it each of them starts.
+    """Yield the ids of `text` in parts. `encode` returns the ids of a text and the position where each starts.
 
-    Raises `UncutTextError` where more than `longest` characters cannot be cut.
+    Raises `UncutTextError` if more than `longest` characters cannot be cut.
     """
 
     def encoded(start: int, end: int) -> _Slice:
         ids, starts = encode(text[start:end])
         return _Slice(start, end, ids, [start + each for each in starts])
 
-    current, first = encoded(0, min(size, len(text))), 0  # `first`: the first token that was not yielded
+    current, first = encoded(0, min(size, len(text))), 0  # `first`: index of the first token not yet yielded
     while current.end < len(text):
         following = _following(current, encoded, min(size, len(text)), edge, len(text))
         if following is not None:
@@ -64,11 +64,11 @@ def slices(text: str, encode: Encode, size: int = SLICE, edge: int = EDGE, longe
 
 def _following(current: _Slice, encoded: Callable[[int, int], _Slice], size: int, edge: int, length: int
                ) -> tuple[_Slice, int, int] | None:
-    """The slice after `current`, the number of tokens of `current` before it, and where in it they continue."""
+    """Return the next slice, the number of tokens of `current` before the joint, and the index of the joint in it."""
     near = bisect_left(current.starts, current.end - 4 * edge)
     tried = {start for start in current.starts[max(0, near - TRIES) : near + 1] if start > current.start + edge}
     for start in sorted(tried, reverse=True):
-        if _joint(current, encoded(start, current.end), edge) is None:  # a look that costs little
+        if _joint(current, encoded(start, current.end), edge) is None:  # a cheap check first
             continue
         after = encoded(start, min(length, start + size))
         joint = _joint(current, after, edge)
@@ -78,10 +78,10 @@ def _following(current: _Slice, encoded: Callable[[int, int], _Slice], size: int
 
 
 def _joint(before: _Slice, after: _Slice, edge: int) -> tuple[int, int] | None:
-    """Where the tokens of both begin that are the same in both, apart from the edges; None where they differ."""
-    from_place, to_place = after.start + edge, before.end - edge
-    left = slice(bisect_left(before.starts, from_place), bisect_left(before.starts, to_place))
-    right = slice(bisect_left(after.starts, from_place), bisect_left(after.starts, to_place))
+    """Return the indices in both slices where their common tokens begin, ignoring the edges; None if they differ."""
+    from_position, to_position = after.start + edge, before.end - edge
+    left = slice(bisect_left(before.starts, from_position), bisect_left(before.starts, to_position))
+    right = slice(bisect_left(after.starts, from_position), bisect_left(after.starts, to_position))
     same = (before.ids[left] == after.ids[right] and before.starts[left] == after.starts[right]
             and left.stop - left.start > 1)
     return (left.start, right.start) if same else None

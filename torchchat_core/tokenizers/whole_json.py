@@ -1,4 +1,4 @@
-"""tokenizer.json together with the small files next to it."""
+"""Merge tokenizer.json with the small files next to it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ TOKEN_NAMES = ("bos_token", "eos_token")
 
 
 def whole_content(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the content of a tokenizer.json that lists every token that the small files declare, and all settings.
+    """Return the content of tokenizer.json with every token that the small files declare, and the merged settings.
 
-    Raises `TorchchatError` where one of the files is damaged.
+    Raises `TorchchatError` if one of the files is damaged.
     """
     content, merged = read_json(path), settings_beside(path, settings)
     return with_declared_tokens(content, merged, added_tokens_beside(path), path)
@@ -36,17 +36,17 @@ def whole_content(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, An
 
 def with_declared_tokens(content: dict[str, Any], settings: dict[str, Any], legacy: Mapping[int, str], path: Path
                          ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return `content` (tokenizer.json) whose "added_tokens" hold the tokens of `settings` and `legacy` too.
+    """Return `content` (tokenizer.json) with the tokens of `settings` and `legacy` in "added_tokens", and the settings.
 
-    They are added as `transformers` does it: a token that the vocabulary lacks gets the next id. Three things differ: a
-    token that any file calls special is special; one that only has a name ("pad_token") stays ordinary where ordinary
-    text encodes to it; and a name of a token that no vocabulary or list has names nothing. Raises `TorchchatError`
-    where a file states another id than the vocabulary has.
+    They are added as in `transformers`: a token that the vocabulary lacks gets the next id. There are three
+    differences: a token is special if any file says so; a token with only a name ("pad_token") stays ordinary if
+    ordinary text encodes to it; and a name is dropped if no vocabulary or list has its token. Raises `TorchchatError`
+    if a file states another id than the vocabulary.
     """
     listed, model = content.get("added_tokens") or [], content.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list) or not isinstance(listed, list) \
             or not all(isinstance(entry, dict) and isinstance(entry.get("content"), str) for entry in listed):
-        return content, settings  # damaged, which is named by whatever reads it
+        return content, settings  # damaged; the reader reports it
     table = _AddedTable(content, path)
     declared = declared_tokens(settings)
     special = {each.content for each in declared if each.special}
@@ -58,22 +58,22 @@ def with_declared_tokens(content: dict[str, Any], settings: dict[str, Any], lega
             table.add(each, SETTINGS)
     names = {key: None for key in TOKEN_NAMES if token_name(settings, key) in table.without_row}
     while table.entries and next(reversed(table.entries)) in table.without_row:
-        table.entries.popitem()  # needed only where the ids of others come after it
+        table.entries.popitem()  # only needed if later tokens follow it
     return {**content, "added_tokens": list(table.entries.values())}, {**settings, **names}
 
 
 class _AddedTable:
-    """The list "added_tokens" of a tokenizer.json, which grows."""
+    """The list "added_tokens" of a tokenizer.json, to which tokens are added."""
 
     def __init__(self, content: dict[str, Any], path: Path) -> None:
         self._content, self._path = content, path
         self.entries = {entry["content"]: dict(entry) for entry in content.get("added_tokens") or ()}
-        self.without_row: set[str] = set()  # new tokens that are known by a name alone
-        self._named: set[str] = set()  # new tokens without a stated id: a later declaration replaces their flags
+        self.without_row: set[str] = set()  # new tokens that have only a name
+        self._named: set[str] = set()  # new tokens without a stated id; a later declaration replaces their flags
 
     @functools.cached_property
     def _ids(self) -> dict[str, int]:
-        """Text -> id of the model's vocabulary."""
+        """The model's vocabulary, text -> id."""
         vocab = self._content["model"]["vocab"]
         if isinstance(vocab, dict):
             return vocab
@@ -85,7 +85,7 @@ class _AddedTable:
             return Library(self._content, str(self._path))
 
     def add(self, declared: Declared, file: str) -> None:
-        """Adds a token, or what `file` says of one that is there. Raises `TorchchatError` for another id."""
+        """Add a token, or update its entry with the declaration in `file`. Raises `TorchchatError` for another id."""
         entry = self.entries.get(declared.content)
         if entry is None:
             token = self._ids.get(declared.content)
@@ -121,5 +121,5 @@ class _AddedTable:
         return int(max([len(self._ids) - 1, *taken])) + 1
 
     def _is_ordinary(self, text: str, token: int) -> bool:
-        """Return True where ordinary text encodes to the token: making it special would take it out of answers."""
+        """Return True if ordinary text encodes to the token, so that making it special would hide it in answers."""
         return self._library.encode(text, special=False) == [token]

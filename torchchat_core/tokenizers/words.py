@@ -1,18 +1,18 @@
-"""Finding words in a text: control tokens, of which a vocabulary may have hundreds."""
+"""Find words in a text. The words are control tokens, of which a vocabulary may have hundreds."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-WINDOW = 1 << 16  # characters that are looked at before other threads get their turn
+WINDOW = 1 << 16  # characters searched before other threads can run
 
 
 class Words:
-    """Words that are searched for. Of those that begin at one place, the longest is found.
+    """A set of words to search for. If several words match at one position, the longest is found.
 
-    The time that a search takes does not depend on how many words there are, and long texts are searched in parts:
-    Python's regular expressions keep all other threads waiting.
+    The time of a search does not depend on the number of words. Long texts are searched in parts, because Python's
+    regular expressions block all other threads.
     """
 
     def __init__(self, words: Iterable[str]) -> None:
@@ -35,7 +35,7 @@ class Words:
                 start = found.end()
 
     def parts(self, text: str) -> Iterator[tuple[str, bool]]:
-        """Yield the parts of `text` that are not empty, each with whether it is one of the words."""
+        """Yield the nonempty parts of `text` as (part, is word)."""
         start = 0
         for found in self.find(text):
             if found.start() > start:
@@ -56,12 +56,12 @@ class Words:
         return "".join(replacement(part) if is_word else part for part, is_word in self.parts(text))
 
     def starts(self, text: str) -> bool:
-        """Return True if one of the words stands at the beginning of `text`."""
+        """Return True if `text` starts with one of the words."""
         return self._pattern is not None and self._pattern.match(text) is not None
 
 
 def _tree(words: list[str]) -> str:
-    """A pattern that matches any of the sorted, different `words`, the longest first, without trying one by one."""
+    """Return a pattern that matches the longest of the sorted, distinct `words` without trying them one by one."""
     optional = words[:1] == [""]
     words = words[optional:]
     if not words:
