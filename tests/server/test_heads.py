@@ -100,6 +100,74 @@ def test_invalid_http_gets_a_json_error_with_an_id(address: tuple[str, int], dat
     assert body["error"]["message"].startswith("the request is not valid HTTP/1.1")
 
 
+@pytest.mark.parametrize(("data", "words"), [
+    (b"GET /health HTTP/1.1\r\nhost: a\r\nbad\x01 header\r\n\r\n", "a header line is malformed"),
+    (b"GET /health HTTP/1.1\r\n folded: a\r\n\r\n", "white space"),
+    (b"GARBAGE\r\n\r\n", "the request line is malformed"),
+    (b"\r\n\r\nGET /health HTTP/1.1\r\nhost: a\r\n\r\n", "the request line"),
+    (b"GET /health HTTP/1.1\r\n\r\n", "the header host is missing"),
+    (b"GET /health HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n", "the header host appears more than once"),
+    (b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n", "content-length"),
+    (b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: -1\r\n\r\n", "expected a number of bytes"),
+    (b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: gzip\r\n\r\n", "expected chunked"),
+    (POST + JSON_TYPE + b"transfer-encoding: chunked\r\n\r\nzz\r\n", "hexadecimal"),
+    (POST + JSON_TYPE + b"transfer-encoding: chunked\r\n\r\n1\r\nabc\r\n", "a chunk does not end"),
+    (POST + b"a: " + b"x" * 20_000, "more than 16384 bytes"),
+], ids=lambda value: str(value)[-40:])
+def test_messages_about_invalid_http_are_sentences_without_python_values(address: tuple[str, int], data: bytes,
+                                                                         words: str) -> None:
+    with socket.create_connection(address) as connection:
+        connection.sendall(data)
+        _, _, body = answer(received(connection))
+    message = body["error"]["message"].removeprefix("the request is not valid HTTP/1.1: ")
+    assert words in message
+    assert message in (*protocol.FAULTS.values(), protocol.OTHER_FAULT)
+
+
+@pytest.mark.parametrize(("path", "status"), [("/health", 200), ("/v1/realtime", 404)])
+def test_upgrades_are_ignored_and_answered_with_an_id(address: tuple[str, int], path: str, status: int) -> None:
+    with socket.create_connection(address) as connection:
+        connection.sendall(b"GET %s HTTP/1.1\r\nhost: localhost\r\nx-request-id: mine-1\r\nupgrade: websocket\r\n"
+                           b"connection: upgrade, close\r\nsec-websocket-version: 13\r\n"
+                           b"sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n" % path.encode())
+        found, headers, _ = answer(received(connection))
+    assert (found, headers["x-request-id"]) == (status, "mine-1")
+
+
+@pytest.mark.parametrize(("target", "host", "status"), [
+    ("http://localhost/health", "localhost", 200), ("HTTP://127.0.0.1:8000/health?a=b", "localhost", 200),
+    ("https://localhost/health#x", "elsewhere.example", 200), ("http://localhost", "localhost", 404),
+    ("http://localhost?/health", "localhost", 404), ("http://elsewhere.example/health", "localhost", 403),
+    ("http:///health", "localhost", 400), ("http://localhost@elsewhere.example/health", "localhost", 400),
+])
+def test_the_path_and_host_of_an_absolute_target_are_used(address: tuple[str, int], target: str, host: str,
+                                                          status: int) -> None:
+    with socket.create_connection(address) as connection:
+        connection.sendall(f"GET {target} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n".encode())
+        found, headers, _ = answer(received(connection))
+    assert found == status
+    assert headers["x-request-id"]
+
+
+@pytest.mark.parametrize(("version", "status"), [("1.0", 200), ("1.1", 200), ("0.9", 505), ("1.2", 505), ("2.0", 505)])
+def test_versions_other_than_1_0_and_1_1_are_refused(address: tuple[str, int], version: str, status: int) -> None:
+    with socket.create_connection(address) as connection:
+        connection.sendall(f"GET /health HTTP/{version}\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
+        found, headers, body = answer(received(connection))
+    assert found == status
+    assert headers["x-request-id"]
+    if status == 505:
+        assert f"its version is {version}; expected 1.1 or 1.0" in body["error"]["message"]
+
+
+def test_a_refused_head_request_gets_no_body(address: tuple[str, int]) -> None:
+    with socket.create_connection(address) as connection:
+        connection.sendall(b"HEAD /health HTTP/2.0\r\nhost: localhost\r\n\r\n")
+        head, _, body = received(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 505 ")
+    assert body == b""
+
+
 def test_a_malformed_chunk_ends_the_request(address: tuple[str, int], capfd: pytest.CaptureFixture[str]) -> None:
     with socket.create_connection(address) as connection:
         connection.sendall(POST + JSON_TYPE + b"transfer-encoding: chunked\r\n\r\n1\r\n{\r\nzz\r\n")

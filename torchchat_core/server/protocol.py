@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import h11
@@ -18,6 +20,24 @@ HEAD_SECONDS = 60.0  # time for the headers of a request, counted from the conne
 REST_SECONDS = 60.0  # time for the rest of a body after an early response
 HEAD_BYTES = 16 << 10  # limit on incomplete headers
 MAX_HEADERS = 100
+VERSIONS = (b"1.0", b"1.1")
+ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?#]*)([^#]*)(?:#.*)?")
+FAULTS: Mapping[str, str] = {  # by the beginnings of h11's messages, whose ends quote the request
+    "illegal request line": "the request line is malformed; expected METHOD PATH HTTP/1.1",
+    "no request line": "the request line is missing; expected METHOD PATH HTTP/1.1",
+    "illegal header line": "a header line is malformed; expected NAME: VALUE",
+    "continuation line": "the first header line begins with white space; expected NAME: VALUE",
+    "Missing mandatory Host": "the header host is missing; send it once",
+    "Found multiple Host": "the header host appears more than once; send it once",
+    "conflicting Content-Length": "the header content-length has several values; send one",
+    "bad Content-Length": "the header content-length is malformed; expected a number of bytes",
+    "multiple Transfer-Encoding": "the header transfer-encoding appears more than once; send it once",
+    "Only Transfer-Encoding": "the header transfer-encoding has an unsupported value; expected chunked",
+    "illegal chunk header": "the header of a chunk is malformed; expected its size in hexadecimal digits",
+    "malformed chunk footer": "a chunk does not end after its size; expected a line break",
+    "Receive buffer too long": f"the request headers have more than {HEAD_BYTES} bytes; send fewer or shorter headers",
+}
+OTHER_FAULT = "it cannot be read; expected a request line, headers and a body of the declared length"
 
 
 class Protocol(H11Protocol):
@@ -41,9 +61,9 @@ class Protocol(H11Protocol):
         self._stop_timer()
         super().connection_lost(exc)
 
-    def handle_websocket_upgrade(self, event: h11.Request) -> None:
-        self._stop_timer()
-        super().handle_websocket_upgrade(event)
+    def _should_upgrade(self) -> bool:
+        """Ignore upgrades, to WebSocket or others: the request is answered as one of HTTP/1.1."""
+        return False
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -55,7 +75,7 @@ class Protocol(H11Protocol):
         """Answer a request that h11 rejects."""
         fault = self.conn.fault
         status = fault.error_status_hint if fault is not None else 400
-        self._refuse(ApiError(status, f"the request is not valid HTTP/1.1: {fault or 'it cannot be read'}"))
+        self._refuse(ApiError(status, f"the request is not valid HTTP/1.1: {_sentence(fault)}"))
 
     def _refuse(self, error: ApiError) -> None:
         """Send an error unless a response was started, and close the connection."""
@@ -63,7 +83,8 @@ class Protocol(H11Protocol):
             headers = self.conn.head.headers if self.conn.head is not None else ()
             response = json_response(error.body, error.status, {"connection": "close", HEADER: request_id(headers)})
             self.transport.write(self.conn.send(h11.Response(status_code=error.status, headers=response.raw_headers)))
-            self.transport.write(self.conn.send(h11.Data(data=bytes(response.body))))
+            if self.conn.head is None or self.conn.head.method != b"HEAD":
+                self.transport.write(self.conn.send(h11.Data(data=bytes(response.body))))
             self.transport.write(self.conn.send(h11.EndOfMessage()))
         if self.cycle is not None and not self.cycle.response_complete:  # discard the rest of its response
             self.cycle.disconnected = True
@@ -94,6 +115,34 @@ class Protocol(H11Protocol):
             self._timer = None
 
 
+class _UnservedError(h11.RemoteProtocolError):
+    """A request that h11 accepts and this server refuses. Its message is written for the client."""
+
+
+def _sentence(fault: h11.RemoteProtocolError | None) -> str:
+    """Return what a client is told about a fault. h11's own messages show Python values and are replaced."""
+    text = str(fault)
+    if isinstance(fault, _UnservedError):
+        return text
+    return next((sentence for beginning, sentence in FAULTS.items() if text.startswith(beginning)), OTHER_FAULT)
+
+
+def _in_origin_form(event: h11.Request) -> h11.Request:
+    """Return the request with a path as its target, and as host the one of an absolute target.
+
+    Raises `_UnservedError` for an absolute target without a host, or with a user name.
+    """
+    found = ABSOLUTE_FORM.fullmatch(event.target)
+    if found is None:
+        return event
+    authority, rest = found.groups()
+    if not authority or b"@" in authority:
+        raise _UnservedError("the host of the request line is malformed; expected http://HOST:PORT/PATH")
+    headers = [(b"host", authority), *(pair for pair in event.headers if pair[0] != b"host")]
+    target = rest if rest.startswith(b"/") else b"/" + rest
+    return h11.Request(method=event.method, target=target, headers=headers, http_version=event.http_version)
+
+
 class _Connection(h11.Connection):
     """An h11 connection that keeps the request headers and the fault for the error response."""
 
@@ -105,8 +154,12 @@ class _Connection(h11.Connection):
             event = super().next_event()
             if isinstance(event, h11.Request):
                 self.head = event
+                if event.http_version not in VERSIONS:
+                    raise _UnservedError(f"its version is {event.http_version.decode('ascii')}; expected 1.1 or 1.0",
+                                         error_status_hint=505)
                 if len(event.headers) > MAX_HEADERS:
-                    raise h11.RemoteProtocolError(f"it has more than {MAX_HEADERS} headers", error_status_hint=431)
+                    raise _UnservedError(f"it has more than {MAX_HEADERS} headers", error_status_hint=431)
+                event = self.head = _in_origin_form(event)
             elif event is h11.NEED_DATA and self.their_state is h11.IDLE:
                 self.head = None
             return event
