@@ -24,6 +24,8 @@ from torchchat_core.text_format import TextFormat
 from torchchat_core.tokenizers.stream import TextStream
 from torchchat_core.tool_calls import ToolCallReader
 
+# llguidance's message about a reference that it cannot resolve. It prefixes relative ones with its own base URI.
+OUTSIDE_REFERENCE = re.compile(r"Resource '(?:json-schema:///)?(.*)' is not present in a registry", re.DOTALL)
 OVERWORKED = re.compile(r"too (many|big|complex)|max is|TooComplex|fuel|limit", re.IGNORECASE)  # llguidance's messages
 KEPT = 32  # compiled grammars of a vocabulary
 _vocabularies: weakref.WeakKeyDictionary[Tokenizer, dict[frozenset[int], _Vocabulary]] = weakref.WeakKeyDictionary()
@@ -163,6 +165,9 @@ def _refused(grammar: Grammar, reason: str) -> TorchchatError:
     if "coerce_one_of" in reason:
         reason = '"oneOf" with alternatives that can both match cannot be enforced; use "anyOf", or give each ' \
                  'alternative a required property with a different "const"'
+    if outside := OUTSIDE_REFERENCE.match(reason):
+        reason = f"$ref leads to another document, {quoted(outside[1])}; expected a reference within the schema, " \
+                 'such as "#/$defs/NAME"'
     name = "JSON Schema" if grammar.kind == "json_schema" else "grammar"
     return TorchchatError(f"the {name} cannot be used: {_first_line(reason)}")
 

@@ -93,6 +93,58 @@ def test_a_form_is_refused_before_it_is_read(client: TestClient) -> None:
     assert "Content-Type: application/json" in found.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "identity, br", "x" * 300])
+def test_an_encoded_body_is_refused(client: TestClient, encoding: str) -> None:
+    found = client.post("/v1/completions", content=b"\x1f\x8b",
+                        headers={"content-type": "application/json", "content-encoding": encoding})
+    assert found.status_code == 415
+    message = found.json()["error"]["message"]
+    assert "Content-Encoding: " in message
+    assert "send it without an encoding" in message
+    assert len(message) < 200
+
+
+def test_a_body_with_the_encoding_identity_is_read(client: TestClient) -> None:
+    found = client.post("/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 1},
+                        headers={"content-encoding": "Identity"})
+    assert found.status_code == 200
+
+
+@pytest.mark.parametrize(("path", "fields", "param", "count"), [
+    ("/v1/completions", {"prompt": ["a"] * 100_000}, "prompt", "100000 elements; at most 2048"),
+    ("/v1/completions", {"prompt": [[1]] * 5000}, "prompt", "5000 elements; at most 2048"),
+    ("/v1/embeddings", {"input": ["a"] * 5000}, "input", "5000 elements; at most 2048"),
+    ("/v1/completions", {"prompt": "a", "stop": ["a"] * 17}, "stop", "17 elements; at most 16"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 16_385}]},
+     "messages[0].content", "16385 elements; at most 16384"),
+], ids=["texts", "lists of tokens", "embeddings", "stop", "content"])
+def test_a_list_that_is_too_long_is_refused_for_its_length(client: TestClient, path: str, fields: dict[str, Any],
+                                                           param: str, count: str) -> None:
+    found = client.post(path, json={"model": "tiny", **fields})
+    error = found.json()["error"]
+    assert (found.status_code, error["param"]) == (400, param)
+    assert error["message"].startswith(f"{param}: it has {count}")
+
+
+@pytest.mark.parametrize("target", ["http://127.0.0.1:1/a.json", "file:///etc/passwd", "other.json#/$defs/a",
+                                    "//host/a", "urn:a:b", "http://a/" + "b" * 500])
+def test_references_to_other_documents_are_refused(client: TestClient, target: str) -> None:
+    schema = {"type": "object", "properties": {"a": {"$ref": target}}}
+    found = post(client, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    assert found.status_code == 400
+    message = found.json()["error"]["message"]
+    assert "leads to another document" in message
+    assert "retriev" not in message
+    assert target[:61] not in message or len(target) < 61
+
+
+def test_an_absolute_reference_within_the_schema_is_accepted(client: TestClient) -> None:
+    schema = {"$id": "http://host/root", "type": "object", "properties": {"a": {"$ref": "http://host/root#/$defs/b"}},
+              "$defs": {"b": {"type": "string"}}}
+    found = post(client, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    assert found.status_code == 200
+
+
 def test_a_body_of_no_type_is_refused_since_any_page_may_send_it(client: TestClient) -> None:
     found = client.post("/v1/completions", content=b'{"model": "tiny", "prompt": "x", "max_tokens": 1}')
     assert found.status_code == 415

@@ -255,6 +255,10 @@ async def read_body(request: Request, most: int) -> bytes:
     if kind != "application/json":
         raise ApiError(415, f"the body is declared as {quoted(kind or 'nothing')}; send it with Content-Type: "
                             "application/json")
+    encodings = ",".join(request.headers.getlist("content-encoding"))
+    if any(each.strip().lower() not in ("", "identity") for each in encodings.split(",")):
+        raise ApiError(415, f"the body is sent with Content-Encoding: {quoted(encodings)}; send it without an "
+                            "encoding, and leave the header out")
     parts, size = [], 0
     try:
         async with asyncio.timeout(BODY_SECONDS):

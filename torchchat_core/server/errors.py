@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from torchchat_core.errors import LONGEST_MESSAGE, TorchchatError, quoted, shortened
+from torchchat_core.errors import LONGEST_MESSAGE, QUOTED_LENGTH, TorchchatError, quoted, shortened
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error",
          503: "server_error", 504: "timeout_error"}
 SURROGATE = re.compile("[\ud800-\udfff]")
 STOPPING = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit)  # not faults; always re-raised
 UNKNOWN_FIELD = "extra_forbidden"
+TOO_MANY = "too_long"  # of lists and objects
 UNSUPPORTED = "none_required"  # of fields that are declared as null alone
 
 
@@ -50,9 +52,12 @@ def refused(error: TorchchatError, param: str | None = None) -> ApiError:
 
 
 def malformed(error: ValidationError, body: object) -> ApiError:
-    """A 400 that names the field which is wrong: of several, the one that lies deepest in `body`."""
-    found = [(_path(each["loc"], body), each) for each in error.errors(include_url=False, include_context=False)]
-    places, first = max(found, key=lambda pair: len(pair[0]))  # the first one of equals
+    """Return a 400 that names the wrong field: of several, the one that lies deepest in `body`.
+
+    A list with too many elements comes first: the other errors say that it is of another type than it may be.
+    """
+    found = [(_path(each["loc"], body), each) for each in error.errors(include_url=False)]
+    places, first = max(found, key=lambda pair: (pair[1]["type"] == TOO_MANY, len(pair[0])))  # the first one of equals
     path = _field_path(places)
     if first["type"] == "json_invalid":
         broken = _invalid_text(body)
@@ -68,13 +73,29 @@ def malformed(error: ValidationError, body: object) -> ApiError:
                         "unsupported_parameter")
     if first["type"] == "missing":
         return ApiError(400, f"the field {quoted(path)} is missing", path, "missing_required_parameter")
-    return ApiError(400, f"{path or 'the body'}: {first['msg'].removeprefix('Value error, ')}", path or None,
-                    "invalid_value")
+    return ApiError(400, f"{path or 'the body'}: {_fault(first)}", path or None, "invalid_value")
+
+
+def _fault(error: ErrorDetails) -> str:
+    """Return what pydantic says about a value, with our words where its own are long or unclear."""
+    context = error.get("ctx", {})
+    if error["type"] == TOO_MANY and context.get("actual_length") is not None:
+        return f"it has {context['actual_length']} elements; at most {context['max_length']} are possible"
+    if error["type"] == "union_tag_invalid":
+        name = context["discriminator"].strip("'") if context["discriminator"].startswith("'") else "type"
+        return f"{name} is {quoted(context['tag'])}; expected one of {context['expected_tags']}"
+    return error["msg"].removeprefix("Value error, ")
 
 
 def _field_path(places: Sequence[int | str]) -> str:
-    """Return a path in JavaScript notation: "messages[0].content"."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in places).lstrip(".")[:200]
+    """Return a path in JavaScript notation: "messages[0].content". Long or unprintable names are quoted."""
+    return "".join(map(_step, places)).lstrip(".")[:200]
+
+
+def _step(part: int | str) -> str:
+    if isinstance(part, int):
+        return f"[{part}]"
+    return f".{part}" if len(part) <= QUOTED_LENGTH and part.isprintable() else f"[{quoted(part)}]"
 
 
 def _invalid_text(body: object) -> list[int | str] | None:
