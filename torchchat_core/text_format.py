@@ -14,7 +14,7 @@ from torchchat_core.generation_options import SAMPLING_DEFAULTS, SamplingOptions
 from torchchat_core.plugins import Registry
 from torchchat_core.small_files import read_json
 from torchchat_core.specs import ModelFiles, Tokenizer
-from torchchat_core.tokenizers.declared import SETTINGS, settings_beside
+from torchchat_core.tokenizers.declared import SETTINGS, merged_settings
 from torchchat_core.tokenizers.loading import read_tokenizer
 
 
@@ -48,7 +48,7 @@ def read_text_format(files: ModelFiles, registry: Registry, config_vocab_size: i
         raise TorchchatError(f"the tokenizer's BOS token is {tokenizer.bos_id}, but the model has only "
                              f"{config_vocab_size} tokens", "pass the model's own tokenizer with --tokenizer-path")
     own_settings = read_json(files.tokenizer_config) if files.tokenizer_config else {}
-    settings = settings_beside(files.root / SETTINGS, own_settings)
+    settings = merged_settings(files.root / SETTINGS, own_settings)
     template = find_chat_template(files, settings, tokenizer)
     end_ids = {token for token in (tokenizer.eos_id, tokenizer.bos_id) if token is not None} | tokenizer.end_ids
     if template is not None:

@@ -106,12 +106,12 @@ def _appearing(folder: Path) -> Iterator[Path]:
     folder = folder.absolute()
     try:
         with unfinished(folder) as work:
-            beside = work / folder.name
-            beside.mkdir()
-            yield beside
+            partial = work / folder.name
+            partial.mkdir()
+            yield partial
             if folder.is_dir():
                 folder.rmdir()
-            beside.rename(folder)
+            partial.rename(folder)
     except OSError as error:
         raise TorchchatError(f"cannot write {quoted_path(str(folder))}: {error.strerror or error}") from None
 

@@ -44,18 +44,18 @@ def token_name(settings: Mapping[str, Any], key: str) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def settings_beside(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def merged_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return `settings` (tokenizer_config.json) merged with a special_tokens_map.json in the folder of `path`.
 
     As in `transformers`, a name in that file replaces one in `settings`, unless `settings` has added_tokens_decoder.
     Lists are joined. Raises `TorchchatError` if one of the two files is malformed.
     """
     _check_names(settings, SETTINGS)
-    beside = path.parent / NAMES
-    if not beside.is_file():
+    file = path.parent / NAMES
+    if not file.is_file():
         return dict(settings)
-    declared = read_json(beside)
-    _check_names(declared, str(beside))
+    declared = read_json(file)
+    _check_names(declared, str(file))
     replaces = "added_tokens_decoder" not in settings
     merged = dict(settings)
     for key, value in declared.items():
@@ -75,23 +75,23 @@ def added_tokens(settings: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
     return {token: (entry["content"], bool(entry.get("special", False))) for token, entry in _decoder(settings).items()}
 
 
-def added_tokens_beside(path: Path) -> dict[int, str]:
+def legacy_added_tokens(path: Path) -> dict[int, str]:
     """Return id -> text from an added_tokens.json in the folder of `path`, which older models have.
 
     Raises `TorchchatError` if it is malformed.
     """
-    beside = path.parent / ADDED
-    if not beside.is_file():
+    file = path.parent / ADDED
+    if not file.is_file():
         return {}
     found: dict[int, str] = {}
-    content = read_json(beside)
-    _check_count(content, ADDED, str(beside))
+    content = read_json(file)
+    _check_count(content, ADDED, str(file))
     for text, token in content.items():
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < LARGEST_ID:
-            raise TorchchatError(f"{beside} has {quoted(text)}: {quoted(token)}; it maps texts to token ids", FIX)
-        _check_text(text, ADDED, str(beside))
+            raise TorchchatError(f"{file} has {quoted(text)}: {quoted(token)}; it maps texts to token ids", FIX)
+        _check_text(text, ADDED, str(file))
         if token in found:
-            raise TorchchatError(f"{beside} gives the id {token} to {quoted(found[token])} and to {quoted(text)}", FIX)
+            raise TorchchatError(f"{file} gives the id {token} to {quoted(found[token])} and to {quoted(text)}", FIX)
         found[token] = text
     return found
 

@@ -62,7 +62,7 @@ def check_growth(content: Mapping[str, Any], place: str) -> None:
 
 
 def _growth(step: Mapping[str, Any]) -> float:
-    """Return how many times as long as before a text can be after a step, whatever the step calls itself."""
+    """Return the maximum growth factor of a text in a step of any type."""
     pattern, inserted = step.get("pattern"), len(str(step.get("content", "")))
     replaced = pattern.get("String") if isinstance(pattern, Mapping) else None
     by_content = inserted / len(replaced) if isinstance(replaced, str) and replaced else inserted + 1

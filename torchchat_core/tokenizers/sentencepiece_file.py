@@ -17,9 +17,9 @@ from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, well_formed
 from torchchat_core.tokenizers.declared import (
     SETTINGS,
     added_tokens,
-    added_tokens_beside,
     declared_tokens,
-    settings_beside,
+    legacy_added_tokens,
+    merged_settings,
     token_name,
     with_control_tokens,
 )
@@ -55,15 +55,15 @@ class SentencePieceReader:
     def standalone(self, path: Path, settings: Mapping[str, Any]) -> Mapping[str, bytes]:
         """Return the tokenizer as files that need no others, by name. Raises `TorchchatError` as `read` does."""
         content = read_file(path)
-        settings = settings_beside(path, settings)
+        settings = merged_settings(path, settings)
         special = self._read(path, content, settings).special_tokens
-        control = {text: token for token, text in added_tokens_beside(path).items()} | dict(special)
+        control = {text: token for token, text in legacy_added_tokens(path).items()} | dict(special)
         whole = with_control_tokens(settings, control)
         return {path.name: content, SETTINGS: json.dumps(whole, ensure_ascii=False).encode()}
 
     def _read(self, path: Path, content: bytes, settings: Mapping[str, Any]) -> SentencePieceTokenizer:
-        settings = settings_beside(path, settings)
-        legacy = {token: (text, True) for token, text in added_tokens_beside(path).items()}
+        settings = merged_settings(path, settings)
+        legacy = {token: (text, True) for token, text in legacy_added_tokens(path).items()}
         return sentencepiece_tokenizer(content, str(path), {**legacy, **added_tokens(settings)}, settings)
 
 

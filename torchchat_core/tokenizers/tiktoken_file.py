@@ -15,7 +15,7 @@ import tiktoken
 from torchchat_core.errors import TorchchatError, quoted
 from torchchat_core.small_files import read_file
 from torchchat_core.tokenizers.base import UNKNOWN, ByteTokenizer, well_formed
-from torchchat_core.tokenizers.declared import added_tokens, settings_beside, token_name
+from torchchat_core.tokenizers.declared import added_tokens, merged_settings, token_name
 from torchchat_core.tokenizers.faults import named_faults
 from torchchat_core.tokenizers.words import Words
 
@@ -52,7 +52,7 @@ class TiktokenReader:
 
     def read(self, path: Path, settings: Mapping[str, Any]) -> TiktokenTokenizer:
         """The tokenizer of the file. Raises `TorchchatError` where the file is damaged or is not Llama 3's kind."""
-        settings = settings_beside(path, settings)
+        settings = merged_settings(path, settings)
         ranks = _parse_ranks(path, read_file(path))
         names = {LLAMA3_RANKS + index: name for index, name in enumerate(llama3_special_tokens())}
         names.update((token, text) for token, (text, _) in added_tokens(settings).items() if token in names)

@@ -14,9 +14,9 @@ from torchchat_core.tokenizers.declared import (
     FIX,
     SETTINGS,
     Declared,
-    added_tokens_beside,
     declared_tokens,
-    settings_beside,
+    legacy_added_tokens,
+    merged_settings,
     token_name,
 )
 from torchchat_core.tokenizers.faults import captured_panics
@@ -30,8 +30,8 @@ def whole_content(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, An
 
     Raises `TorchchatError` if one of the files is damaged.
     """
-    content, merged = read_json(path), settings_beside(path, settings)
-    return with_declared_tokens(content, merged, added_tokens_beside(path), path)
+    content, merged = read_json(path), merged_settings(path, settings)
+    return with_declared_tokens(content, merged, legacy_added_tokens(path), path)
 
 
 def with_declared_tokens(content: dict[str, Any], settings: dict[str, Any], legacy: Mapping[int, str], path: Path

@@ -21,7 +21,7 @@ from torchchat_core.small_files import read_file, read_json
 from torchchat_core.specs import ModelFiles, Tokenizer
 from torchchat_core.text_format import TextFormat
 from torchchat_core.tokenizers.base import UNKNOWN as UNKNOWN_BYTES
-from torchchat_core.tokenizers.declared import SETTINGS, settings_beside, with_control_tokens
+from torchchat_core.tokenizers.declared import SETTINGS, merged_settings, with_control_tokens
 from torchchat_core.tokenizers.hugging_face import HuggingFaceReader
 from torchchat_core.tokenizers.sentencepiece_file import SentencePieceReader
 from torchchat_core.tokenizers.tiktoken_file import TiktokenReader
@@ -48,7 +48,7 @@ def vocabulary_of_model(files: ModelFiles, size: int) -> Vocabulary:
     texts differently there. Logs a warning if only conversations are tokenized differently.
     """
     own_settings = read_json(files.tokenizer_config) if files.tokenizer_config else {}
-    settings = settings_beside(files.root / SETTINGS, own_settings)
+    settings = merged_settings(files.root / SETTINGS, own_settings)
     vocabulary, tokenizer, path = _read(files, settings)
     template = find_chat_template(files, settings, tokenizer)
     ends = _end_ids(files, tokenizer, template)
