@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -55,8 +56,10 @@ class Outcome:
 
 
 @pytest.fixture
-def torchchat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
-    """Runs the command line in this process, with bytes or a stream as its standard input."""
+def torchchat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Outcome]]:
+    """Run the command line in this process, with bytes or a stream as its standard input."""
+    log = logging.getLogger("torchchat")
+    level = log.level
 
     def run(*arguments: object, stdin: bytes | TextIO = b"") -> Outcome:
         stream = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8") if isinstance(stdin, bytes) else stdin
@@ -67,7 +70,8 @@ def torchchat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         captured = capsys.readouterr()
         return Outcome(int(ended.value.code or 0), captured.out, captured.err)
 
-    return run
+    yield run
+    log.setLevel(level)  # which --debug lowers
 
 
 @dataclass(frozen=True)
