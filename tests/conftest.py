@@ -46,6 +46,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """Restore the level that `--debug` sets for the whole process."""
+    log = logging.getLogger("torchchat")
+    level = log.level
+    yield
+    log.setLevel(level)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run of the command line left: its exit status, standard output and standard error."""
@@ -56,10 +65,8 @@ class Outcome:
 
 
 @pytest.fixture
-def torchchat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Outcome]]:
+def torchchat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """Run the command line in this process, with bytes or a stream as its standard input."""
-    log = logging.getLogger("torchchat")
-    level = log.level
 
     def run(*arguments: object, stdin: bytes | TextIO = b"") -> Outcome:
         stream = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8") if isinstance(stdin, bytes) else stdin
@@ -70,8 +77,7 @@ def torchchat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         captured = capsys.readouterr()
         return Outcome(int(ended.value.code or 0), captured.out, captured.err)
 
-    yield run
-    log.setLevel(level)  # which --debug lowers
+    return run
 
 
 @dataclass(frozen=True)
