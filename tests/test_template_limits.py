@@ -14,6 +14,10 @@ from torchchat_core.errors import TorchchatError
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}]
 GROWING = "{{% set ns = namespace(s='aaaaaaaaaa') %}}{{% for i in range(60) %}}{}{{% endfor %}}{{{{ ns.s | length }}}}"
 
+LISTING = ("{{% set ns = namespace(g=[]) %}}{{% set s = '\u4e2d' * 19000 %}}{{% set words = '\u4e2d ' * 19000 %}}"
+           "{{% set lines = '\u4e2d\n' * 19000 %}}{{% for i in range(2000) %}}"
+           "{{% set ns.g = [ns.g, {}] %}}{{% endfor %}}")
+
 
 def tower(use: str, bottom: str = "['x']", storey: str = "[ns.a, ns.a]") -> str:
     """A template that makes a value of 60 storeys, each of which holds the one below twice, and uses it."""
@@ -57,6 +61,12 @@ LARGE = {
     "brace format": "{{ '{:10000000000}'.format(1) }}",
     "nested brace format": "{{ '{:{}}'.format(1, 10000000000) }}",
     "format of many places": "{{ ('{0}' * 100000).format('a' * 100000) }}",
+    "characters": LISTING.format("s | list"),
+    "split lines": LISTING.format("lines.splitlines()"),
+    "split words": LISTING.format("words.split(' ')"),
+    "split from the right": LISTING.format("words.rsplit(' ')"),
+    "sorted characters": LISTING.format("s | sort"),
+    "numbers": LISTING.format("range(19000) | list"),
     "indent": "{{ ('\n' * 100000) | indent(999) }}",
     "indented JSON": "{{ [1] | tojson(indent=1000000000) }}",
     "deep JSON": "{% set ns = namespace(a=[1] * 20000) %}{% for i in range(150) %}{% set ns.a = [ns.a] %}{% endfor %}"

@@ -22,6 +22,7 @@ SECONDS = 1.0  # of processor time for one rendering
 LONGEST_TEXT = 1_000_000
 LONGEST_LIST = 20_000
 LARGEST_TOTAL = 64_000_000  # characters, and 8 for each element of a list
+ELEMENT_SIZE = 76  # of an element that is made together with its list, such as a character
 LARGEST_WIDTH = 999  # of padding, indentation and the like
 LARGEST_INTEGER_BITS = 4_096
 DEEPEST = 200  # lists in lists
@@ -34,6 +35,7 @@ PARENTHESES = re.compile(r"[()]")
 WIDE_BRACE_PLACE = re.compile(r"\d{4}|\{")  # in the part of a place that follows its colon
 ELEMENT_LENGTH = 4  # what an element of a list takes at the least when written out, with what parts it from others
 CONTAINERS = (list, tuple, Mapping, Set, MappingView)
+ITERABLES_OF_NEW = (str, range, MappingView)  # their elements are made by the iteration
 
 
 class Budget:
@@ -91,6 +93,12 @@ class Budget:
         if self._left < 0:
             raise stopped("it makes too many large values")
         return value
+
+    def charge_elements(self, count: int) -> None:
+        """Charge elements of a list that were made together with it."""
+        self._left -= ELEMENT_SIZE * count
+        if self._left < 0:
+            raise stopped("it makes too many large values")
 
     def bounded(self, *values: Any) -> int:
         """The size of values that are about to be written out, compared or hashed."""

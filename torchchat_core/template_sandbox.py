@@ -33,7 +33,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from torchchat_core.errors import TorchchatError, quoted, shortened
-from torchchat_core.template_limits import budget, stopped
+from torchchat_core.template_limits import ITERABLES_OF_NEW, budget, stopped
 from torchchat_core.template_methods import can_read, guarded_arguments
 
 LEFT_OUT_FILTERS = ("center", "filesizeformat", "pprint", "striptags", "urlize", "wordwrap", "xmlattr")
@@ -121,7 +121,10 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             args = (limits.counted(args[0]), *args[1:])
         method = getattr(obj, "__wrapped__", obj)  # the sandbox wraps `format`
         args = guarded_arguments(limits, method, args, kwargs)
-        return limits.charge(super().call(context, obj, *args, **kwargs))
+        value = super().call(context, obj, *args, **kwargs)
+        if isinstance(value, list) and isinstance(getattr(method, "__self__", None), str):  # such as `split`
+            limits.charge_elements(len(value))
+        return limits.charge(value)
 
 
 class GenerationTag(Extension):
@@ -261,7 +264,10 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
                 args = (limits.collected(args[0]), *args[1:])
             limits.bounded(*args, *kwargs.values())
         _check_filter(name, args, kwargs)
-        return limits.charge(function(*_leading_argument(function, context), *args, **kwargs))
+        value = function(*_leading_argument(function, context), *args, **kwargs)
+        if args and isinstance(args[0], ITERABLES_OF_NEW) and isinstance(value, list | Iterator):
+            limits.charge_elements(len(args[0]))
+        return limits.charge(value)
 
     return guarded
 
