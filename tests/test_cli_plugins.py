@@ -72,7 +72,7 @@ def test_doctor_is_content_with_a_sound_installation(run: Any) -> None:
 
 @pytest.mark.parametrize(("changes", "detail", "fix"), [
     ({"CXX": "true"}, "not compiled yet; true does it", "torchchat doctor --build-kernels"),
-    ({"CXX": "nonesuch"}, "CXX is 'nonesuch', and there is no such program; PyTorch's serve", "set it to"),
+    ({"CXX": "nonesuch"}, "CXX is 'nonesuch', which is not a program; PyTorch's serve", "set CXX to"),
     ({"TORCHCHAT_CPU_KERNELS": "off"}, "TORCHCHAT_CPU_KERNELS is off; PyTorch's serve", ""),
 ])
 def test_doctor_says_whether_the_kernels_are_there(changes: dict[str, str], detail: str, fix: str, run: Any,
