@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torchchat_core.errors import TorchchatError, did_you_mean, quoted, quoted_path
-from torchchat_core.small_files import expanded, write_whole
+from torchchat_core.small_files import expanded, write_whole, xdg_folder
 
 CONFIG_FILE = "TORCHCHAT_CONFIG"
 KEYS = {
@@ -48,8 +48,7 @@ def config_path() -> Path:
     named = os.environ.get(CONFIG_FILE)
     if named:
         return expanded(named)
-    home = os.environ.get("XDG_CONFIG_HOME")
-    return (Path(home) if home else Path.home() / ".config") / "torchchat" / "config.toml"
+    return (xdg_folder("XDG_CONFIG_HOME") or Path.home() / ".config") / "torchchat" / "config.toml"
 
 
 def variable(key: str) -> str:

@@ -71,8 +71,13 @@ def is_file(path: Path) -> bool:
 
 def cache_folder() -> Path:
     """Where torchchat keeps what need not be made twice."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "torchchat"
+    return (xdg_folder("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchchat"
+
+
+def xdg_folder(variable: str) -> Path | None:
+    """Return the folder in an XDG variable; None if it is unset or relative, which the specification says to ignore."""
+    value = os.environ.get(variable)
+    return Path(value) if value and Path(value).is_absolute() else None
 
 
 def make_folder(path: Path) -> None:

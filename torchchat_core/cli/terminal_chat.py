@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from torchchat_core.errors import TorchchatError
 from torchchat_core.generation import FinishedEvent, NoticeEvent, TextEvent
 from torchchat_core.models.catalogue import STARTING_MODEL
 from torchchat_core.pipeline import DEFAULT_MODEL
-from torchchat_core.small_files import make_private
+from torchchat_core.small_files import make_private, xdg_folder
 
 KEYS = "Enter sends, Alt-Enter starts a new line, Tab completes, Ctrl-C stops an answer, Ctrl-D leaves."
 HOW_TO_LEAVE = "To leave, press Ctrl-D or type /bye."
@@ -146,7 +145,7 @@ def _keys() -> KeyBindings:
 def _history() -> History:
     """Return the input history: a file in the user's state folder, or memory if no file can be written."""
     try:
-        folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "torchchat"
+        folder = (xdg_folder("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "torchchat"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "history").touch(mode=0o600)
         make_private(folder / "history")
