@@ -61,10 +61,6 @@ class Protocol(H11Protocol):
         self._stop_timer()
         super().connection_lost(exc)
 
-    def _should_upgrade(self) -> bool:
-        """Ignore upgrades, to WebSocket or others: the request is answered as one of HTTP/1.1."""
-        return False
-
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self._rest_is_due() or self.conn.trailing_data[0]:

@@ -37,28 +37,33 @@ class Server(uvicorn.Server):
 
 
 def run(app: Starlette, host: str, port: int, grace: float, announce: Callable[[str], None],
-        listener: socket.socket | None = None) -> int:
-    """Serves until a signal; the exit status. `announce` gets the address, once the first model is loaded. With a
-    `listener`, it is that of `listen`, called before.
+        listener: socket.socket | None = None, websockets: bool = False) -> int:
+    """Serve until a signal arrives, and return the exit status.
 
-    Raises `TorchchatError` where the address cannot be used, or that model cannot be loaded.
+    `announce` is called with the address once the first model is loaded. `listener` is an open socket from `listen`.
+    With `websockets`, the application accepts WebSocket connections. Raises `TorchchatError` if the address cannot be
+    used or the first model cannot be loaded.
     """
     listener = listener or listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}"
     with own_messages():
-        make_server(app, grace, lambda: announce(address)).run(sockets=[listener])
+        make_server(app, grace, lambda: announce(address), websockets).run(sockets=[listener])
     failure: TorchchatError | None = app.state.failure
     if failure is not None:
         raise failure
     return 0
 
 
-def make_server(app: Starlette, grace: float, announce: Callable[[], None]) -> Server:
-    """Return a server to run. `announce` is called when it accepts requests."""
+def make_server(app: Starlette, grace: float, announce: Callable[[], None], websockets: bool = False) -> Server:
+    """Return a server to run. `announce` is called when it accepts requests.
+
+    Without `websockets`, upgrades are ignored: such a request is answered over HTTP/1.1.
+    """
     # uvicorn would prefer its other HTTP parsers if they are installed, but those do not limit headers.
-    config = uvicorn.Config(app, http=Protocol, log_config=None, log_level="warning", access_log=False, lifespan="on",
-                            server_header=False, timeout_graceful_shutdown=math.ceil(grace))
+    config = uvicorn.Config(app, http=Protocol, ws="auto" if websockets else "none", log_config=None,
+                            log_level="warning", access_log=False, lifespan="on", server_header=False,
+                            timeout_graceful_shutdown=math.ceil(grace))
     return Server(config, app, announce)
 
 

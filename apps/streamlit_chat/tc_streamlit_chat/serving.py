@@ -83,7 +83,7 @@ def make_app(private: bool, hosts: tuple[str, ...] = ()) -> Starlette:
 
 def serve(app: Starlette, host: str, listener: socket.socket, announce: Callable[[str], None]) -> int:
     """Serves until a signal; the exit status. `announce` gets the address once pages can be had."""
-    return run(app, host, listener.getsockname()[1], GRACE, announce, listener)
+    return run(app, host, listener.getsockname()[1], GRACE, announce, listener, websockets=True)
 
 
 class Guard:
