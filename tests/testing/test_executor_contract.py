@@ -47,8 +47,8 @@ class Right:
 
 class Imprecise(Right):
     class Session(EagerSession):
-        def _append(self, tokens: Sequence[int], last: bool = False) -> Tensor:
-            return super()._append(tokens, last) * 1.001
+        def _append(self, tokens: Sequence[int], **how: bool) -> Tensor:
+            return super()._append(tokens, **how) * 1.001
 
 
 class WithoutWindow(Right):
@@ -90,8 +90,8 @@ class LogitsOfAllPositions(Right):
 class OneBuffer(Right):
     class Session(EagerSession):
         @torch.inference_mode()
-        def _append(self, tokens: Sequence[int], last: bool = False) -> Tensor:
-            logits = super()._append(tokens, last)
+        def _append(self, tokens: Sequence[int], **how: bool) -> Tensor:
+            logits = super()._append(tokens, **how)
             self.buffer = getattr(self, "buffer", logits)
             return self.buffer.copy_(logits)
 
