@@ -41,16 +41,16 @@ def names(folder: Path) -> list[str]:
 def test_the_next_run_deletes_leftovers_of_a_killed_run(name: str, tmp_path: Path) -> None:
     killed(holder(tmp_path / name))
     assert len(names(tmp_path)) == 1
-    with whole_file(tmp_path / name) as beside:
-        beside.write_bytes(b"whole")
+    with whole_file(tmp_path / name) as partial:
+        partial.write_bytes(b"whole")
     assert names(tmp_path) == [name]
 
 
 def test_output_of_a_live_run_is_kept(tmp_path: Path) -> None:
     process = holder(tmp_path / "m.pte")
     theirs = names(tmp_path)
-    with whole_file(tmp_path / "m.pte") as beside:
-        beside.write_bytes(b"whole")
+    with whole_file(tmp_path / "m.pte") as partial:
+        partial.write_bytes(b"whole")
     assert names(tmp_path) == sorted([*theirs, "m.pte"])
     killed(process)
     remove_leftovers(tmp_path / "m.pte")
@@ -79,8 +79,8 @@ def test_a_folder_without_a_lock_is_deleted_once_it_is_old(tmp_path: Path) -> No
 
 
 def test_failed_writes_leave_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "m.pte") as beside:
-        beside.write_bytes(bytes(1 // 0))
+    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "m.pte") as partial:
+        partial.write_bytes(bytes(1 // 0))
     assert names(tmp_path) == []
     with pytest.raises(TorchchatError, match="cannot write"), whole_file(tmp_path / "none" / "m.pte"):
         pass

@@ -39,7 +39,7 @@ def text_flags(characters: int) -> Callable[[Function], Function]:
             click.option("--file", metavar="TEXT", help="The UTF-8 text to measure on [default: one that comes with "
                                                         "torchchat]."),
             click.option("--characters", type=Characters(), metavar="N",
-                         help=f"Of the text, so many from its beginning, or all [default: {characters}]."),
+                         help=f"Number of characters to measure from the start, or all [default: {characters}]."),
             click.option("--window", type=Number(minimum=2), metavar="N",
                          help="Tokens that the model sees at once [default: 256, or what the model takes]."),
         ]):

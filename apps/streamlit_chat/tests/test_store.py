@@ -213,13 +213,13 @@ def test_damaged_details_count_as_none(text: str) -> None:
 def test_a_store_that_others_can_read_and_its_side_files_become_private(tmp_path: Path) -> None:
     path = tmp_path / "conversations.sqlite3"
     Conversations(Store(path), "me").create("title", "{}")
-    beside = [path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm"))]
+    files = [path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm"))]
     with Store(path).opened() as connection:
         connection.execute("SELECT 1 FROM conversation").fetchall()
-        for each in beside:
+        for each in files:
             each.chmod(0o644)
         Store(path)
-        assert [stat.S_IMODE(each.stat().st_mode) for each in beside] == [0o600] * 3
+        assert [stat.S_IMODE(each.stat().st_mode) for each in files] == [0o600] * 3
 
 
 def test_a_store_whose_mode_cannot_be_changed_is_named_in_a_warning(

@@ -111,11 +111,11 @@ def _operators(exported: ExportedProgram) -> dict[str, str]:
 
 
 def _compile(exported: ExportedProgram, folder: Path, options: dict[str, Any]) -> None:
-    """Compiles beside `folder` and moves the result there, whole or not at all."""
+    """Compile in a folder next to `folder`, and move the complete result there."""
     try:
         make_code_folder(folder.parent)
-        with unfinished(folder) as beside:
-            made, work = beside / "made", beside / "work"
+        with unfinished(folder) as partial:
+            made, work = partial / "made", partial / "work"
             made.mkdir()
             work.mkdir()
             module = exported.module(check_guards=False)

@@ -53,13 +53,13 @@ def _load(folder: Path) -> LayerGraph:
 
 
 def _make(signature: LayerSignature, folder: Path) -> None:
-    """Compiles beside `folder` and moves the result there, whole or not at all."""
+    """Compile in a folder next to `folder`, and move the complete result there."""
     from tc_compile.compiling import compile_layer
 
     try:
         make_code_folder(folder.parent)
-        with unfinished(folder) as beside, progress.task("compiling the layers, once"):
-            made = beside / "made"
+        with unfinished(folder) as partial, progress.task("compiling the layers, once"):
+            made = partial / "made"
             made.mkdir()
             compile_layer(signature, made)
             if not folder.exists():  # another process may have been faster

@@ -44,13 +44,13 @@ class ExecutorchExporter:
         check_layers(model)
         with torch.inference_mode():
             program, memory = _program(model, context, options, request.text)
-            with whole_file(request.path) as beside:
-                _write(program, beside)
+            with whole_file(request.path) as partial:
+                _write(program, partial)
                 manifest = new_manifest(request, "executorch", Target(device="cpu"), versions=_versions(),
                                         weight_bytes=stored_bytes(model), max_seq_length=context,
                                         runtime={"prefill_length": min(options.prefill_length, context),
                                                  "memory_bytes": memory})
-                write_artifact(beside, dataclasses.replace(manifest, dtype="fp32"))
+                write_artifact(partial, dataclasses.replace(manifest, dtype="fp32"))
 
 
 def context_length(config: ModelConfig, asked: int | None) -> int:

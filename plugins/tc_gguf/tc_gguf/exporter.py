@@ -65,8 +65,8 @@ class GgufExporter:
         architecture = architecture_of(config)
         _warn_of_window(config)
         outputs = list(_outputs(request.module, config, architecture, kind))
-        with whole_file(request.path) as beside:
-            _write(_described(config, architecture, kind, request.files), outputs, beside)
+        with whole_file(request.path) as partial:
+            _write(_described(config, architecture, kind, request.files), outputs, partial)
 
 
 def _warn_of_window(config: ModelConfig) -> None:
@@ -135,7 +135,7 @@ def _reordered(canonical: str, weight: Tensor, config: ModelConfig, architecture
 
 
 def _write(writer: gguf.GGUFWriter, outputs: Sequence[Output], path: Path) -> None:
-    """Tensor by tensor, so that no more than one is in memory beside the module."""
+    """Tensor by tensor, so that no more than one is in memory next to the module."""
     for output in outputs:
         is_block = gguf.GGML_QUANT_SIZES[output.type][0] > 1
         shape = output.stored_shape if is_block else output.shape
